@@ -1,0 +1,38 @@
+"""The one exception tree. Each class carries the exit code of the CLI contract.
+
+A message is one line: what was wrong, with the value, and what would be right.
+"""
+
+
+class MansardError(Exception):
+    """Infrastructure failed: a process, a server, a disk. Exit 1."""
+
+    exit_code = 1
+
+
+class StageFailed(MansardError):
+    """A stage's process ended badly; the message holds its last line and the log's path."""
+
+
+class BadInput(MansardError, ValueError):
+    """A spec, site, file or argument is wrong. Exit 2."""
+
+    exit_code = 2
+
+
+class NotAllowed(MansardError):
+    """Not approved, or this person may not do this. Exit 5."""
+
+    exit_code = 5
+
+
+class Corrupt(MansardError):
+    """Stored bytes do not match their digest. Exit 6."""
+
+    exit_code = 6
+
+
+class Conflict(MansardError):
+    """The world moved: another baseline, a rollout that runs, nothing to go back to. Exit 7."""
+
+    exit_code = 7

@@ -1,0 +1,241 @@
+"""The site: *where* things are (stores, ports, interpreters, people). Never hashed into a recipe.
+
+Read with PyYAML and the standard library only, because the on-call commands read it too. Unknown keys, wrong types and
+missing files are refused with file, key, value and what would be right. Relative paths are relative to the site file.
+"""
+
+import dataclasses
+import difflib
+import os
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mansard.canonical import sha256_json
+from mansard.errors import BadInput
+
+ROLES = ("author", "reviewer", "operator")
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """Loopback TCP ports. Engines take the first free one from `engines_from` up."""
+
+    prefect: int = 4200
+    mlflow: int = 5000
+    router: int = 8000
+    engines_from: int = 8100
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """An interpreter and the lock file that says which versions it holds."""
+
+    python: Path
+    lock: Path
+    variables: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSite:
+    """How engines run here. `cores` lists one core set per slot, e.g. ["0", "1"]; empty lets vLLM choose."""
+
+    environment: str = "serve"
+    cores: tuple[str, ...] = ()
+    kv_cache_gib: int = 1
+    start_timeout_seconds: int = 900
+    arguments: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Person:
+    """`public_key` is the key itself (64 hex digits, raw Ed25519) or the path of a file that holds it."""
+
+    roles: tuple[str, ...]
+    public_key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """A cron line on which the upgrade of `spec` runs, signed by the service key of `author`."""
+
+    name: str
+    spec: Path
+    cron: str
+    author: str
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One place where Mansard runs. Build it with `load_site`."""
+
+    path: Path
+    home: Path
+    data: Path
+    models: tuple[str, ...]
+    environments: dict[str, Environment]
+    stages: dict[str, str]
+    ports: Ports = Ports()
+    engine: EngineSite = EngineSite()
+    people: dict[str, Person] = field(default_factory=dict)
+    api_keys: Path | None = None
+    rollback_window: int = 2
+    stage_timeout_seconds: int = 14400
+    schedules: tuple[Schedule, ...] = ()
+
+    @property
+    def store(self) -> Path:
+        return self.home / "store"
+
+    @property
+    def journal(self) -> Path:
+        return self.home / "journal.sqlite3"
+
+    @property
+    def split_file(self) -> Path:
+        return self.home / "split.json"
+
+    @property
+    def run(self) -> Path:
+        """Sockets and pid files."""
+        return self.home / "run"
+
+    @property
+    def logs(self) -> Path:
+        return self.home / "logs"
+
+    @property
+    def keys(self) -> Path:
+        """Where this machine's people keep their private keys: NAME.key, mode 600."""
+        return Path(os.environ.get("MANSARD_KEYS", str(self.home / "keys")))
+
+    @property
+    def host_socket(self) -> Path:
+        return self.run / "host.sock"
+
+    def environment_of(self, stage: str) -> Environment:
+        """The environment that runs `stage`."""
+        return self.environments[self.stages.get(stage, self.stages["default"])]
+
+    def public_key(self, name: str) -> bytes:
+        """The 32 raw bytes of a person's key; BadInput names the person and the file when it cannot be read."""
+        text = self.people[name].public_key
+        source = text
+        if len(text) != 64:
+            source = str(self.path.parent / text)
+            try:
+                text = Path(source).read_text().strip()
+            except OSError as error:
+                raise BadInput(
+                    f"{self.path}: people.{name}.public_key: cannot read {source}: {error.strerror}; "
+                    f"make a pair with: mansard keygen {name}"
+                ) from error
+        try:
+            raw = bytes.fromhex(text)
+        except ValueError as error:
+            raise BadInput(f"{source}: not a public key: 64 hex digits are expected") from error
+        if len(raw) != 32:
+            raise BadInput(f"{source}: a public key has 32 bytes, this has {len(raw)}")
+        return raw
+
+    def people_digest(self) -> str:
+        """Digest of the people section with the keys resolved; approvals name it."""
+        people = {n: {"roles": sorted(p.roles), "key": self.public_key(n).hex()} for n, p in self.people.items()}
+        return sha256_json(people)
+
+    def model_named(self, name: str | None) -> str:
+        """`name`, or the site's only model; BadInput when that is not clear."""
+        if name is None and len(self.models) == 1:
+            return self.models[0]
+        if name not in self.models:
+            raise BadInput(f"model {name!r}: {self.path} knows {', '.join(self.models)}; say --model NAME")
+        return name
+
+
+def find_site(given: str | None) -> Path:
+    """The site file: `--site`, else MANSARD_SITE, else configs/site/local.yaml here or in the checkout."""
+    named = given or os.environ.get("MANSARD_SITE")
+    if named:
+        return Path(named)
+    local = Path("configs/site/local.yaml")
+    return local if local.exists() else Path(__file__).resolve().parent.parent / local
+
+
+def load_site(path: Path) -> Site:
+    """Read and check a site file."""
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: cannot read the site file: {error}; name one with --site FILE") from error
+    try:
+        tree = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506 - the safe loader
+    except yaml.YAMLError as error:
+        raise BadInput(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise BadInput(f"{path}: a site is a mapping of keys, this is {type(tree).__name__}")
+    if tree.pop("format", None) != 1:
+        raise BadInput(f"{path}: format: 1 is expected as the first key")
+    site: Site = _read(Site, {**tree, "path": str(path.resolve())}, f"{path}", path.resolve().parent)
+    _check(site)
+    return site
+
+
+def _check(site: Site) -> None:
+    if "default" not in site.stages:
+        raise BadInput(f"{site.path}: stages.default: name the environment that runs stages")
+    for stage, name in [*site.stages.items(), ("engine", site.engine.environment)]:
+        if name not in site.environments:
+            known = ", ".join(site.environments)
+            raise BadInput(f"{site.path}: {stage}: environment {name!r} is not one of: {known}")
+    for name, person in site.people.items():
+        for role in person.roles:
+            if role not in ROLES:
+                raise BadInput(f"{site.path}: people.{name}.roles: {role!r} is not one of {', '.join(ROLES)}")
+    if not site.models:
+        raise BadInput(f"{site.path}: models: name at least one model")
+
+
+def _read(kind: Any, value: Any, where: str, folder: Path) -> Any:  # noqa: ANN401, PLR0911 - a value of type `kind`
+    """`value` as `kind` (dataclass, tuple, dict, Path or scalar), or BadInput that names the place."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return _read_record(kind, value, where, folder)
+    if origin in (types.UnionType, typing.Union):
+        return None if value is None else _read(arguments[0], value, where, folder)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise BadInput(f"{where}: {value!r} is not a list")
+        return tuple(_read(arguments[0], v, f"{where}[{i}]", folder) for i, v in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise BadInput(f"{where}: {value!r} is not a mapping")
+        return {str(k): _read(arguments[1], v, f"{where}.{k}", folder) for k, v in value.items()}
+    if kind is Path:
+        if not isinstance(value, str):
+            raise BadInput(f"{where}: {value!r} is not a path")
+        # Not resolved: an interpreter in a virtual environment is a link that must stay one.
+        return Path(os.path.normpath(folder / Path(value).expanduser()))
+    if type(value) is not kind:
+        raise BadInput(f"{where}: {value!r} is not of type {kind.__name__}")
+    return value
+
+
+def _read_record(kind: Any, value: Any, where: str, folder: Path) -> Any:  # noqa: ANN401 - an instance of `kind`
+    if not isinstance(value, dict):
+        raise BadInput(f"{where}: {value!r} is not a mapping of keys")
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    hints = typing.get_type_hints(kind)
+    for key in value:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(fields)}"
+            raise BadInput(f"{where}: unknown key {key!r}; {hint}")
+    for name, spec in fields.items():
+        missing = spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
+        if missing and name not in value:
+            raise BadInput(f"{where}: key {name!r} is missing")
+    return kind(**{k: _read(hints[k], v, f"{where}: {k}", folder) for k, v in value.items()})

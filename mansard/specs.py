@@ -1,0 +1,309 @@
+"""Specs: *what* to build. Strict, frozen, hashed; unknown keys are refused with the nearest known one.
+
+A stage receives the `model_dump(mode="json")` of its slice. Paths of data are relative to the site's data folder;
+suite files are relative to the spec.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mansard.digest import digest_json
+from mansard.errors import BadInput
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class Part(BaseModel):
+    """A section of a spec."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Base(Part):
+    """Where the base comes from: exactly one of a local folder, a hub id with revision, a registered version."""
+
+    path: str | None = None
+    hub: str | None = None
+    revision: str | None = None
+    version: Positive | Literal["stable"] | None = None
+
+    @model_validator(mode="after")
+    def exactly_one_source(self) -> Self:
+        if sum(v is not None for v in (self.path, self.hub, self.version)) != 1:
+            raise ValueError("name exactly one of path, hub, version")
+        if (self.hub is None) != (self.revision is None):
+            raise ValueError("hub and revision go together: pin the revision (a commit) of a hub model")
+        return self
+
+
+class Expand(Part):
+    """`blocks` new blocks, placed `even` (one after each equal group) or after the listed 0-based source blocks."""
+
+    blocks: Positive
+    positions: Literal["even"] | list[Annotated[int, Field(ge=0)]] = "even"
+
+    @model_validator(mode="after")
+    def positions_match_blocks(self) -> Self:
+        if isinstance(self.positions, list):
+            if len(set(self.positions)) != len(self.positions):
+                raise ValueError(f"positions {self.positions} names a block twice; each block takes one copy")
+            if len(self.positions) != self.blocks:
+                raise ValueError(f"positions lists {len(self.positions)} blocks, but blocks is {self.blocks}")
+        return self
+
+
+class Source(Part):
+    """One training source: a JSONL file (one {"text", "file"} a line) under the site's data folder."""
+
+    name: str
+    train: str
+    held_out: str
+    weight: Annotated[float, Field(gt=0)]
+    is_domain: bool
+
+
+class Data(Part):
+    """The training mixture. `weight`s are shares of tokens; at least `min_domain_fraction` must be domain data."""
+
+    sources: Annotated[list[Source], Field(min_length=1)]
+    sequence_tokens: Positive
+    min_domain_fraction: Fraction = 0.3
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def enough_domain_data(self) -> Self:
+        names = [s.name for s in self.sources]
+        if len(set(names)) != len(names):
+            raise ValueError(f"sources {names} has a name twice")
+        total = sum(s.weight for s in self.sources)
+        domain = sum(s.weight for s in self.sources if s.is_domain) / total
+        if domain < self.min_domain_fraction:
+            raise ValueError(
+                f"the mixture holds {domain:.2f} domain data, min_domain_fraction asks for {self.min_domain_fraction}: "
+                "raise the weight of a source with is_domain: true"
+            )
+        return self
+
+
+class LearningRates(Part):
+    """Peak rates per group. `base` above 0 unfreezes the base; then nothing is called frozen."""
+
+    new_blocks: Annotated[float, Field(ge=0)]
+    base: Annotated[float, Field(ge=0)] = 0.0
+
+
+class Train(Part):
+    """The training loop. `tokens` counts packed tokens; a step takes batch_sequences * sequence_tokens of them."""
+
+    tokens: Positive
+    batch_sequences: Positive
+    learning_rates: LearningRates
+    warmup_fraction: Fraction = 0.05
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    precision: Literal["fp32", "bf16"] = "bf16"
+    evaluate_every_steps: Positive = 50
+    checkpoint_every_steps: Positive = 50
+    seed: int = 0
+
+
+class Fuse(Part):
+    """`residual`: the plain checkpoint of the expanded depth."""
+
+    method: Literal["residual"] = "residual"
+
+
+class Quantize(Part):
+    """AWQ to 4 bits; calibrated on the first `samples` windows of `source`'s training text, in fixed order."""
+
+    scheme: Literal["W4A16_ASYM"] = "W4A16_ASYM"
+    group_size: Literal[128] = 128
+    source: str
+    samples: Positive = 128
+    sample_tokens: Positive = 256
+    seed: int = 0
+
+
+class Serve(Part):
+    """Engine arguments that change answers."""
+
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    max_model_len: Positive = 1024
+    enforce_eager: bool = True
+    tensor_parallel: Positive = 1
+
+
+class Suite(Part):
+    """A suite file: items (JSONL under the site's data folder) or the name of an lm-evaluation-harness task."""
+
+    format: Literal[1]
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+    kind: Literal["bits_per_byte", "multiple_choice", "harness"]
+    items: str | None = None
+    task: str | None = None
+    limit: Positive | None = None
+
+    @model_validator(mode="after")
+    def items_or_task(self) -> Self:
+        if (self.kind == "harness") != (self.task is not None) or (self.task is None) == (self.items is None):
+            raise ValueError("kind harness takes task, the other kinds take items")
+        return self
+
+
+class SuiteRole(Part):
+    """How the gate uses a suite. `margin`: the loss a guard may show, or the gain a target must pass."""
+
+    suite: str
+    role: Literal["target", "guard", "report"]
+    margin: Annotated[float, Field(ge=0)] = 0.0
+
+
+class Gate(Part):
+    """`alpha` is the one-sided level of each bound; the reported interval is two-sided at 1 - 2 alpha."""
+
+    suites: Annotated[list[SuiteRole], Field(min_length=1)]
+    alpha: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
+    resamples: Positive = 10_000
+    anchor_version: Positive = 1
+    seed: int = 0
+
+
+class Fingerprint(Part):
+    """Guard prompts whose greedy answers are recorded; log-probabilities may move by `tolerance` (natural log)."""
+
+    prompts: Annotated[list[str], Field(min_length=1)]
+    tokens: Positive = 16
+    tolerance: Annotated[float, Field(gt=0)] = 0.1
+
+
+class Cost(Part):
+    """Latency measured on candidate and stable with the same prompts, one after the other."""
+
+    prompts: Positive = 24
+    concurrency: Positive = 4
+    prompt_tokens: Positive = 64
+    output_tokens: Positive = 32
+
+
+class CanaryStep(Part):
+    """One stop: at `weight_percent` for at least `bake_seconds` and `min_requests`, at most `deadline_seconds`."""
+
+    weight_percent: Annotated[int, Field(ge=1, le=100)]
+    bake_seconds: Annotated[float, Field(ge=0)]
+    min_requests: Positive
+    deadline_seconds: Positive = 3600
+
+
+class Release(Part):
+    """The walk. A step fails when the canary's error rate exceeds stable's by more than `max_error_excess`."""
+
+    steps: Annotated[list[CanaryStep], Field(min_length=1)]
+    max_error_excess: Fraction = 0.02
+
+    @model_validator(mode="after")
+    def weights_rise(self) -> Self:
+        weights = [s.weight_percent for s in self.steps]
+        if weights != sorted(set(weights)):
+            raise ValueError(f"steps have weights {weights}; each must be above the one before")
+        return self
+
+
+class Spec(Part):
+    """What `adopt` and `upgrade` share."""
+
+    format: Literal[1]
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+    author: str
+    base: Base
+    quantize: Quantize
+    serve: Serve = Serve()
+    gate: Gate
+    fingerprint: Fingerprint
+    cost: Cost = Cost()
+    release: Release
+    data: Data
+
+    @model_validator(mode="after")
+    def calibration_source_is_known(self) -> Self:
+        names = [s.name for s in self.data.sources]
+        if self.quantize.source not in names:
+            raise ValueError(f"quantize.source {self.quantize.source!r} is not one of data.sources: {names}")
+        return self
+
+    def digest(self) -> str:
+        return digest_json(self.model_dump(mode="json"))
+
+
+class AdoptSpec(Spec):
+    """A first base: quantized, evaluated without comparison, registered with verdict `baseline`."""
+
+
+class UpgradeSpec(Spec):
+    """One upgrade: the adopted steps and a storey."""
+
+    expand: Expand
+    train: Train
+    fuse: Fuse = Fuse()
+
+
+T = TypeVar("T", bound=Part)
+
+
+def load_spec(kind: type[T], path: Path) -> T:
+    """Read a spec or suite file; BadInput names file, key, value and what would be right."""
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: cannot read the spec: {error}") from error
+    except yaml.YAMLError as error:
+        raise BadInput(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        raise BadInput(_first_error(kind, path, error)) from error
+
+
+def load_suites(spec: Spec, spec_path: Path) -> list[Suite]:
+    """The suite files of the gate, in the spec's order."""
+    suites = [load_spec(Suite, spec_path.parent / role.suite) for role in spec.gate.suites]
+    names = [s.name for s in suites]
+    if len(set(names)) != len(names):
+        raise BadInput(f"{spec_path}: gate.suites names a suite twice: {names}")
+    return suites
+
+
+def _first_error(kind: type[Part], path: Path, error: ValidationError) -> str:
+    first = error.errors()[0]
+    place = ".".join(str(p) for p in first["loc"]) or "spec"
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(kind, first["loc"][:-1])
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        return f"{path}: unknown key {place!r}; {hint}"
+    if first["type"] == "missing":
+        return f"{path}: key {place!r} is missing"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{path}: {place}: {first['input']!r:.80}: {message}" if first["loc"] else f"{path}: {message}"
+
+
+def _known_keys(kind: Any, place: tuple[Any, ...]) -> list[str]:  # noqa: ANN401 - any annotation
+    """Field names of the section at `place` (list indices are stepped over)."""
+    for key in place:
+        if isinstance(key, int):
+            continue
+        annotation = kind.model_fields[key].annotation if key in getattr(kind, "model_fields", {}) else None
+        found = [a for a in _annotations(annotation) if isinstance(a, type) and issubclass(a, Part)]
+        if not found:
+            return []
+        kind = found[0]
+    return list(kind.model_fields)
+
+
+def _annotations(annotation: Any) -> list[Any]:  # noqa: ANN401 - any annotation
+    inner = getattr(annotation, "__args__", ())
+    return [annotation, *(a for i in inner for a in _annotations(i))]

@@ -1,0 +1,50 @@
+"""The stages: which module derives what, read without importing it (flows and tasks never load torch).
+
+A stage's module declares `CODE_VERSION` (an integer, raised when the code changes what comes out) and `PACKAGES` (the
+distributions whose versions belong to its recipe), and defines `run(context: StageContext) -> SnapshotId`.
+"""
+
+import ast
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+STAGES = {
+    "corpus": "mansard.demo.corpus_stage",
+    "pretrain": "mansard.demo.pretrain_stage",
+    "expand": "mansard.models.expand_stage",
+    "prove": "mansard.models.prove_stage",
+    "train": "mansard.training.stage",
+    "fuse": "mansard.models.fuse_stage",
+    "quantize": "mansard.models.quantize_stage",
+    "evaluate": "mansard.evaluation.evaluate_stage",
+    "fingerprint": "mansard.evaluation.fingerprint_stage",
+    "cost": "mansard.evaluation.cost_stage",
+    "judge": "mansard.evaluation.judge_stage",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Declaration:
+    """What a stage's file says of itself."""
+
+    module: str
+    file: Path
+    code_version: int
+    packages: tuple[str, ...]
+
+
+def declaration(stage: str) -> Declaration:
+    """Read the two constants from the stage's source; KeyError for an unknown stage."""
+    module = STAGES[stage]
+    found = find_spec(module)
+    assert found is not None and found.origin is not None, f"stage {stage}: no module {module}"
+    file = Path(found.origin)
+    values = {
+        node.targets[0].id: ast.literal_eval(node.value)
+        for node in ast.parse(file.read_text()).body
+        if isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Name)
+        and node.targets[0].id in ("CODE_VERSION", "PACKAGES")
+    }
+    return Declaration(module, file, values["CODE_VERSION"], tuple(values["PACKAGES"]))

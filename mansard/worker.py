@@ -1,0 +1,148 @@
+"""`python -m mansard.worker STAGE REQUEST.json`: one process, one stage, one or more derivations.
+
+It holds a lock named by each recipe while it works, so that a second caller waits and finds the result. It exits when
+its parent's pipe closes. Messages to the parent are JSON lines on standard output; what the stage's libraries print
+goes to standard error, which is the log.
+"""
+
+import importlib
+import json
+import os
+import random
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TextIO
+
+from mansard.errors import MansardError, StageFailed
+from mansard.records import SnapshotId
+from mansard.stages import declaration
+from mansard.store import Store
+
+BEAT_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class StageContext:
+    """What a stage receives. `work` is a folder that survives a kill and is removed after success (checkpoints)."""
+
+    store: Store
+    recipe: str
+    inputs: Mapping[str, SnapshotId]
+    spec: Mapping[str, Any]
+    where: Mapping[str, Any]
+    work: Path
+    channel: "Channel"
+
+    def progress(self, done: float, total: float, unit: str, text: str = "", **metrics: float) -> None:
+        """Tell the parent how far the work is; `metrics` go to MLflow at step `done`."""
+        self.channel.send({"progress": {"done": done, "total": total, "unit": unit, "text": text, "metrics": metrics}})
+
+
+class Channel:
+    """JSON lines to the parent, from any thread."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._lock = threading.Lock()
+
+    def send(self, message: dict[str, Any]) -> None:
+        with self._lock:
+            self._stream.write(json.dumps(message) + "\n")
+            self._stream.flush()
+
+
+def main(stage: str, request_file: str) -> int:
+    channel = Channel(os.fdopen(os.dup(1), "w"))
+    os.dup2(2, 1)
+    _exit_with_parent()
+    _beat(channel)
+    message = json.loads(Path(request_file).read_text())
+    try:
+        _check_versions(stage, message["packages"])
+        store = Store(Path(message["store"]))
+        module = importlib.import_module(declaration(stage).module)
+        for request in message["requests"]:
+            channel.send({"result": _derive_one(store, stage, module.run, request, message["log"], channel)})
+    except MansardError as error:
+        traceback.print_exc()
+        channel.send({"error": {"kind": type(error).__name__, "message": str(error)}})
+        return error.exit_code
+    return 0
+
+
+def _derive_one(
+    store: Store, stage: str, run: Any, request: dict[str, Any], log: str, channel: Channel  # noqa: ANN401 - a stage
+) -> dict[str, Any]:
+    recipe = request["recipe"]
+    with store.lock(recipe):
+        known = store.recall(recipe)
+        if known is not None:
+            return {"recipe": recipe, "snapshot": known, "reused": True, "seconds": 0.0}
+        _seed_everything()
+        started = time.monotonic()
+        begun_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        work = store.work(recipe)
+        context = StageContext(store, recipe, request["inputs"], request["spec"], request["where"], work, channel)
+        snapshot = run(context)
+        seconds = time.monotonic() - started
+        lineage = {
+            "format": 1,
+            "stage": stage,
+            "recipe": recipe,
+            "inputs": request["inputs"],
+            "spec": request["spec"],
+            "code_version": declaration(stage).code_version,
+            "begun_at": begun_at,
+            "seconds": round(seconds, 3),
+            "host": os.uname().nodename,
+            "log": log,
+        }
+        store.remember(recipe, snapshot, lineage)
+        store.discard_work(recipe)
+        return {"recipe": recipe, "snapshot": snapshot, "reused": False, "seconds": seconds}
+
+
+def _check_versions(stage: str, locked: dict[str, str]) -> None:
+    """The recipe names the lock's versions, so the process must really run them."""
+    for package, wanted in locked.items():
+        found = version(package)
+        if found.split("+")[0] != wanted.split("+")[0]:
+            raise StageFailed(f"stage {stage}: {package} {found} is installed, the lock says {wanted}; run: make setup")
+
+
+def _seed_everything() -> None:
+    random.seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+
+
+def _exit_with_parent() -> None:
+    """End the whole process group when the parent's end of standard input closes."""
+
+    def wait_for_end() -> None:
+        sys.stdin.buffer.read()
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=wait_for_end, daemon=True).start()
+
+
+def _beat(channel: Channel) -> None:
+    def beat() -> None:
+        while True:
+            time.sleep(BEAT_SECONDS)
+            channel.send({"beat": time.time()})
+
+    threading.Thread(target=beat, daemon=True).start()
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""The library bound to Prefect (retries, progress) and MLflow (runs, metrics, registry)."""
