@@ -5,6 +5,7 @@ Otherwise `python -m mansard.worker` runs with the interpreter that the site nam
 file, a timeout and a heartbeat. The worker dies when this process does (its standard input closes).
 """
 
+import contextlib
 import json
 import os
 import re
@@ -187,10 +188,8 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
     for stream in (process.stdin, process.stdout):
         if stream is not None:
             stream.close()
-    try:
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # the whole group has ended
         os.killpg(process.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass  # the whole group has ended
     process.wait()
 
 

@@ -199,7 +199,7 @@ def _check(site: Site) -> None:
         raise BadInput(f"{site.path}: models: name at least one model")
 
 
-def _read(kind: Any, value: Any, where: str, folder: Path) -> Any:  # noqa: ANN401, PLR0911 - a value of type `kind`
+def _read(kind: Any, value: Any, where: str, folder: Path) -> Any:  # noqa: ANN401 - a value of type `kind`
     """`value` as `kind` (dataclass, tuple, dict, Path or scalar), or BadInput that names the place."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
