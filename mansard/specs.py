@@ -278,7 +278,8 @@ def load_suites(spec: Spec, spec_path: Path) -> list[Suite]:
 
 
 def _first_error(kind: type[Part], path: Path, error: ValidationError) -> str:
-    first = error.errors()[0]
+    errors = error.errors()
+    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     place = ".".join(str(p) for p in first["loc"]) or "spec"
     if first["type"] == "extra_forbidden":
         known = _known_keys(kind, first["loc"][:-1])
@@ -288,7 +289,8 @@ def _first_error(kind: type[Part], path: Path, error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"{path}: key {place!r} is missing"
     message = first["msg"].removeprefix("Value error, ")
-    return f"{path}: {place}: {first['input']!r:.80}: {message}" if first["loc"] else f"{path}: {message}"
+    value = "" if isinstance(first["input"], dict | Part) else f"{first['input']!r:.80}: "
+    return f"{path}: {place}: {value}{message}" if first["loc"] else f"{path}: {message}"
 
 
 def _known_keys(kind: Any, place: tuple[Any, ...]) -> list[str]:  # noqa: ANN401 - any annotation

@@ -1,0 +1,46 @@
+# Set-up, demo, tests. Everything lands in .venv (control, training, quantization), .venv-serve (vLLM) and .mansard (state).
+SHELL := /bin/bash
+PYTHON ?= python3.11
+MAIN := .venv/bin/python
+SERVE := .venv-serve/bin/python
+
+.PHONY: setup demo check test lint types bench-surgery bench-router clean up down stage-versions
+
+setup: .venv/.ready .venv-serve/.ready
+
+.venv/.ready: infra/constraints/main.txt infra/setup-environment.sh pyproject.toml
+	@PYTHON=$(PYTHON) bash infra/setup-environment.sh main
+
+.venv-serve/.ready: infra/constraints/serve-cpu.txt infra/constraints/serve-cuda.txt infra/setup-environment.sh .venv/.ready
+	@PYTHON=$(PYTHON) bash infra/setup-environment.sh serve
+
+demo: setup
+	@$(MAIN) -m flows.demo
+
+up down: setup
+	@.venv/bin/mansard $@
+
+lint:
+	@.venv/bin/ruff check .
+
+types:
+	@.venv/bin/mypy
+
+check: setup lint types
+	@$(MAIN) -m pytest -q -m "not slow and not engine"
+
+test: setup lint types
+	@$(MAIN) -m pytest -v --durations=25
+
+stage-versions: setup
+	@$(MAIN) tests/mansard/stage_versions.py
+
+bench-surgery: setup
+	@$(MAIN) tests/benchmarks/bench_surgery.py
+
+bench-router: setup
+	@$(MAIN) tests/benchmarks/bench_router.py
+
+clean:
+	@test ! -x .venv/bin/mansard || .venv/bin/mansard down
+	rm -rf .venv .venv-serve .mansard demo-summary.json

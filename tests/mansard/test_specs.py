@@ -1,0 +1,74 @@
+"""A wrong key, unit or file fails at once, naming file, key, value and what would be right."""
+
+from pathlib import Path
+
+import pytest
+
+from mansard.errors import BadInput
+from mansard.site import load_site
+from mansard.specs import UpgradeSpec, load_spec
+
+ROOT = Path(__file__).resolve().parents[2]
+UPGRADE = (ROOT / "configs/upgrade/demo.yaml").read_text()
+SITE = (ROOT / "configs/site/local.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("batch_sequences", "batch_sequence", "unknown key 'train.batch_sequence'; did you mean 'batch_sequences'?"),
+        ("blocks: 4", "blocks: 0", "expand.blocks: 0: Input should be greater than 0"),
+        ("positions: even", "positions: [0, 1, 1, 2]", "names a block twice"),
+        ("positions: even", "positions: [0, 1]", "positions lists 2 blocks, but blocks is 4"),
+        ("positions: even", "positions: [0, 1, 2, -1]", "Input should be greater than or equal to 0"),
+        ("tokens: 600000", "tokens: many", "train.tokens: 'many': Input should be a valid integer"),
+        ("min_domain_fraction: 0.3", "min_domain_fraction: 0.6", "the mixture holds 0.50 domain data"),
+        ("  version: 1   ", "  path: x\n  version: 1 ", "name exactly one of path, hub, version"),
+        ("source: docstrings", "source: poems", "quantize.source 'poems' is not one of data.sources"),
+        ("format: 1", "format: 2", "format: 2: Input should be 1"),
+    ],
+)
+def test_wrong_spec_is_refused_in_one_line(tmp_path: Path, old: str, new: str, message: str) -> None:
+    assert old in UPGRADE
+    path = tmp_path / "spec.yaml"
+    path.write_text(UPGRADE.replace(old, new, 1))
+    with pytest.raises(BadInput) as refused:
+        load_spec(UpgradeSpec, path)
+    assert message in str(refused.value)
+    assert str(path) in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("rollback_window", "rollback_windows", "unknown key 'rollback_windows'; did you mean 'rollback_window'?"),
+        ("prefect: 4200", "prefect: '4200'", "ports: prefect: '4200' is not of type int"),
+        ("default: main", "default: mian", "environment 'mian' is not one of: main, serve"),
+        ("roles: [author", "roles: [writer", "'writer' is not one of author, reviewer, operator"),
+        ("format: 1", "format: 9", "format: 1 is expected"),
+    ],
+)
+def test_wrong_site_is_refused_in_one_line(tmp_path: Path, old: str, new: str, message: str) -> None:
+    assert old in SITE
+    path = tmp_path / "site.yaml"
+    path.write_text(SITE.replace(old, new, 1))
+    with pytest.raises(BadInput) as refused:
+        load_site(path)
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_same_meaning_has_the_same_digest_and_another_value_another(tmp_path: Path) -> None:
+    path = tmp_path / "spec.yaml"
+    path.write_text("# a comment\n" + UPGRADE)
+    same = load_spec(UpgradeSpec, path).digest()
+    path.write_text(UPGRADE.replace("blocks: 4", "blocks: 3"))
+    assert same == load_spec(UpgradeSpec, ROOT / "configs/upgrade/demo.yaml").digest() != load_spec(UpgradeSpec, path).digest()
+
+
+def test_a_site_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "site.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(BadInput, match="cannot read the site file"):
+        load_site(path)

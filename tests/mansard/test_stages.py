@@ -1,0 +1,28 @@
+"""A stage whose code changed has a new code version, so that no old snapshot answers for new code."""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from mansard.stages import STAGES, declaration
+
+
+def stage_versions() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("stage_versions", Path(__file__).with_name("stage_versions.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_changed_stage_code_has_a_new_code_version(stage: str) -> None:
+    module = stage_versions()
+    version, digest = json.loads(module.RECORD.read_text())[stage]
+    changed = module.stage_digest(stage) != digest
+    raised = declaration(stage).code_version > version
+    assert not changed or raised, f"stage {stage} changed: raise CODE_VERSION in its file, then run: make stage-versions"
+    assert not raised, f"stage {stage}: run make stage-versions to record CODE_VERSION {declaration(stage).code_version}"
