@@ -60,7 +60,9 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _verb(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, text: str) -> argparse.ArgumentParser:
+def _verb(
+    verbs: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, text: str
+) -> argparse.ArgumentParser:
     made = verbs.add_parser(name, help=text, description=text, epilog=EPILOG)
     made.add_argument("--site", metavar="FILE", help="default: MANSARD_SITE, else configs/site/local.yaml")
     made.add_argument("--model", metavar="NAME", help="default: the site's only one")

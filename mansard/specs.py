@@ -279,8 +279,9 @@ def load_suites(spec: Spec, spec_path: Path) -> list[Suite]:
 
 def _first_error(kind: type[Part], path: Path, error: ValidationError) -> str:
     errors = error.errors()
-    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
-    place = ".".join(str(p) for p in first["loc"]) or "spec"
+    # A misspelt key is also a missing one, and a list that is no literal says more as a list: the plainest error first.
+    first = min(errors, key=lambda e: (e["type"] != "extra_forbidden", e["type"] == "literal_error"))
+    place = ".".join(str(p) for p in first["loc"] if "[" not in str(p)) or "spec"
     if first["type"] == "extra_forbidden":
         known = _known_keys(kind, first["loc"][:-1])
         near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)

@@ -24,5 +24,5 @@ def test_changed_stage_code_has_a_new_code_version(stage: str) -> None:
     version, digest = json.loads(module.RECORD.read_text())[stage]
     changed = module.stage_digest(stage) != digest
     raised = declaration(stage).code_version > version
-    assert not changed or raised, f"stage {stage} changed: raise CODE_VERSION in its file, then run: make stage-versions"
-    assert not raised, f"stage {stage}: run make stage-versions to record CODE_VERSION {declaration(stage).code_version}"
+    assert not changed or raised, f"stage {stage} changed: raise its CODE_VERSION, then run: make stage-versions"
+    assert not raised, f"stage {stage}: record its CODE_VERSION with: make stage-versions"
