@@ -1,0 +1,28 @@
+"""`mansard up` and `mansard down`."""
+
+import argparse
+import json
+
+from flows import stack
+from mansard.site import find_site, load_site
+
+
+def up(args: argparse.Namespace) -> int:
+    """Start what is not running and print where to look."""
+    site = load_site(find_site(args.site))
+    urls = stack.up(site)
+    if args.json:
+        print(json.dumps({"format": 1, "urls": urls}))
+        return 0
+    for name, url in urls.items():
+        print(f"{name:8} {url}")
+    print("next: mansard status")
+    return 0
+
+
+def down(args: argparse.Namespace) -> int:
+    """Stop the stack; engines end with their host."""
+    stack.down(load_site(find_site(args.site)))
+    if args.json:
+        print(json.dumps({"format": 1, "running": []}))
+    return 0
