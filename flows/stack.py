@@ -1,0 +1,276 @@
+"""The local stack: Prefect, MLflow, the host, the router worker, the mirror and the deployments server.
+
+`up` starts what is not running and waits until all of it answers; `down` ends it in reverse order. Both hold one lock,
+so that two callers never make two stacks. Imports neither prefect nor mlflow: they run in processes of their own.
+Not covered: engines (the host owns them) and other machines.
+"""
+
+import contextlib
+import fcntl
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from subprocess import run
+from typing import Any
+
+from flows import stack_process
+from flows.stack_process import Program
+from mansard.errors import BadInput, MansardError
+from mansard.serving.host_client import HostClient
+from mansard.site import Site
+
+LOOPBACK = "127.0.0.1"
+FRESH_SECONDS = 60.0
+"""The mirror and the deployments server write a sign of life at least this often."""
+
+Say = Callable[[str], None]
+
+
+def up(site: Site, say: Say | None = None) -> dict[str, str]:
+    """Start what is not running, wait until all of it answers, return the URLs. Safe to repeat and to race.
+
+    Raises BadInput when a port is taken by somebody else, MansardError when a program does not come up.
+    """
+    tell = say or _print_line
+    with _stack_lock(site, tell):
+        waves = _programs(site)
+        missing = [p for wave in waves for p in wave if stack_process.running_pid(p) is None]
+        for program in missing:
+            if program.port is not None and not stack_process.port_is_free(program.port):
+                raise BadInput(
+                    f"{site.path}: {program.port_key}: port {program.port} is taken by another program; "
+                    "end that one or name a free port"
+                )
+        if any(p.name == "mlflow" for p in missing):
+            _migrate_mlflow(site, tell)
+        for wave in waves:
+            _start_wave(site, [p for p in wave if p in missing], wave, tell)
+    return urls(site)
+
+
+def down(site: Site, say: Say | None = None) -> None:
+    """End the stack in reverse order and wait until each program is gone."""
+    tell = say or _print_line
+    with _stack_lock(site, tell):
+        for wave in reversed(_programs(site)):
+            for program in reversed(wave):
+                if stack_process.stop(program):
+                    tell(f"{program.name}: stopped")
+
+
+def status_of_processes(site: Site) -> list[dict[str, Any]]:
+    """One record a program: name, state (running, starting, stopped), pid, url, log. Starts nothing."""
+    records = []
+    for program in [p for wave in _programs(site) for p in wave]:
+        pid = stack_process.running_pid(program)
+        state = "stopped" if pid is None else "running" if program.answers() else "starting"
+        records.append(
+            {"name": program.name, "state": state, "pid": pid, "url": program.url, "log": str(program.log)}
+        )
+    return records
+
+
+def is_up(site: Site) -> bool:
+    """Whether every program runs and answers."""
+    return all(record["state"] == "running" for record in status_of_processes(site))
+
+
+def urls(site: Site) -> dict[str, str]:
+    """What a person opens: the two UIs and the model API."""
+    return {
+        "prefect": f"http://{LOOPBACK}:{site.ports.prefect}",
+        "mlflow": f"http://{LOOPBACK}:{site.ports.mlflow}",
+        "router": f"http://{LOOPBACK}:{site.ports.router}/v1",
+    }
+
+
+def client_variables(site: Site) -> dict[str, str]:
+    """The environment in which prefect and mlflow find this site's servers, and tell nobody else about it."""
+    hosts = [h for h in os.environ.get("NO_PROXY", os.environ.get("no_proxy", "")).split(",") if h]
+    direct = ",".join(dict.fromkeys([*hosts, LOOPBACK, "localhost"]))
+    return {
+        "PREFECT_API_URL": f"http://{LOOPBACK}:{site.ports.prefect}/api",
+        "PREFECT_HOME": str(site.home / "prefect"),
+        "PREFECT_PROFILES_PATH": str(site.home / "prefect" / "profiles.toml"),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+        "MLFLOW_TRACKING_URI": f"http://{LOOPBACK}:{site.ports.mlflow}",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "NO_PROXY": direct,
+        "no_proxy": direct,
+    }
+
+
+def use_servers(site: Site) -> None:
+    """Set them in this process. Call it before prefect or mlflow is imported: both read them once."""
+    os.environ.update(client_variables(site))
+
+
+def _programs(site: Site) -> tuple[tuple[Program, ...], ...]:
+    """In the order of starting: each wave needs the ones before it."""
+    servers = (_prefect(site), _mlflow(site), _host(site), _router(site))
+    return servers, (_mirror(site), _deployments(site))
+
+
+def _prefect(site: Site) -> Program:
+    port = site.ports.prefect
+    return _program(
+        site,
+        "prefect",
+        ("-m", "prefect", "server", "start", "--host", LOOPBACK, "--port", str(port), "--analytics-off"),
+        lambda: stack_process.http_answers(port, "/api/health"),
+        variables={"PREFECT_LOGGING_TO_API_ENABLED": "false"},
+        port=port,
+        port_key="ports.prefect",
+        url=urls(site)["prefect"],
+    )
+
+
+def _mlflow(site: Site) -> Program:
+    port = site.ports.mlflow
+    artifacts = site.home / "mlflow" / "artifacts"
+    return _program(
+        site,
+        "mlflow",
+        (
+            *("-m", "mlflow", "server", "--host", LOOPBACK, "--port", str(port), "--workers", "1"),
+            *("--backend-store-uri", _mlflow_database(site), "--serve-artifacts"),
+            *("--artifacts-destination", artifacts.as_uri()),
+        ),
+        lambda: stack_process.http_answers(port, "/health"),
+        # Its job runner would be a second program beside it; nothing here hands it jobs.
+        variables={"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        port=port,
+        port_key="ports.mlflow",
+        url=urls(site)["mlflow"],
+    )
+
+
+def _host(site: Site) -> Program:
+    return _program(
+        site,
+        "host",
+        ("-m", "mansard.serving.host", "--site", str(site.path)),
+        lambda: _socket_answers(site.host_socket, "/status"),
+        stop_seconds=120.0,  # it ends its engines, and they their running requests
+    )
+
+
+def _router(site: Site) -> Program:
+    return _program(
+        site,
+        "router",
+        ("-m", "mansard.serving.router_worker", "--site", str(site.path), "--index", "0"),
+        lambda: _socket_answers(site.run / "router-0.sock", "/observations"),
+        port=site.ports.router,
+        port_key="ports.router",
+        url=urls(site)["router"],
+        stop_seconds=60.0,
+    )
+
+
+def _mirror(site: Site) -> Program:
+    return _program(
+        site,
+        "mirror",
+        ("-m", "tasks.mirror", "--site", str(site.path)),
+        lambda: _is_fresh(site.run / "mirror.json"),
+    )
+
+
+def _deployments(site: Site) -> Program:
+    return _program(
+        site,
+        "deployments",
+        ("-m", "flows.serve", "--site", str(site.path)),
+        lambda: _is_fresh(site.run / "deployments.json"),
+        stop_seconds=60.0,  # it ends the flow runs that it started
+    )
+
+
+def _program(
+    site: Site, name: str, arguments: tuple[str, ...], answers: Callable[[], bool], **more: Any  # noqa: ANN401 - fields
+) -> Program:
+    variables = {**client_variables(site), "PYTHONUNBUFFERED": "1", **more.pop("variables", {})}
+    return Program(
+        name=name,
+        command=(sys.executable, *arguments),
+        variables=variables,
+        pid_file=site.run / f"{name}.pid",
+        log=site.logs / f"{name}.log",
+        answers=answers,
+        **more,
+    )
+
+
+def _start_wave(site: Site, missing: list[Program], wave: tuple[Program, ...], tell: Say) -> None:
+    for program in missing:
+        tell(f"{program.name}: starting")
+        (site.run / f"{program.name}.json").unlink(missing_ok=True)  # an old sign of life
+        stack_process.start(program, site.home)
+    begun = time.monotonic()
+
+    def follow(program: Program) -> None:
+        stack_process.wait_until_ready(program, tell)
+        if program in missing:
+            where = f" at {program.url}" if program.url else ""
+            tell(f"{program.name}: ready{where} after {time.monotonic() - begun:.0f} s")
+
+    with ThreadPoolExecutor(len(wave)) as pool:
+        for done in [pool.submit(follow, program) for program in wave]:
+            done.result()
+
+
+def _mlflow_database(site: Site) -> str:
+    return f"sqlite:///{site.home / 'mlflow' / 'mlflow.sqlite3'}"
+
+
+def _migrate_mlflow(site: Site, tell: Say) -> None:
+    """Bring an older database to this MLflow's schema, before any process opens it. A new one is made by the server."""
+    folder = site.home / "mlflow"
+    folder.mkdir(parents=True, exist_ok=True)
+    (site.home / "prefect").mkdir(parents=True, exist_ok=True)
+    marker, installed = folder / "version", version("mlflow")
+    if (folder / "mlflow.sqlite3").exists() and (not marker.exists() or marker.read_text() != installed):
+        tell(f"mlflow: bringing its database to {installed}")
+        command = [sys.executable, "-m", "mlflow", "db", "upgrade", _mlflow_database(site)]
+        done = run(command, capture_output=True, text=True, check=False, env={**os.environ, **client_variables(site)})
+        if done.returncode != 0:
+            raise MansardError(f"mlflow db upgrade failed: {done.stderr.strip().splitlines()[-1:]}")
+    marker.write_text(installed)
+
+
+def _socket_answers(path: Path, question: str) -> bool:
+    try:
+        HostClient(path).call("GET", question, timeout_seconds=2.0)
+    except MansardError:
+        return False
+    return True
+
+
+def _is_fresh(sign_of_life: Path) -> bool:
+    """Whether the file was written lately: both programs without a socket rewrite theirs all the time."""
+    try:
+        return time.time() - sign_of_life.stat().st_mtime < FRESH_SECONDS
+    except FileNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
+def _stack_lock(site: Site, tell: Say) -> Iterator[None]:
+    site.run.mkdir(parents=True, exist_ok=True)
+    with (site.run / "stack.lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            tell("another command is starting or stopping the stack: waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _print_line(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
