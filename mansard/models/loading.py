@@ -6,7 +6,7 @@ Does not cover serving (vLLM loads by itself) or weights on several devices.
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -61,10 +61,3 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 def one_line(error: Exception) -> str:
     """An exception's message on one line (transformers' run over many)."""
     return " ".join(str(error).split())[:400]
-
-
-def checkpoint_dtype(model: Any) -> torch.dtype:  # noqa: ANN401 - a transformers model
-    """The type that a model loaded with `dtype=None` computes in."""
-    dtype = model.dtype
-    assert isinstance(dtype, torch.dtype)
-    return dtype

@@ -1,0 +1,112 @@
+"""Stage `prove`: the expansion computes its base's function, bit for bit, and survives being saved and loaded.
+
+Base and expansion are loaded one after the other, never both, in float32 and in the checkpoint's type. Logits of random
+token ids, greedy generation through the key-value cache and its logits at each step must have the same bytes; then the
+expansion, saved by transformers and loaded again, must hold the same tensors and give the same logits. The output is
+one file, proof.json. Does not cover the structural form (digests and zeros) for models larger than memory.
+"""
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from mansard.canonical import canonical_json
+from mansard.errors import StageFailed
+from mansard.models.freeze import compare, digest_tensors
+from mansard.models.loading import choose_device, load_model
+from mansard.models.probe import Answers, answers, are_bit_equal, forward_logits, max_abs_difference, random_probe
+from mansard.records import SnapshotId
+
+if TYPE_CHECKING:
+    from mansard.worker import StageContext
+
+CODE_VERSION = 1
+PACKAGES = ("torch", "transformers", "safetensors")
+
+PROBE_SEQUENCES = 2
+GENERATED_TOKENS = 16
+
+
+def run(context: "StageContext") -> SnapshotId:
+    base = context.store.materialize(context.inputs["base"])
+    expansion = context.store.materialize(context.inputs["expansion"])
+    saved = context.work / "saved"
+    shutil.rmtree(saved, ignore_errors=True)
+    context.progress(0, 5, "loads", "base, in the checkpoint's type")
+    own, probe_BT = _ask(base, context.spec["probe_tokens"], context.spec["seed"])
+    types = [own.logits_BTV.dtype]
+    context.progress(1, 5, "loads", "expansion, in the checkpoint's type")
+    compare_answers(own, _ask_again(expansion, types[0], probe_BT))
+    if types[0] != torch.float32:
+        types.append(torch.float32)
+        context.progress(2, 5, "loads", "base, in float32")
+        full = _ask_again(base, torch.float32, probe_BT)
+        context.progress(3, 5, "loads", "expansion, in float32")
+        compare_answers(full, _ask_again(expansion, torch.float32, probe_BT))
+    context.progress(4, 5, "loads", "expansion, saved and loaded again")
+    check_reload(expansion, saved, probe_BT)
+    context.progress(5, 5, "loads", "equal")
+    proof = {
+        "format": 1,
+        "form": "logits",
+        "equal": True,
+        "types": [_name(t) for t in types],
+        "probe": {"sequences": probe_BT.shape[0], "tokens": probe_BT.shape[1], "seed": context.spec["seed"]},
+        "generated_tokens": GENERATED_TOKENS,
+        "reload_equal": True,
+    }
+    return context.store.put_files({"proof.json": canonical_json(proof)})
+
+
+def compare_answers(base: Answers, expansion: Answers) -> None:
+    """StageFailed, naming what differs, the type and the largest difference, unless all bytes are equal."""
+    dtype = _name(base.logits_BTV.dtype)
+    if not base.logits_BTV.isfinite().all():
+        raise StageFailed(f"the base's logits in {dtype} are not finite, so nothing can be proved against them")
+    for what, one, other in (
+        ("logits", base.logits_BTV, expansion.logits_BTV),
+        ("logits of cached generation", base.step_logits_BGV, expansion.step_logits_BGV),
+        ("tokens of cached generation", base.chosen_BG, expansion.chosen_BG),
+    ):
+        if one.shape != other.shape:
+            raise StageFailed(f"{what}: shape {list(other.shape)} of the expansion, {list(one.shape)} of its base")
+        if not are_bit_equal(one, other):
+            difference = max_abs_difference(one, other)
+            raise StageFailed(
+                f"the expansion is not its base: {what} in {dtype} differ by up to {difference:.6g}; "
+                "a new block must add exactly zero to the residual stream"
+            )
+
+
+def check_reload(path: Path, saved: Path, probe_BT: torch.Tensor) -> None:
+    """StageFailed unless the model at `path`, saved by transformers to `saved` and loaded again, is the same model."""
+    model = load_model(path, dtype=None, device=choose_device())
+    names = list(model.state_dict())
+    before, logits_BTV = digest_tensors(model, names), forward_logits(model, probe_BT)
+    model.save_pretrained(saved)
+    del model
+    again = load_model(saved, dtype=None, device=choose_device())
+    changed = compare(before, digest_tensors(again, list(again.state_dict())))
+    if changed:
+        raise StageFailed(f"saved and loaded again, {len(changed)} tensors of the expansion change, e.g. {changed[0]}")
+    if not are_bit_equal(logits_BTV, logits_again_BTV := forward_logits(again, probe_BT)):
+        difference = max_abs_difference(logits_BTV, logits_again_BTV)
+        raise StageFailed(f"saved and loaded again, the expansion's logits differ by up to {difference:.6g}")
+
+
+def _ask(path: Path, tokens: int, seed: int) -> tuple[Answers, torch.Tensor]:
+    """Answers, in the checkpoint's type, to a fresh probe that fits its vocabulary and its longest context."""
+    model = load_model(path, None, device=choose_device())
+    longest = int(model.config.max_position_embeddings) - GENERATED_TOKENS
+    probe_BT = random_probe(int(model.config.vocab_size), PROBE_SEQUENCES, min(tokens, longest), seed)
+    return answers(model, probe_BT, GENERATED_TOKENS), probe_BT
+
+
+def _ask_again(path: Path, dtype: torch.dtype, probe_BT: torch.Tensor) -> Answers:
+    return answers(load_model(path, dtype, device=choose_device()), probe_BT, GENERATED_TOKENS)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return f"{dtype}".removeprefix("torch.")

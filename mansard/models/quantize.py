@@ -1,0 +1,120 @@
+"""The one adapter around llm-compressor: AWQ (activation-aware scaling) to 4-bit weights, group-wise asymmetric.
+
+The same model and the same windows give the same files: the windows come in the order given, nothing is shuffled, and
+what is written holds no time and no path. lm_head and the embeddings stay in the checkpoint's type. Source: Lin et al.,
+AWQ, arXiv 2306.00978. Does not cover mixtures of experts.
+"""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from llmcompressor import oneshot, reset_session
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.modifiers.transform.awq import AWQModifier
+from llmcompressor.pipelines.cache import IntermediatesCache
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mansard.errors import StageFailed
+
+BATCH_WINDOWS = 8
+"""Windows of equal length go through the model together; the scales found do not depend on it but for rounding."""
+
+_MADE_HERE = ("config.json", "recipe.yaml", "model.safetensors.index.json")
+
+
+def quantize_awq(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    windows_WT: torch.Tensor,
+    scheme: str,
+    told: Callable[[int, int], None],
+) -> None:
+    """Quantize every decoder matrix of `model` in place; `told` hears (blocks reached, blocks)."""
+    recipe = [AWQModifier(), QuantizationModifier(scheme=scheme, targets=["Linear"], ignore=["lm_head"])]
+    loader = DataLoader(
+        [{"input_ids": window_T, "attention_mask": torch.ones_like(window_T)} for window_T in windows_WT],
+        batch_size=BATCH_WINDOWS,
+        shuffle=False,
+    )
+    reset_session()
+    with _unpinned_without_accelerator(), _blocks_told(model, told):
+        oneshot(
+            model=model,
+            processor=tokenizer,
+            dataset=loader,
+            recipe=recipe,
+            num_calibration_samples=len(windows_WT),
+            shuffle_calibration_samples=False,
+        )
+
+
+def save_quantized(model: PreTrainedModel, source: Path, destination: Path) -> int:
+    """Write the packed checkpoint, with the tokenizer and other small files of `source`; returns matrices packed.
+
+    Reads back what was written: StageFailed when a decoder matrix was left unquantized.
+    """
+    model.save_pretrained(str(destination), save_compressed=True)
+    (destination / "recipe.yaml").unlink(missing_ok=True)
+    for file in sorted(source.rglob("*")):
+        target = destination / file.relative_to(source)
+        if file.is_file() and file.suffix != ".safetensors" and file.name not in _MADE_HERE:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
+    names = _tensor_names(destination)
+    expected = {
+        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and ".layers." in name
+    }
+    left = sorted(name for name in expected if f"{name}.weight_packed" not in names)
+    if left or not expected:
+        raise StageFailed(f"llm-compressor left {len(left)} of {len(expected)} matrices unquantized, e.g. {left[:1]}")
+    return len(expected)
+
+
+def _tensor_names(tree: Path) -> set[str]:
+    names: set[str] = set()
+    for file in tree.glob("*.safetensors"):
+        with file.open("rb") as opened:
+            size_bytes = int.from_bytes(opened.read(8), "little")
+            names |= json.loads(opened.read(size_bytes)).keys()
+    return names
+
+
+@contextlib.contextmanager
+def _unpinned_without_accelerator() -> Iterator[None]:
+    """llm-compressor 0.14 pins memory in its AWQ pass, which torch refuses where there is no accelerator."""
+    if torch.accelerator.is_available():
+        yield
+        return
+    original = IntermediatesCache.pin_memory
+    IntermediatesCache.pin_memory = lambda self, batch_index, input_names=None: None
+    try:
+        yield
+    finally:
+        IntermediatesCache.pin_memory = original
+
+
+@contextlib.contextmanager
+def _blocks_told(model: PreTrainedModel, told: Callable[[int, int], None]) -> Iterator[None]:
+    """Tell `told` when a decoder block sees its first batch."""
+    blocks = model.get_decoder().layers
+    reached: set[int] = set()
+
+    def tell(number: int) -> None:
+        if number not in reached:
+            reached.add(number)
+            told(len(reached) - 1, len(blocks))
+
+    hooks = [
+        block.register_forward_pre_hook(lambda module, inputs, number=number: tell(number))
+        for number, block in enumerate(blocks)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

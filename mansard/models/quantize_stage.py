@@ -1,0 +1,109 @@
+"""Stage `quantize`: a model and calibration text become a 4-bit artifact that vLLM serves.
+
+The output is a compressed-tensors checkpoint with the input's tokenizer and other small files, and `quantization.json`:
+what was done and how far the artifact, read back from disk, is from its input on a probe. The first `samples` windows
+of the text calibrate, the next `PROBE_WINDOWS` are the probe. Same inputs, same bytes; no times, no paths.
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mansard.canonical import canonical_json
+from mansard.errors import BadInput
+from mansard.models.distance import Distance, distance, probe_logits
+from mansard.models.loading import choose_device, load_model, load_tokenizer
+from mansard.models.quantize import quantize_awq, save_quantized
+from mansard.models.widths import check_widths
+from mansard.models.windows import first_windows
+from mansard.records import SnapshotId
+
+if TYPE_CHECKING:
+    from mansard.worker import StageContext
+
+CODE_VERSION = 1
+PACKAGES = ("torch", "transformers", "llmcompressor", "compressed-tensors", "tokenizers", "safetensors")
+
+PROBE_WINDOWS = 16
+
+
+def run(context: "StageContext") -> SnapshotId:
+    spec = context.spec
+    store = context.store
+    check_widths(store.manifest(context.inputs["model"]), spec["group_size"])
+    source = store.materialize(context.inputs["model"])
+    tokenizer = load_tokenizer(source)
+    windows_WT = first_windows(
+        tokenizer,
+        store.read_file(context.inputs["data"], "data.jsonl"),
+        spec["samples"] + PROBE_WINDOWS,
+        spec["sample_tokens"],
+        f"calibration text {spec['source']!r}",
+    )
+    tree = context.work / "artifact"
+    shutil.rmtree(tree, ignore_errors=True)
+    tree.mkdir(parents=True)
+    torch.manual_seed(spec["seed"])
+    matrices, found = _quantize(source, tokenizer, windows_WT, tree, spec, context.progress)
+    (tree / "quantization.json").write_bytes(canonical_json(_record(spec, matrices, found)))
+    return store.snapshot(tree)
+
+
+def _quantize(
+    source: Path,
+    tokenizer: Any,  # noqa: ANN401 - a transformers tokenizer
+    windows_WT: torch.Tensor,
+    tree: Path,
+    spec: Any,  # noqa: ANN401 - the JSON of specs.Quantize
+    progress: Callable[..., None],
+) -> tuple[int, Distance]:
+    """Probe, quantize, write, read back, probe again. The input and the artifact are never in memory together."""
+    calibration_WT, probe_WT = windows_WT[: spec["samples"]], windows_WT[spec["samples"] :]
+    device = choose_device()
+    model = load_model(source, dtype=None, device=device)
+    longest = int(model.config.max_position_embeddings)
+    if windows_WT.shape[1] > longest:
+        raise BadInput(f"quantize.sample_tokens is {windows_WT.shape[1]}, but the model takes at most {longest} tokens")
+    blocks = len(model.get_decoder().layers)
+    total = blocks + 2
+    progress(0, total, "blocks", "probing the input")
+    reference = probe_logits(model, probe_WT)
+
+    def told(done: int, of: int) -> None:
+        progress(1 + done, total, "blocks", f"AWQ: block {done + 1} of {of}")
+
+    quantize_awq(model, tokenizer, calibration_WT, spec["scheme"], told)
+    matrices = save_quantized(model, source, tree)
+    del model
+    progress(1 + blocks, total, "blocks", "probing the artifact")
+    found = distance(reference, probe_logits(load_model(tree, dtype=None, device=device), probe_WT), probe_WT)
+    progress(total, total, "blocks", "done", **_numbers(found))
+    return matrices, found
+
+
+def _record(spec: Any, matrices: int, found: Distance) -> dict[str, Any]:  # noqa: ANN401 - the JSON of specs.Quantize
+    return {
+        "format": 1,
+        "scheme": spec["scheme"],
+        "group_size": spec["group_size"],
+        "matrices": matrices,
+        "calibration": {"windows": spec["samples"], "window_tokens": spec["sample_tokens"]},
+        "probe": {"windows": PROBE_WINDOWS, "window_tokens": spec["sample_tokens"]},
+        **_numbers(found),
+    }
+
+
+def _numbers(found: Distance) -> dict[str, float]:
+    """Four significant digits: below that lies float noise, which must not change the artifact's id."""
+    return {
+        "kl_nats_per_token": _rounded(found.kl_nats_per_token),
+        "perplexity_input": _rounded(found.perplexity_reference),
+        "perplexity_quantized": _rounded(found.perplexity_other),
+    }
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")

@@ -1,0 +1,24 @@
+"""Which widths AWQ can take: every input width of a quantized matrix must be a multiple of the group size.
+
+Reads a manifest only and loads no torch, so that a flow can refuse a base before anything is trained.
+"""
+
+from mansard.errors import BadInput
+from mansard.snapshot import Manifest, TensorFile
+
+
+def check_widths(model: Manifest, group_size: int) -> None:
+    """Refuse the first decoder matrix whose input width `group_size` does not divide.
+
+    Decoder matrices are the two-dimensional `*.weight` tensors of numbered layers, all of which the quantizer takes;
+    embeddings and lm_head stay as they are.
+    """
+    for path, file in sorted(model.files.items()):
+        if isinstance(file, TensorFile):
+            for entry in file.entries(path):
+                is_matrix = ".layers." in entry.name and entry.name.endswith(".weight") and len(entry.shape) == 2
+                if is_matrix and entry.shape[1] % group_size:
+                    raise BadInput(
+                        f"{entry.name}: its input width {entry.shape[1]} is not a multiple of AWQ's group size "
+                        f"{group_size}; this model cannot be quantized to W4A16"
+                    )
