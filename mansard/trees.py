@@ -1,0 +1,197 @@
+"""Trees written out of objects: a folder that somebody asked for, and the bounded cache of read-only trees.
+
+Guarantees: a tree is complete or absent (built beside, fsynced, renamed) and every byte was compared with its digest
+while it was written. The cache evicts the least recently used trees that nobody holds. Trees are full copies, never
+links, so nothing done to a tree reaches the store. What happens to a tree after it was built is not watched.
+"""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from mansard.digest import digest_bytes
+from mansard.errors import Corrupt, MansardError
+from mansard.locks import file_lock, file_lock_if_free
+from mansard.objects import Objects, copy_range, disk_errors, sync_folder
+from mansard.records import SnapshotId
+from mansard.safetensors_header import header_prefix
+from mansard.snapshot import Blob, Manifest
+
+_NUM_THREADS = 2
+
+
+def lay_out(manifest: Manifest, folder: Path) -> None:
+    """Make every file of the new folder `folder` at its full size, with headers, without tensors."""
+    folder.mkdir(parents=True)
+    for path, file in manifest.files.items():
+        target = folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("xb") as empty:
+            if not isinstance(file, Blob):
+                empty.write(header_prefix(file.header))
+            empty.truncate(file.size_bytes)
+
+
+def fill(objects: Objects, manifest: Manifest, folder: Path, mode: int) -> None:
+    """Write the content into what `lay_out` made and give the files `mode`; fsynced, checked by digest."""
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        _finish(pool, [pool.submit(_write_piece, objects, folder, piece) for piece in _pieces(manifest)])
+        _finish(pool, [pool.submit(_close_file, folder / path, mode) for path in manifest.files])
+    for below, _, _ in os.walk(folder):
+        sync_folder(Path(below))
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """An object's place in a file."""
+
+    path: str
+    tensor: str | None
+    digest: str
+    begin: int
+    size_bytes: int
+
+    def damaged(self, what: str) -> Corrupt:
+        place = f"{self.path}: tensor {self.tensor}" if self.tensor else self.path
+        return Corrupt(f"{place}: object {self.digest} {what}; run: mansard verify")
+
+
+def _pieces(manifest: Manifest) -> Iterator[_Piece]:
+    for path, file in manifest.files.items():
+        if isinstance(file, Blob):
+            yield _Piece(path, None, file.object, 0, file.size_bytes)
+        else:
+            offset = len(header_prefix(file.header))
+            for entry in file.entries(path):
+                yield _Piece(path, entry.name, file.tensors[entry.name], offset + entry.begin, entry.size_bytes)
+
+
+def _write_piece(objects: Objects, folder: Path, piece: _Piece) -> None:
+    found = objects.size_bytes(piece.digest)
+    if found != piece.size_bytes:
+        raise piece.damaged(f"has {found} bytes, {piece.size_bytes} are expected")
+    if digest_bytes(objects.open(piece.digest)) != piece.digest:
+        raise piece.damaged("does not match its digest")
+    source = os.open(objects.path(piece.digest), os.O_RDONLY)
+    target = os.open(folder / piece.path, os.O_WRONLY)
+    try:
+        if not _is_hole(source):
+            copy_range(source, 0, target, piece.begin, piece.size_bytes)
+    finally:
+        os.close(source)
+        os.close(target)
+
+
+def _is_hole(descriptor: int) -> bool:
+    """True for an object of zeros that takes no room: then the new file keeps its hole."""
+    try:
+        os.lseek(descriptor, 0, os.SEEK_DATA)
+    except OSError as error:
+        return error.errno == errno.ENXIO
+    return False
+
+
+def _close_file(path: Path, mode: int) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fchmod(descriptor, mode)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _finish(pool: ThreadPoolExecutor, futures: "list[Future[None]]") -> None:
+    """Wait for all; the first error ends the rest."""
+    try:
+        for future in as_completed(futures):
+            future.result()
+    except BaseException:
+        pool.shutdown(wait=True, cancel_futures=True)
+        raise
+
+
+class TreeCache:
+    """Read-only trees under `root/trees`, `bound_bytes` of them at the most. A tree is held by a shared lock."""
+
+    def __init__(self, root: Path, objects: Objects, bound_bytes: int) -> None:
+        self._folder = root / "trees"
+        self._locks = root / "locks"
+        self._objects = objects
+        self._bound_bytes = bound_bytes
+
+    @contextmanager
+    def using(self, manifest: Manifest) -> Iterator[Path]:
+        """The tree's folder, built where it is absent; not evicted while the context lasts."""
+        tree = self._folder / manifest.id
+        while True:
+            with file_lock(self._lock(manifest.id), shared=True):
+                if tree.is_dir():
+                    os.utime(tree)
+                    yield tree
+                    return
+            with file_lock(self._lock(manifest.id)):
+                if not tree.is_dir():
+                    self._build(manifest, tree)
+
+    def _build(self, manifest: Manifest, tree: Path) -> None:
+        """Under the tree's lock, so what lies beside was left by a writer that died.
+
+        Names below `trees` change only under the lock of all trees, and files get their size there, so that builders
+        see and count each other.
+        """
+        beside = tree.with_name(f".{tree.name}")
+        all_trees = self._locks / "trees"
+        with disk_errors(self._folder), file_lock(self._locks / "store", shared=True):
+            try:
+                with file_lock(all_trees):
+                    shutil.rmtree(beside, ignore_errors=True)
+                    self._make_room(manifest)
+                    lay_out(manifest, beside)
+                fill(self._objects, manifest, beside, 0o444)
+            except BaseException:
+                with file_lock(all_trees):
+                    shutil.rmtree(beside, ignore_errors=True)
+                raise
+            with file_lock(all_trees):
+                beside.replace(tree)
+            sync_folder(self._folder)
+
+    def _make_room(self, manifest: Manifest) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        trees = sorted(self._folder.iterdir(), key=lambda p: p.stat().st_mtime)
+        sizes = {tree: _tree_bytes(tree) for tree in trees}
+        excess = sum(sizes.values()) + manifest.size_bytes - self._bound_bytes
+        for tree in trees:
+            if excess <= 0:
+                return
+            with file_lock_if_free(self._lock(tree.name.lstrip("."))) as is_ours:
+                if is_ours:
+                    _remove(tree)
+                    excess -= sizes[tree]
+        if excess > 0:
+            raise MansardError(
+                f"{self._folder}: a tree of {manifest.size_bytes} bytes does not fit into a cache of "
+                f"{self._bound_bytes} beside the trees in use; {excess} bytes are missing: make the cache larger or "
+                "stop an engine"
+            )
+
+    def _lock(self, snapshot: SnapshotId) -> Path:
+        return self._locks / f"tree-{snapshot}"
+
+
+def _remove(tree: Path) -> None:
+    """Under the tree's lock. Renamed first, so that nobody sees half of it under its name."""
+    beside = tree.with_name(f".{tree.name.lstrip('.')}")
+    if tree != beside:
+        shutil.rmtree(beside, ignore_errors=True)
+        tree.replace(beside)
+    shutil.rmtree(beside)
+
+
+def _tree_bytes(tree: Path) -> int:
+    return sum((Path(below) / name).lstat().st_size for below, _, names in os.walk(tree) for name in names)
