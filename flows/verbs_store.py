@@ -19,7 +19,8 @@ def snapshot(args: argparse.Namespace) -> int:
     taken = store.snapshot(folder)
     files = store.manifest(taken).files
     size = sum(f.size_bytes for f in files.values())
-    _tell(args, {"snapshot": taken, "files": len(files), "bytes": size}, f"{taken}\nnext: mansard restore {taken[:12]} DIR")
+    facts = {"snapshot": taken, "files": len(files), "bytes": size}
+    _tell(args, facts, f"{taken}\nnext: mansard restore {taken[:12]} DIR")
     return 0
 
 

@@ -40,7 +40,7 @@ elif ! $pip install --quiet --no-deps "$torch" 2>/dev/null; then
 fi
 
 # uv reads none of pip's settings, so they are passed on.
-$pip install --quiet uv || stop "pip cannot install uv; check pip's index settings"
+$pip install -qq uv || stop "pip cannot install uv; check pip's index settings"
 uv="$folder/bin/uv"
 setting() { $pip config get "global.$1" 2>/dev/null || true; }
 export UV_FIND_LINKS=${PIP_FIND_LINKS:-$(setting find-links | tr ' ' ',')}
