@@ -1,0 +1,139 @@
+"""The reviewer's verbs: see the evidence, sign for or against it, make a key pair. Loads neither prefect nor mlflow."""
+
+import argparse
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from flows.person import person
+from mansard.records import Registration
+from mansard.release import approval, keys
+from mansard.release.journal import Journal
+from mansard.site import find_site, load_site
+from mansard.store import Store
+
+
+def review(args: argparse.Namespace) -> int:
+    """Verdict, suites with intervals, cost, report and chart, decisions so far."""
+    site = load_site(find_site(args.site))
+    model = site.model_named(args.model)
+    store = Store(site.store)
+    with Journal.open(site.journal) as journal:
+        registration = journal.registration(model, args.version)
+        entries = journal.entries(model, kinds=("approved", "rejected"))
+    decisions = [e for e in entries if e.version == args.version]
+    verdict: dict[str, Any] = json.loads(store.read_file(registration.verdict_record, "verdict.json"))
+    cost = _cost(store, registration)
+    evidence = store.materialize(registration.verdict_record)
+    facts = {
+        "format": 1,
+        "model": model,
+        "version": args.version,
+        "registration": registration.as_json(),
+        "verdict": verdict,
+        "cost": cost,
+        "report": str(evidence / "report.md"),
+        "chart": str(evidence / "chart.png"),
+        "decisions": [{"kind": e.kind, "who": e.who, "at": e.at, "why": e.why} for e in decisions],
+    }
+    if args.json:
+        print(json.dumps(facts))
+    else:
+        _show(facts, registration)
+    return 0
+
+
+def _show(facts: dict[str, Any], registration: Registration) -> None:
+    out = Console()
+    against = registration.baseline_version
+    out.print(
+        f"[bold]{facts['model']} version {facts['version']}[/bold]: verdict [bold]{registration.verdict}[/bold], "
+        f"by {registration.author}, from version {registration.base_version}, judged against "
+        f"{'nothing (first version)' if against is None else f'version {against}'}",
+        soft_wrap=True,
+    )
+    table = Table()
+    for column in ("suite", "role", "n", "before", "after", "change", "interval", "says"):
+        table.add_column(column)
+    for suite in facts["verdict"]["suites"]:
+        table.add_row(*_row(suite))
+    out.print(table)
+    for line in _cost_lines(facts["cost"]):
+        out.print(line, soft_wrap=True)
+    for decision in facts["decisions"]:
+        out.print(f"{decision['kind']} by {decision['who']} at {decision['at']}: {decision['why']}", soft_wrap=True)
+    out.print(f"report: {facts['report']}\nchart:  {facts['chart']}", soft_wrap=True)
+    if registration.verdict in ("pass", "baseline"):
+        out.print(f'next: mansard approve {facts["version"]} --as NAME --reason "..."', soft_wrap=True)
+    else:
+        out.print("next: mend the upgrade; a version that did not pass cannot be approved")
+
+
+def _row(suite: dict[str, Any]) -> list[str]:
+    def number(value: float | None, sign: str = "") -> str:
+        return "" if value is None else f"{value:{sign}.4f}"
+
+    interval = suite.get("interval")
+    shown = "" if interval is None else f"{interval[0]:+.4f} to {interval[1]:+.4f}"
+    return [
+        suite["suite"],
+        suite["role"],
+        str(suite["n"]),
+        number(suite.get("before")),
+        number(suite.get("after")),
+        number(suite.get("effect"), "+"),
+        shown,
+        suite.get("verdict") or "reported",
+    ]
+
+
+def _cost(store: Store, registration: Registration) -> dict[str, Any] | None:
+    for stage, _, snapshot in registration.stages:
+        if stage == "cost":
+            found: dict[str, Any] = json.loads(store.read_file(snapshot, "cost.json"))
+            return found
+    return None
+
+
+def _cost_lines(cost: dict[str, Any] | None) -> list[str]:
+    if cost is None:
+        return ["cost: not measured (nothing was stable to compare with)"]
+    return [f"cost: {json.dumps(cost)}"]
+
+
+def approve(args: argparse.Namespace) -> int:
+    """Sign that the version may be released."""
+    site = load_site(find_site(args.site))
+    model = site.model_named(args.model)
+    who = person(args)
+    with Journal.open(site.journal) as journal:
+        made = approval.approve(site, journal, Store(site.store), model, args.version, who, args.reason)
+    text = f"{model} version {args.version} is approved by {who}\nnext: mansard release {args.version}"
+    print(json.dumps(made.payload()) if args.json else text)
+    return 0
+
+
+def reject(args: argparse.Namespace) -> int:
+    """Sign that the version may not be released."""
+    site = load_site(find_site(args.site))
+    model = site.model_named(args.model)
+    who = person(args)
+    with Journal.open(site.journal) as journal:
+        made = approval.reject(site, journal, model, args.version, who, args.reason)
+    print(json.dumps(made.payload()) if args.json else f"{model} version {args.version} is rejected by {who}")
+    return 0
+
+
+def keygen(args: argparse.Namespace) -> int:
+    """Make a key pair; the site file names the public half."""
+    site = load_site(find_site(args.site))
+    private, public = keys.generate_key(args.name, site)
+    if args.json:
+        print(json.dumps({"format": 1, "private_key": str(private), "public_key": public}))
+        return 0
+    print(f"private key: {private} (keep it to yourself)\npublic key:  {public}")
+    if args.name not in site.people:
+        print(f"next: put it under people in {site.path}:\n  {args.name}: {{roles: [...], public_key: {public}}}")
+    return 0
