@@ -7,7 +7,7 @@ hold empty folders, modes, owners or times. Nothing here writes; the store does.
 import json
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -20,10 +20,17 @@ from mansard.records import SnapshotId
 from mansard.safetensors_header import TensorEntry, header_prefix, parse_header_text, parse_safetensors_header
 
 __all__ = [
-    "Blob", "Manifest", "TensorEntry", "TensorFile", "is_digest", "parse_safetensors_header", "scan_tree",
+    "Blob", "Manifest", "TensorEntry", "TensorFile", "check_model_tree", "check_weight_files", "is_digest",
+    "parse_safetensors_header", "read_json_object", "scan_tree",
 ]  # fmt: skip
 
 FORMAT = 1
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
+_CODE = (".py", ".pyc", ".pyd", ".so")
 _MAX_FILES = 1_000_000
 
 
@@ -114,6 +121,74 @@ def scan_tree(tree: Path) -> dict[str, Path]:
     except OSError as error:
         raise BadInput(f"{error.filename}: cannot be read: {error.strerror}") from error
     return dict(sorted(files.items()))
+
+
+def check_model_tree(tree: Path) -> None:
+    """BadInput unless `tree` is a model whose files are data only: safetensors, config.json, no pickle, no code.
+
+    An index must name the files and tensors that are there. Whether config and tensors agree is for the family.
+    """
+    files = scan_tree(tree)
+    for name, path in files.items():
+        if name.lower().endswith(_PICKLES):
+            raise BadInput(
+                f"{tree}: {name} may hold a pickle, which runs code when it is read; safetensors are expected"
+            )
+        if name.lower().endswith(_CODE):
+            raise BadInput(f"{tree}: {name} is code; only models that transformers knows by itself are taken")
+        if (
+            name.endswith(CONFIG_FILE)
+            and "/" not in name
+            and "auto_map" in read_json_object(path.read_bytes(), str(path))
+        ):
+            raise BadInput(f"{path}: auto_map asks for remote code; only models that transformers knows are taken")
+    if CONFIG_FILE not in files:
+        raise BadInput(f"{tree}: no {CONFIG_FILE}; the folder of a Hugging Face model is expected")
+    headers = {n: parse_safetensors_header(p) for n, p in files.items() if n.endswith(".safetensors")}
+    index = files[INDEX_FILE].read_bytes() if INDEX_FILE in files else None
+    check_weight_files({n: [e.name for e in entries] for n, (_, entries) in headers.items()}, index, str(tree))
+
+
+def check_weight_files(tensors: Mapping[str, Collection[str]], index: bytes | None, where: str) -> None:
+    """BadInput unless the safetensors files (path -> tensor names) are one checkpoint; folders below are left alone.
+
+    Without an index that is `model.safetensors` alone; with one, exactly the files and tensors that it names.
+    """
+    found = {file: names for file, names in tensors.items() if "/" not in file}
+    if not found:
+        raise BadInput(
+            f"{where}: no safetensors file; convert the model: save_pretrained(..., safe_serialization=True)"
+        )
+    if index is None:
+        if set(found) != {WEIGHTS_FILE}:
+            raise BadInput(f"{where}: {', '.join(sorted(found))}; {WEIGHTS_FILE} alone, or {INDEX_FILE}, is expected")
+        return
+    place = f"{where}/{INDEX_FILE}"
+    weight_map = read_json_object(index, place).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise BadInput(f"{place}: weight_map is no mapping of tensor names to files")
+    for name, file in weight_map.items():
+        if file not in found:
+            raise BadInput(f"{place}: names {file!r} for {name}, which is not there; fetch the missing file")
+        if name not in found[file]:
+            raise BadInput(f"{place}: {file} has no tensor {name!r}; the file and the index do not belong together")
+    for file, names in found.items():
+        for name in names:
+            if weight_map.get(name) != file:
+                raise BadInput(
+                    f"{where}/{file}: tensor {name!r} is not in {INDEX_FILE} under this file; remove the file"
+                )
+
+
+def read_json_object(data: bytes, where: str) -> dict[str, Any]:
+    """A JSON object, or one BadInput line."""
+    try:
+        tree = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{where}: not JSON: {error!s:.200}") from error
+    if not isinstance(tree, dict):
+        raise BadInput(f"{where}: holds a {type(tree).__name__}; a JSON object is expected")
+    return tree
 
 
 def _scan(root: Path, folder: Path, prefix: str, above: tuple[Path, ...], files: dict[str, Path]) -> None:
