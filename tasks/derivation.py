@@ -1,0 +1,133 @@
+"""Derivations that people can watch: the launcher, a bar in the terminal, an artifact in Prefect, runs in MLflow."""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import UUID
+
+import httpx
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+
+from mansard.launch import Progress, Request, derive_all, recipe_of
+from mansard.records import Derivation
+from mansard.site import Site
+from mansard.store import Store
+from tasks import tracking
+from tasks.terminal import stage_progress
+
+ARTIFACT_SECONDS = 2.0
+"""Prefect's progress artifact is updated at most this often."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Where one upgrade runs and is recorded; every task takes it first."""
+
+    site: Site
+    run: tracking.UpgradeRun
+
+    @property
+    def store(self) -> Store:
+        return Store(self.site.store)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A derivation and how people read of it. `data` names the inputs that are data sets; the others are models."""
+
+    request: Request
+    title: str
+    data: frozenset[str] = field(default_factory=frozenset)
+
+    def inputs(self) -> tracking.Inputs:
+        items = self.request.inputs.items()
+        return tracking.Inputs(
+            models={name: s for name, s in items if name not in self.data},
+            data={name: s for name, s in items if name in self.data},
+        )
+
+
+def recipe(site: Site, request: Request) -> str:
+    return recipe_of(request, site.environment_of(request.stage).lock)
+
+
+def is_remembered(work: Work, request: Request) -> bool:
+    """Whether deriving it again would start no process."""
+    return work.store.recall(recipe(work.site, request)) is not None
+
+
+def derive_one(work: Work, asked: Asked, has_bar: bool = True) -> Derivation:
+    return derive_many(work, [asked], has_bar)[0]
+
+
+def derive_many(work: Work, asked: Sequence[Asked], has_bar: bool = True) -> list[Derivation]:
+    """Derivations of one stage, in the order asked for. One child run each; `has_bar` is off beside another stage."""
+    with contextlib.ExitStack() as stack:
+        runs = [
+            stack.enter_context(
+                tracking.stage_run(work.run, a.request.stage, a.title, recipe(work.site, a.request))
+            )
+            for a in asked
+        ]
+        show = stack.enter_context(stage_progress(has_bar))
+        reports: list[Progress] = [show, PrefectProgress(asked[0].title)]
+        if len(runs) == 1:  # what a shared process tells of itself belongs to no one run
+            reports.append(metrics_to(runs[0]))
+        made = derive_all(work.store, work.site, [a.request for a in asked], together(reports))
+        for running, derivation, one in zip(runs, made, asked, strict=True):
+            tracking.finish_stage(
+                running, derivation, one.title, one.inputs(), work.site.store, facts=one.request.spec
+            )
+    return made
+
+
+class PrefectProgress:
+    """A progress artifact on the page of the task run that is running. Call it with what the stage tells."""
+
+    def __init__(self, title: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._title = title
+        self._clock = clock
+        self._artifact: UUID | None = None
+        self._told_at = -math.inf
+
+    def __call__(self, stage: str, progress: Mapping[str, Any]) -> None:
+        percent = 100.0 * progress["done"] / (progress["total"] or 1)
+        now = self._clock()
+        if now - self._told_at < ARTIFACT_SECONDS and percent < 100:
+            return
+        self._told_at = now
+        text = f"{self._title}: {progress['done']:,.0f} of {progress['total']:,.0f} {progress['unit']}"
+        with contextlib.suppress(httpx.HTTPError):  # a picture of the work is not worth the work
+            if self._artifact is None:
+                self._artifact = _made(create_progress_artifact(percent, key=f"mansard-{stage}", description=text))
+            else:
+                update_progress_artifact(self._artifact, percent, description=text)
+
+
+def metrics_to(running: tracking.StageRun) -> Progress:
+    """A stage's metrics, sent to its run while it works; the step is how much is done."""
+
+    def report(stage: str, progress: dict[str, Any]) -> None:
+        if progress.get("metrics"):
+            running.add(progress["metrics"], int(progress["done"]))
+
+    return report
+
+
+def together(reports: Sequence[Progress]) -> Progress:
+    """One callback that calls each."""
+
+    def report(stage: str, progress: dict[str, Any]) -> None:
+        for each in reports:
+            each(stage, progress)
+
+    return report
+
+
+def _made(artifact: UUID | Coroutine[Any, Any, UUID]) -> UUID:
+    """Prefect answers a coroutine only inside an event loop; tasks here are plain functions."""
+    assert isinstance(artifact, UUID)
+    return artifact
