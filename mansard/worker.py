@@ -129,7 +129,8 @@ def _exit_with_parent() -> None:
     """End the whole process group when the parent's end of standard input closes."""
 
     def wait_for_end() -> None:
-        sys.stdin.buffer.read()
+        while os.read(0, 1 << 16):  # not sys.stdin: its lock would be held when the interpreter ends
+            pass
         os.killpg(0, signal.SIGKILL)
 
     threading.Thread(target=wait_for_end, daemon=True).start()
@@ -145,4 +146,6 @@ def _beat(channel: Channel) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    status = main(*sys.argv[1:])
+    sys.stderr.flush()
+    os._exit(status)  # threads of the stage's libraries have nothing more to say
