@@ -1,0 +1,135 @@
+"""Training text: JSON lines -> packed rows -> a deterministic mixture.
+
+Every source's rows are shuffled once an epoch by the data's seed, and the schedule takes from the source that is
+furthest behind its share, so the achieved fractions are known before the first step and any batch can be made from its
+number alone (a resumed run needs no more than the step). Does not cover corpora larger than memory.
+"""
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy
+import torch
+
+from mansard.errors import BadInput
+from mansard.training.packing import Rows, labels_of, pack
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Int64 tensors [B, T]."""
+
+    tokens_BT: torch.Tensor
+    positions_BT: torch.Tensor
+    labels_BT: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """One text, packed. `bytes_per_token` is of the whole text, without special tokens."""
+
+    name: str
+    tokens_RT: Rows
+    positions_RT: Rows
+    bytes_per_token: float
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        return as_batch(self.tokens_RT[list(rows)], self.positions_RT[list(rows)])
+
+
+def as_batch(tokens: Rows, positions: Rows) -> Batch:
+    tokens_BT, positions_BT = torch.from_numpy(tokens).long(), torch.from_numpy(positions).long()
+    return Batch(tokens_BT, positions_BT, labels_of(tokens_BT, positions_BT))
+
+
+def read_texts(raw: bytes, name: str) -> list[str]:
+    """The "text" of each JSON line. BadInput names the source, the line and what would be right."""
+    try:
+        lines = raw.decode().split("\n")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{name}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
+    texts = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise BadInput(f"{name}: line {number} is not JSON ({error.msg}); {{'text': ...}} is expected") from error
+        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+            raise BadInput(f"{name}: line {number} has no 'text': {line[:60]!r}; {{'text': ...}} is expected")
+        texts.append(row["text"])
+    if not any(text.strip() for text in texts):
+        raise BadInput(f"{name}: the file holds no text; one {{'text': ...}} a line is expected")
+    return texts
+
+
+def pack_texts(name: str, texts: Sequence[str], tokenizer: Any, row_tokens: int, seed: int) -> Packed:  # noqa: ANN401
+    """Tokenize, shuffle the documents with `seed`, end each with EOS (where there is one), pack."""
+    documents = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    size_bytes = sum(len(t.encode()) for t in texts)
+    num_tokens = sum(len(d) for d in documents)
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    random.Random(f"{seed}:{name}").shuffle(documents)  # noqa: S311 - an order, not a secret
+    tokens_RT, positions_RT = pack([d + end for d in documents if d], row_tokens, tokenizer.bos_token_id)
+    return Packed(name, tokens_RT, positions_RT, size_bytes / max(num_tokens, 1))
+
+
+def require_rows(packed: Packed, name: str, rows: int) -> Packed:
+    """`packed`, or BadInput where it has fewer rows (a training source needs a batch of them, a held-out one a row)."""
+    found, row_tokens = packed.tokens_RT.shape
+    if found < rows:
+        raise BadInput(
+            f"{name}: {found * row_tokens:,} packed tokens, at least one batch of {rows} x {row_tokens} is "
+            "needed; add text, or make train.batch_sequences or data.sequence_tokens smaller"
+        )
+    return packed
+
+
+class Mixture:
+    """Batches by step number; `weights` are shares of tokens (every row has equally many)."""
+
+    def __init__(self, sources: Sequence[Packed], weights: Sequence[float], batch_sequences: int, seed: int) -> None:
+        self.sources = tuple(sources)
+        self.batch_sequences = batch_sequences
+        self._seed = seed
+        self._shares = [weight / sum(weights) for weight in weights]
+        self._schedule: list[tuple[int, int]] = []
+        self._taken = [0] * len(sources)
+        self._order = lru_cache(maxsize=2 * len(sources))(self._shuffled)
+
+    def batch(self, step: int) -> Batch:
+        """The batch of the 0-based `step`; the same whatever was asked before."""
+        first = step * self.batch_sequences
+        picked = [self._row(source, n) for source, n in self._rows(first + self.batch_sequences)[first:]]
+        tokens = [self.sources[source].tokens_RT[row] for source, row in picked]
+        positions = [self.sources[source].positions_RT[row] for source, row in picked]
+        return as_batch(numpy.stack(tokens), numpy.stack(positions))
+
+    def rows_taken(self, steps: int) -> dict[str, int]:
+        """How many rows of each source `steps` steps take."""
+        rows = self._rows(steps * self.batch_sequences)
+        return {s.name: sum(index == i for index, _ in rows) for i, s in enumerate(self.sources)}
+
+    def _rows(self, count: int) -> list[tuple[int, int]]:
+        """(source, how many of its rows came before) of the first `count` rows; a tie goes to the first source."""
+        while len(self._schedule) < count:
+            due = len(self._schedule) + 1
+            behind = [share * due - taken for share, taken in zip(self._shares, self._taken, strict=True)]
+            source = behind.index(max(behind))
+            self._schedule.append((source, self._taken[source]))
+            self._taken[source] += 1
+        return self._schedule[:count]
+
+    def _row(self, source: int, number: int) -> tuple[int, int]:
+        epoch, place = divmod(number, len(self.sources[source].tokens_RT))
+        return source, self._order(source, epoch)[place]
+
+    def _shuffled(self, source: int, epoch: int) -> list[int]:
+        order = list(range(len(self.sources[source].tokens_RT)))
+        random.Random(f"{self._seed}:{self.sources[source].name}:{epoch}").shuffle(order)  # noqa: S311 - an order
+        return order

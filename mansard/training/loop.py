@@ -1,0 +1,135 @@
+"""The training loop: steps, schedule, evaluation on held-out text, checkpoints, a stop where numbers go bad.
+
+It knows an engine, a mixture and a work folder. A loss or gradient that is not finite ends the run before it reaches
+the weights; the last good checkpoint stays.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from mansard.errors import BadInput, MansardError
+from mansard.specs import Train
+from mansard.training.data import Mixture, Packed
+from mansard.training.engines import LocalEngine, Loss
+from mansard.training.optimizer import Schedule
+from mansard.training.state import Checkpoints, Cursor
+
+EVALUATION_ROWS = 32
+"""Held-out rows a source for the curve (8 k tokens at 256 a row). The verdict rests on the suites, not on these."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What the loop does, in steps."""
+
+    schedule: Schedule
+    tokens_per_step: int
+    evaluate_every_steps: int
+    checkpoint_every_steps: int
+
+    @staticmethod
+    def of(train: Train, sequence_tokens: int) -> "Plan":
+        """Whole steps that fit the token budget; BadInput where it is below one batch."""
+        tokens_per_step = train.batch_sequences * sequence_tokens
+        steps = train.tokens // tokens_per_step
+        if steps == 0:
+            raise BadInput(f"train.tokens {train.tokens:,} is below one batch of {tokens_per_step:,} tokens; raise it")
+        schedule = Schedule(steps, round(steps * train.warmup_fraction))
+        return Plan(schedule, tokens_per_step, train.evaluate_every_steps, train.checkpoint_every_steps)
+
+    @property
+    def tokens(self) -> int:
+        """What is really taken: whole steps."""
+        return self.schedule.steps * self.tokens_per_step
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """What a step tells: `bits_per_byte` by held-out source, empty at steps that evaluate nothing."""
+
+    step: int
+    steps: int
+    tokens: int
+    loss: float
+    rate_factor: float
+    gradient_norm: float
+    bits_per_byte: dict[str, float]
+
+
+def run_loop(
+    engine: LocalEngine,
+    mixture: Mixture,
+    held_out: Sequence[Packed],
+    plan: Plan,
+    checkpoints: Checkpoints,
+    report: Callable[[Moment], None],
+) -> Cursor:
+    """Train to the plan's end, from the newest checkpoint where there is one; the cursor at the end holds the curve."""
+    cursor = _resumed(engine, checkpoints)
+    if not cursor.curve:
+        bits = _bits_per_byte(engine, held_out, cursor.step, checkpoints)
+        cursor.curve.append({"step": 0, "tokens": 0, "bits_per_byte": bits})
+    steps = plan.schedule.steps
+    while cursor.step < steps:
+        factor = plan.schedule.factor(cursor.step)
+        loss, norm = _one_step(engine, mixture, cursor.step, factor, checkpoints)
+        cursor.step += 1
+        cursor.nats += loss.nats
+        cursor.labels += loss.labels
+        tokens = cursor.step * plan.tokens_per_step
+        bits = {}
+        if cursor.step % plan.evaluate_every_steps == 0 or cursor.step == steps:
+            bits = _bits_per_byte(engine, held_out, cursor.step, checkpoints)
+            mean = cursor.nats / cursor.labels
+            cursor.curve.append({"step": cursor.step, "tokens": tokens, "loss": mean, "bits_per_byte": bits})
+            cursor.nats, cursor.labels = 0.0, 0
+        if cursor.step % plan.checkpoint_every_steps == 0 and cursor.step < steps:
+            checkpoints.write(cursor, engine.state())
+        report(Moment(cursor.step, steps, tokens, loss.mean, factor, norm, bits))
+    return cursor
+
+
+def _resumed(engine: LocalEngine, checkpoints: Checkpoints) -> Cursor:
+    found = checkpoints.read()
+    if found is None:
+        return Cursor()
+    cursor, tensors = found
+    engine.load_state(tensors)
+    return cursor
+
+
+def _one_step(
+    engine: LocalEngine, mixture: Mixture, step: int, factor: float, checkpoints: Checkpoints
+) -> tuple[Loss, float]:
+    loss = engine.gradients(mixture.batch(step))
+    if not math.isfinite(loss.nats):
+        raise MansardError(_stopped("the loss", loss.mean, step, checkpoints))
+    norm = engine.step(factor)
+    if not math.isfinite(norm):
+        raise MansardError(_stopped("the gradient's norm", norm, step, checkpoints))
+    return loss, norm
+
+
+def _stopped(what: str, value: float, steps_done: int, checkpoints: Checkpoints) -> str:
+    found = checkpoints.read()
+    kept = f"the checkpoint of step {found[0].step} is kept in {checkpoints.path}" if found else "no checkpoint yet"
+    return (
+        f"training stopped after {steps_done} steps: {what} is {value}, a finite number is needed; {kept}; "
+        "try lower train.learning_rates or precision: fp32"
+    )
+
+
+def _bits_per_byte(
+    engine: LocalEngine, held_out: Sequence[Packed], step: int, checkpoints: Checkpoints
+) -> dict[str, float]:
+    """Of evenly spaced held-out rows; a token counts as the mean bytes of its source's tokens."""
+    bits = {}
+    for source in held_out:
+        count = len(source.tokens_RT)
+        rows = sorted({i * count // EVALUATION_ROWS for i in range(EVALUATION_ROWS)})
+        loss = engine.evaluate([source.batch(rows[i : i + 16]) for i in range(0, len(rows), 16)])
+        if not math.isfinite(loss.nats):
+            raise MansardError(_stopped(f"the loss on held-out {source.name}", loss.mean, step, checkpoints))
+        bits[source.name] = loss.mean / math.log(2) / source.bytes_per_token
+    return bits

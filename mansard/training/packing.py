@@ -1,0 +1,68 @@
+"""Packed sequences without attention across documents.
+
+A row of T tokens holds segments: pieces of documents, one after the other. Positions start at 0 in every segment, the
+mask is causal inside a segment and empty between them, and the last token of a segment predicts nothing. A document
+that reaches the end of a row goes on in the next one. Every segment starts with the tokenizer's BOS, where it has one,
+because every prompt that is served does. Shapes: R rows, B rows of a batch, T tokens of a row.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import numpy
+import torch
+from numpy.typing import NDArray
+
+from mansard.errors import BadInput
+
+IGNORED = -100
+"""The label of a token that predicts nothing (torch's cross-entropy skips it)."""
+
+Rows = NDArray[numpy.int32]
+
+
+def pack(documents: Iterable[Sequence[int]], row_tokens: int, bos: int | None) -> tuple[Rows, Rows]:
+    """(tokens_RT, positions_RT) of the documents in order; what does not fill a last row is dropped."""
+    tokens: list[int] = []
+    positions: list[int] = []
+    for document in documents:
+        taken = 0
+        while taken < len(document):
+            room = row_tokens - len(tokens) % row_tokens
+            segment = [bos] if bos is not None else []
+            segment += document[taken : taken + room - len(segment)]
+            taken += len(segment) - (bos is not None)
+            tokens += segment
+            positions += range(len(segment))
+    rows = len(tokens) // row_tokens
+    shape = (rows, row_tokens)
+    return (
+        numpy.array(tokens[: rows * row_tokens], dtype=numpy.int32).reshape(shape),
+        numpy.array(positions[: rows * row_tokens], dtype=numpy.int32).reshape(shape),
+    )
+
+
+def labels_of(tokens_BT: torch.Tensor, positions_BT: torch.Tensor) -> torch.Tensor:
+    """The next token of the same segment, IGNORED at every segment's end."""
+    labels_BT = torch.full_like(tokens_BT, IGNORED)
+    follows = positions_BT[:, 1:] != 0
+    labels_BT[:, :-1][follows] = tokens_BT[:, 1:][follows]
+    return labels_BT
+
+
+def mask_of(positions_BT: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """[B, 1, T, T], added to the attention scores: 0 inside a segment's past, minus infinity elsewhere."""
+    segments_BT = (positions_BT == 0).cumsum(-1)
+    length = positions_BT.shape[1]
+    causal_TT = torch.ones(length, length, dtype=torch.bool, device=positions_BT.device).tril()
+    allowed_BTT = (segments_BT[:, :, None] == segments_BT[:, None, :]) & causal_TT
+    zeros = torch.zeros(allowed_BTT.shape, dtype=dtype, device=positions_BT.device)
+    return zeros.masked_fill_(~allowed_BTT, float("-inf"))[:, None]
+
+
+def check_window(window_tokens: int | None, row_tokens: int) -> None:
+    """One mask serves all layers, so a sliding window must not be shorter than a row."""
+    if window_tokens is not None and window_tokens < row_tokens:
+        raise BadInput(
+            f"data.sequence_tokens {row_tokens} is longer than the model's sliding window of {window_tokens} tokens; "
+            "packed training takes rows up to the window"
+        )

@@ -1,0 +1,150 @@
+"""Stage `train`: the new blocks of an expansion learn a mixture; everything else is frozen, and that is measured.
+
+Output: `trained.safetensors` (trained tensors under checkpoint names, in the checkpoint's type), `probe.safetensors`
+(token ids, and the trained model's logits on them in the checkpoint's type by `mansard.models.probe`, for fuse to
+compare with) and `training.json` (curve, achieved fractions, digests of the frozen tensors in memory; no times). With a
+base learning rate above 0 the base trains too, what changed of it is listed, and nothing is called frozen.
+"""
+
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import torch
+from safetensors.torch import save_file
+
+from mansard.canonical import canonical_json
+from mansard.errors import BadInput
+from mansard.models.loading import choose_device, load_model, load_tokenizer
+from mansard.models.probe import forward_logits
+from mansard.records import SnapshotId
+from mansard.specs import Data, Train
+from mansard.training.blocks import NewBlock, announcement, read_new_blocks, train_only
+from mansard.training.data import Mixture, Packed, pack_texts, read_texts, require_rows
+from mansard.training.engines import CPU_THREADS, LocalEngine
+from mansard.training.loop import Plan, run_loop
+from mansard.training.packing import check_window
+from mansard.training.report import reporter
+from mansard.training.state import Checkpoints
+
+if TYPE_CHECKING:
+    from mansard.worker import StageContext
+
+CODE_VERSION = 1
+PACKAGES = ("numpy", "safetensors", "tokenizers", "torch", "transformers")
+
+PROBE_ROWS = 2
+PROBE_TOKENS = 64
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def run(context: "StageContext") -> SnapshotId:
+    data, train = Data.model_validate(context.spec["data"]), Train.model_validate(context.spec["train"])
+    torch.set_num_threads(CPU_THREADS)
+    torch.manual_seed(train.seed)
+    plan = Plan.of(train, data.sequence_tokens)
+    with context.store.using(context.inputs["expansion"]) as expansion:
+        blocks = read_new_blocks(expansion)
+        mixture, held_out = read_mixture(context, data, train, load_tokenizer(expansion))
+        fractions = achieved_fractions(mixture, data, plan.schedule.steps)
+        model = load_model(expansion, DTYPES[train.precision], device=choose_device())
+        check_window(getattr(model.config, "sliding_window", None), data.sequence_tokens)
+        groups, frozen = train_only(model, blocks, train)
+        text = announcement(model, blocks, groups, data, train)
+        print(f"train: {text}", file=sys.stderr, flush=True)
+        context.progress(0, plan.tokens, "tokens", text)
+        engine = LocalEngine(model, groups, train.weight_decay, train.clip_norm)
+        cursor = run_loop(engine, mixture, held_out, plan, Checkpoints(context.work), reporter(context, plan))
+        frozen.check(model)
+        probe_BT = probe_of(held_out)
+        trained = engine.trained()
+        del model, engine, groups  # the checkpoint is loaded once more below
+        output = context.work / "output"
+        changed, probe = write_tensors(expansion, blocks, trained, probe_BT, output)
+        report = {
+            "format": 1,
+            "new_blocks": [{"index": b.index, "source": b.source} for b in blocks],
+            "tokens": plan.tokens,
+            "steps": plan.schedule.steps,
+            "precision": train.precision,
+            "fractions": fractions,
+            "curve": cursor.curve,
+            "frozen": dict(frozen.digests),
+            "changed_base_tensors": changed,
+            "probe": probe,
+        }
+        (output / "training.json").write_bytes(canonical_json(report))
+        snapshot: SnapshotId = context.store.snapshot(output)
+        return snapshot
+
+
+def read_mixture(
+    context: "StageContext",
+    data: Data,
+    train: Train,
+    tokenizer: Any,  # noqa: ANN401 - a transformers tokenizer
+) -> tuple[Mixture, list[Packed]]:
+    """The training mixture and the held-out texts; BadInput names the input that is missing, damaged or too short."""
+
+    def packed(source: str, part: str, rows: int) -> Packed:
+        name = f"data.{source}.{part}"
+        if name not in context.inputs:
+            raise BadInput(f"{name}: no such input; one snapshot for each of data.sources is expected")
+        texts = read_texts(context.store.read_file(context.inputs[name], "data.jsonl"), name)
+        packed = pack_texts(source, texts, tokenizer, data.sequence_tokens, data.seed)
+        return require_rows(packed, name, rows)
+
+    training = [packed(s.name, "train", train.batch_sequences) for s in data.sources]
+    held_out = [packed(s.name, "held_out", 1) for s in data.sources]
+    return Mixture(training, [s.weight for s in data.sources], train.batch_sequences, data.seed), held_out
+
+
+def achieved_fractions(mixture: Mixture, data: Data, steps: int) -> dict[str, float]:
+    """Shares of the packed tokens that `steps` steps take; BadInput where the domain's is below the spec's (by more
+    than the row that rounding can cost)."""
+    taken = mixture.rows_taken(steps)
+    total = sum(taken.values())
+    domain = sum(taken[s.name] for s in data.sources if s.is_domain)
+    if domain + 1 < data.min_domain_fraction * total:
+        raise BadInput(
+            f"the mixture takes {domain} of {total} rows from domain data, data.min_domain_fraction asks for "
+            f"{data.min_domain_fraction}; raise the weight of a source with is_domain: true"
+        )
+    return {name: rows / total for name, rows in taken.items()}
+
+
+def probe_of(held_out: list[Packed]) -> torch.Tensor:
+    """Token ids [B, T] of the first rows of every held-out text."""
+    rows = [source.tokens_RT[:PROBE_ROWS, :PROBE_TOKENS] for source in held_out]
+    return torch.from_numpy(numpy.concatenate(rows)).long()
+
+
+def write_tensors(
+    expansion: Path,
+    blocks: list[NewBlock],
+    trained: Mapping[str, torch.Tensor],
+    probe_BT: torch.Tensor,
+    output: Path,
+) -> tuple[list[str], dict[str, Any]]:
+    """trained.safetensors and probe.safetensors, made from the checkpoint with the trained tensors put in; returns the
+    base's tensors that changed, and how the probe was computed."""
+    shutil.rmtree(output, ignore_errors=True)
+    output.mkdir(parents=True)
+    model = load_model(expansion, None, device=choose_device())
+    parameters = dict(model.named_parameters())
+    prefixes = tuple(f"model.layers.{block.index}." for block in blocks)
+    changed = []
+    with torch.no_grad():
+        for name, master in trained.items():
+            before = parameters[name].clone()
+            parameters[name].copy_(master)
+            if not name.startswith(prefixes) and not torch.equal(before, parameters[name]):
+                changed.append(name)
+    save_file({n: parameters[n].detach().cpu().contiguous() for n in sorted(trained)}, output / "trained.safetensors")
+    logits_BTV = forward_logits(model, probe_BT)
+    save_file({"input_ids": probe_BT, "logits": logits_BTV}, output / "probe.safetensors")
+    return sorted(changed), {"dtype": str(logits_BTV.dtype).removeprefix("torch."), "attention": "sdpa"}
