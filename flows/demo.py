@@ -18,19 +18,37 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mansard.store import Store
 from rich.console import Console
 from rich.table import Table
-from tasks.terminal import stage_progress
 
 from mansard.errors import MansardError
 from mansard.launch import Request, derive
 from mansard.records import Derivation
 from mansard.site import Site, find_site, load_site
+from mansard.store import Store
+from tasks.terminal import stage_progress
 
 ROOT = Path(__file__).resolve().parent.parent
-CORPUS = {"format": 1, "seed": 0, "items_per_suite": 300, "choice_items": 300}
-BASE_TOKENS = 1_000_000
+CORPUS = {
+    "format": 1,
+    "seed": 0,
+    "train_code_bytes": None,
+    "train_docstring_bytes": None,
+    "items_per_suite": 300,
+    "choice_items": 300,
+}
+BASE: dict[str, Any] = {
+    "format": 1,
+    "model": {"vocabulary": 2048, "hidden": 128, "intermediate": 384, "blocks": 4, "heads": 2, "max_tokens": 1024},
+    "sequence_tokens": 256,
+    "train": {
+        "tokens": 1_000_000,
+        "batch_sequences": 16,
+        "learning_rates": {"new_blocks": 0.0, "base": 3e-3},
+        "precision": "fp32",
+        "checkpoint_every_steps": 50,
+    },
+}
 MANSARD = [sys.executable, "-m", "flows.cli"]
 console = Console(stderr=True)
 
@@ -93,12 +111,9 @@ def make_base(site: Site) -> list[Derivation]:
     """The text and the small model that stand for a base in service."""
     store = Store(site.store)
     with stage_progress() as progress:
-        corpus = derive(
-            store, site, Request("corpus", {}, {**CORPUS, "python": platform.python_version()}), progress
-        )
-        base = derive(
-            store, site, Request("pretrain", {"corpus": corpus.snapshot}, {"tokens": BASE_TOKENS, "seed": 0}), progress
-        )
+        asked = Request("corpus", {}, {**CORPUS, "python": platform.python_version()})
+        corpus = derive(store, site, asked, progress)
+        base = derive(store, site, Request("pretrain", {"corpus": corpus.snapshot}, BASE), progress)
     for derivation, folder in ((corpus, site.data / "corpus"), (base, site.data / "base")):
         if not folder.exists():
             store.restore(derivation.snapshot, folder)

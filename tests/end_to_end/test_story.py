@@ -1,0 +1,179 @@
+"""One model's life on real parts: adopted, upgraded, approved, released, rolled back; a harmful upgrade is stopped.
+
+The tests of this file are one story and run in order. Engines started: version 1, version 2, version 2 again after it
+was killed, the harmful candidate.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.end_to_end.conftest import COMMAND_TIMEOUT_SECONDS, Story
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+
+def wait_for(condition: Callable[[], Any], what: str, deadline_seconds: float = 1800) -> Any:
+    """The first true value of `condition`."""
+    deadline = time.monotonic() + deadline_seconds
+    while time.monotonic() < deadline:
+        found = condition()
+        if found:
+            return found
+        time.sleep(0.2)
+    raise AssertionError(f"not within {deadline_seconds:.0f} s: {what}")
+
+
+@contextlib.contextmanager
+def traffic(story: Story) -> Iterator[Callable[[], dict[str, Any]]]:
+    """Users who keep asking until the block ends; yields a reader of their counts."""
+    counts = story.folder / "traffic.json"
+    counts.unlink(missing_ok=True)
+    url = f"http://127.0.0.1:{story.site.ports.router}"
+    process = subprocess.Popen([sys.executable, "-m", "flows.demo_traffic", url, "demo", str(counts)])
+
+    def read() -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(counts.read_text())
+        return found
+
+    try:
+        wait_for(lambda: counts.exists() and read()["requests"] >= 3, "the users ask")
+        yield read
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=COMMAND_TIMEOUT_SECONDS)
+
+
+def test_adopted_base_is_version_1_and_serves_after_approval(story: Story) -> None:
+    adopted = story.json("adopt", "configs/adopt/test.yaml")
+    assert (adopted["version"], adopted["verdict"]) == (1, "baseline")
+    story.run("release", 1, "--as", "ada", status=5)
+    story.run("approve", 1, "--as", "ada", "--reason", "mine", status=5)
+    story.run("approve", 1, "--as", "mallory", "--reason", "a stranger", status=5)
+    story.run("approve", 1, "--as", "grace", "--reason", "the base our users know")
+    story.run("release", 1, "--as", "ada")
+    assert story.stable() == 1
+    story.run("rollback", "--as", "grace", status=7)
+
+
+def test_upgrade_improves_the_target_and_spares_the_guard(story: Story) -> None:
+    upgraded = story.json("upgrade", "configs/upgrade/test.yaml")
+    assert (upgraded["version"], upgraded["verdict"]) == (2, "pass")
+    suites = {s["suite"]: s for s in upgraded["suites"]}
+    assert suites["code-bits"]["after"] < suites["code-bits"]["before"]
+    assert suites["docstrings-bits"]["interval"][1] < 0.02
+    assert Path(upgraded["chart"]).read_bytes().startswith(b"\x89PNG")
+    assert not any(s["reused"] for s in upgraded["stages"] if s["name"] in ("expand", "train", "fuse", "quantize"))
+
+
+def test_same_upgrade_again_does_no_work_and_is_the_same_version(story: Story) -> None:
+    again = story.json("upgrade", "configs/upgrade/test.yaml")
+    assert (again["version"], again["verdict"]) == (2, "pass")
+    assert all(s["reused"] for s in again["stages"])
+
+
+def test_killed_canary_engine_aborts_the_rollout_and_loses_no_request(story: Story) -> None:
+    story.run("approve", 2, "--as", "grace", "--reason", "code improves, docstrings hold")
+    with traffic(story) as counts:
+        release = subprocess.Popen(
+            story.command("release", 2, "--as", "ada"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        wait_for(lambda: counts()["versions"].get("2", 0) >= 2, "version 2 answers users")
+        engine = next(e for e in story.json("status")["engines"] if 2 in e["versions"])
+        os.kill(engine["pid"], signal.SIGKILL)
+        output, _ = release.communicate(timeout=COMMAND_TIMEOUT_SECONDS)
+        assert release.returncode == 4, output
+        seen = counts()["requests"]
+        wait_for(lambda: counts()["requests"] >= seen + 10, "users are served on")
+    assert counts()["failed"] == 0, counts()
+    assert story.stable() == 1
+    story.run("release", 2, "--as", "ada", status=5)
+
+
+def test_release_and_rollback_under_traffic_lose_nothing(story: Story) -> None:
+    story.run("approve", 2, "--as", "grace", "--reason", "the engine was killed on purpose")
+    with traffic(story) as counts:
+        story.run("release", 2, "--as", "ada")
+        assert story.stable() == 2
+        rolled = story.json("rollback", "--as", "grace", "--why", "drill")
+        assert (rolled["changed"], rolled["stable"]) == (True, 1)
+        again = story.json("rollback", "--as", "ada")
+        assert (again["changed"], again["stable"]) == (False, 1)
+        seen = counts()["versions"]["1"]
+        wait_for(lambda: counts()["versions"]["1"] >= seen + 10, "version 1 answers users again")
+    assert (counts()["failed"], counts()["broken_streams"]) == (0, 0), counts()
+    assert counts()["requests"] >= 30
+    story.run("verify", "--journal")
+
+
+def test_mlflow_leads_from_the_alias_to_the_base(story: Story) -> None:
+    code = f"""
+import json, mlflow
+client = mlflow.MlflowClient("http://127.0.0.1:{story.site.ports.mlflow}")
+version = client.get_model_version_by_alias("demo", "stable")
+two = [v for v in client.search_model_versions("name='demo'") if v.tags["mansard_version"] == "2"][0]
+print(json.dumps({{"stable": version.tags, "two": two.tags, "aliases": list(two.aliases)}}))
+"""
+    story.json("history")
+
+    def mirrored() -> dict[str, Any] | None:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        if done.returncode:
+            return None
+        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return found if found["stable"].get("mansard_version") == "1" else None
+
+    found = wait_for(mirrored, "the mirror wrote alias stable to version 1")
+    why = json.dumps(story.json("why", 2))
+    assert found["two"]["mansard_artifact"] in why
+    assert found["stable"]["mansard_model"] in why
+
+
+def test_scheduled_upgrade_runs_by_cron_and_finds_everything_made(story: Story) -> None:
+    code = f"""
+import json, urllib.request
+body = json.dumps({{"deployments": {{"name": {{"any_": ["nightly"]}}}}, "limit": 50}}).encode()
+url = "http://127.0.0.1:{story.site.ports.prefect}/api/flow_runs/filter"
+request = urllib.request.Request(url, body, {{"Content-Type": "application/json"}})
+runs = json.load(urllib.request.urlopen(request))
+print(sum(r["state_type"] == "COMPLETED" and r["auto_scheduled"] for r in runs))
+"""
+
+    def completed() -> bool:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        return int(done.stdout) > 0
+
+    wait_for(completed, "a scheduled run completed")
+    assert [v["version"] for v in story.json("history") if v["kind"] == "registered"] == [1, 2]
+
+
+def test_harmful_upgrade_is_stopped_by_the_guard_and_cannot_be_approved(story: Story) -> None:
+    harmful = story.json("upgrade", "configs/upgrade/harmful.yaml", status=3)
+    assert harmful["verdict"] == "fail"
+    guard = next(s for s in harmful["suites"] if s["role"] == "guard")
+    assert guard["interval"][0] > 0.02
+    story.run("approve", harmful["version"], "--as", "grace", "--reason", "looks fine to me", status=5)
+    story.run("release", harmful["version"], "--as", "ada", status=5)
+
+
+def test_rollback_works_with_every_server_down(story: Story) -> None:
+    story.run("approve", 2, "--as", "grace", "--reason", "the drill went well")
+    story.run("release", 2, "--as", "ada")
+    for name in ("prefect", "mlflow", "host"):
+        process = next(p for p in story.json("status")["processes"] if p["name"] == name)
+        os.kill(process["pid"], signal.SIGKILL)
+    rolled = story.json("rollback", "--as", "grace", "--from", 2, "--why", "everything is down")
+    assert (rolled["changed"], rolled["stable"]) == (True, 1)
+    kinds = [e["kind"] for e in story.json("history")]
+    assert kinds[-1] == "rolled_back"
+    story.run("up")
+    assert story.stable() == 1
