@@ -1,11 +1,15 @@
 """What a model answers on a probe: plain logits, and greedy generation through the key-value cache.
 
 Two models are compared bit for bit on these answers, so they are asked the same way: one forward pass over the whole
-probe, then one pass over the prompt and one a token. Everything comes back to the CPU.
+probe, then one pass over the prompt and one a token. Everything comes back to the CPU. Where the CPU computes, it does
+so on one thread: with another number of threads sums are taken in another order and the last bits differ (measured
+2026-11-22, hidden 512), so answers of two processes could not be compared.
 
 Shapes: B sequences, T tokens, G generated tokens, V vocabulary.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -26,16 +30,27 @@ def random_probe(vocabulary: int, sequences: int, tokens: int, seed: int) -> tor
     return torch.randint(vocabulary, (sequences, tokens), generator=torch.Generator().manual_seed(seed))
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch computes on one CPU thread while the context lasts."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def forward_logits(model: PreTrainedModel, ids_BT: torch.Tensor) -> torch.Tensor:
     """Logits [B, T, V] of one forward pass without a cache, on the CPU, in the type the model computes in."""
-    with torch.inference_mode():
+    with torch.inference_mode(), one_thread():
         return model(input_ids=ids_BT.to(model.device), use_cache=False).logits.cpu()
 
 
 def answers(model: PreTrainedModel, ids_BT: torch.Tensor, generated_tokens: int) -> Answers:
     """Everything of `Answers`; generation never stops early."""
     chosen, step_logits = [], []
-    with torch.inference_mode():
+    with torch.inference_mode(), one_thread():
         output = model(input_ids=ids_BT.to(model.device), use_cache=True)
         for _ in range(generated_tokens):
             logits_BV = output.logits[:, -1]

@@ -30,10 +30,29 @@ GENERATED_TOKENS = 16
 
 
 def run(context: "StageContext") -> SnapshotId:
-    base = context.store.materialize(context.inputs["base"])
-    expansion = context.store.materialize(context.inputs["expansion"])
     saved = context.work / "saved"
     shutil.rmtree(saved, ignore_errors=True)
+    with (
+        context.store.using(context.inputs["base"]) as base,
+        context.store.using(context.inputs["expansion"]) as expansion,
+    ):
+        types, probe_BT = _prove(context, base, expansion, saved)
+    proof = {
+        "format": 1,
+        "form": "logits",
+        "equal": True,
+        "types": [_name(t) for t in types],
+        "probe": {"sequences": probe_BT.shape[0], "tokens": probe_BT.shape[1], "seed": context.spec["seed"]},
+        "generated_tokens": GENERATED_TOKENS,
+        "reload_equal": True,
+    }
+    return context.store.put_files({"proof.json": canonical_json(proof)})
+
+
+def _prove(
+    context: "StageContext", base: Path, expansion: Path, saved: Path
+) -> tuple[list[torch.dtype], torch.Tensor]:
+    """StageFailed unless equal; the types in which they are, and the probe."""
     context.progress(0, 5, "loads", "base, in the checkpoint's type")
     own, probe_BT = _ask(base, context.spec["probe_tokens"], context.spec["seed"])
     types = [own.logits_BTV.dtype]
@@ -48,16 +67,7 @@ def run(context: "StageContext") -> SnapshotId:
     context.progress(4, 5, "loads", "expansion, saved and loaded again")
     check_reload(expansion, saved, probe_BT)
     context.progress(5, 5, "loads", "equal")
-    proof = {
-        "format": 1,
-        "form": "logits",
-        "equal": True,
-        "types": [_name(t) for t in types],
-        "probe": {"sequences": probe_BT.shape[0], "tokens": probe_BT.shape[1], "seed": context.spec["seed"]},
-        "generated_tokens": GENERATED_TOKENS,
-        "reload_equal": True,
-    }
-    return context.store.put_files({"proof.json": canonical_json(proof)})
+    return types, probe_BT
 
 
 def compare_answers(base: Answers, expansion: Answers) -> None:

@@ -34,20 +34,20 @@ def run(context: "StageContext") -> SnapshotId:
     spec = context.spec
     store = context.store
     check_widths(store.manifest(context.inputs["model"]), spec["group_size"])
-    source = store.materialize(context.inputs["model"])
-    tokenizer = load_tokenizer(source)
-    windows_WT = first_windows(
-        tokenizer,
-        store.read_file(context.inputs["data"], "data.jsonl"),
-        spec["samples"] + PROBE_WINDOWS,
-        spec["sample_tokens"],
-        f"calibration text {spec['source']!r}",
-    )
     tree = context.work / "artifact"
     shutil.rmtree(tree, ignore_errors=True)
     tree.mkdir(parents=True)
     torch.manual_seed(spec["seed"])
-    matrices, found = _quantize(source, tokenizer, windows_WT, tree, spec, context.progress)
+    with store.using(context.inputs["model"]) as source:
+        tokenizer = load_tokenizer(source)
+        windows_WT = first_windows(
+            tokenizer,
+            store.read_file(context.inputs["data"], "data.jsonl"),
+            spec["samples"] + PROBE_WINDOWS,
+            spec["sample_tokens"],
+            f"calibration text {spec['source']!r}",
+        )
+        matrices, found = _quantize(source, tokenizer, windows_WT, tree, spec, context.progress)
     (tree / "quantization.json").write_bytes(canonical_json(_record(spec, matrices, found)))
     return store.snapshot(tree)
 
