@@ -1,0 +1,119 @@
+"""The gate: from paired comparisons to pass, fail or inconclusive. Pure.
+
+A guard passes when its interval shows that no more than `margin` was lost, against the baseline and against the anchor;
+a target passes when its interval shows that more than `margin` was gained over the baseline. Where the whole interval
+lies on the wrong side of that bound the suite fails. Anything else is inconclusive, and inconclusive never promotes.
+Right/wrong suites gate only where the baseline stands at least 15 points above chance. No data is never a pass.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from mansard.evaluation.statistics import Comparison
+
+Role = Literal["target", "guard", "report"]
+Verdict = Literal["pass", "fail", "inconclusive", "baseline"]
+
+POINTS_ABOVE_CHANCE = 0.15
+"""A model nearer to chance answers by luck: it has nothing to lose there, and a gain is noise (issue 3)."""
+
+HIGHER_IS_BETTER = {"bits_per_byte": False, "accuracy": True}
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What is known of one suite. `chance` matters for accuracy only. A comparison is None where records are absent."""
+
+    suite: str
+    measure: str
+    role: Role
+    margin: float
+    chance: float
+    baseline: Comparison | None
+    anchor: Comparison | None
+
+
+@dataclass(frozen=True, slots=True)
+class Ruling:
+    """The gate's word on one suite. `gates` is False where it is only reported; `verdict` then counts for nothing."""
+
+    suite: str
+    gates: bool
+    verdict: Verdict
+    reason: str
+
+
+def rule(evidence: Evidence) -> Ruling:
+    """One suite's ruling."""
+    if evidence.role == "report":
+        return Ruling(evidence.suite, False, "inconclusive", "reported only, as the spec says")
+    if evidence.baseline is None:
+        return Ruling(evidence.suite, True, "inconclusive", "the baseline has no records on this suite")
+    before = evidence.baseline.before.value
+    if evidence.measure == "accuracy" and before < round(evidence.chance + POINTS_ABOVE_CHANCE, 9):
+        reason = (
+            f"reported only: the baseline's {100 * before:.1f} % is less than {100 * POINTS_ABOVE_CHANCE:.0f} points "
+            f"above chance ({100 * evidence.chance:.1f} %)"
+        )
+        return Ruling(evidence.suite, False, "inconclusive", reason)
+    if evidence.role == "target":
+        verdict, reason = _beyond(evidence, evidence.baseline, "baseline")
+        return Ruling(evidence.suite, True, verdict, reason)
+    rulings = [_beyond(evidence, evidence.baseline, "baseline")]
+    if evidence.anchor is None:
+        rulings.append(("inconclusive", "the anchor has no records on this suite"))
+    else:
+        rulings.append(_beyond(evidence, evidence.anchor, "anchor"))
+    worst = worst_of([v for v, _ in rulings])
+    return Ruling(evidence.suite, True, worst, "; ".join(reason for _, reason in rulings))
+
+
+def decide(rulings: Sequence[Ruling], evidence: Sequence[Evidence]) -> tuple[Verdict, str]:
+    """The verdict over all suites, and why."""
+    if not evidence:
+        return "inconclusive", "no suite was evaluated"
+    gating = [r for r in rulings if r.gates]
+    worst = worst_of([r.verdict for r in gating]) if gating else "inconclusive"
+    if worst == "fail":
+        return "fail", "failed: " + ", ".join(r.suite for r in gating if r.verdict == "fail")
+    if not gating:
+        return "inconclusive", "no suite gates, so nothing is shown"
+    if worst == "inconclusive":
+        return "inconclusive", "not known well enough: " + ", ".join(r.suite for r in gating if r.verdict == worst)
+    targets = {e.suite for e in evidence if e.role == "target"}
+    if targets and not any(r.suite in targets for r in gating):
+        return "inconclusive", "the spec has targets, but none of them can gate"
+    return "pass", f"all {len(gating)} gating suites passed"
+
+
+def worst_of(verdicts: Sequence[Verdict]) -> Verdict:
+    """fail before inconclusive before pass."""
+    order: tuple[Verdict, ...] = ("fail", "inconclusive", "pass")
+    return min(verdicts, key=order.index)
+
+
+def gain_interval(comparison: Comparison, measure: str) -> tuple[float, float] | None:
+    """The interval of the change, turned so that more is better; None where there is none."""
+    low, high = comparison.effect.low, comparison.effect.high
+    if low is None or high is None:
+        return None
+    return (low, high) if HIGHER_IS_BETTER[measure] else (-high, -low)
+
+
+def _beyond(evidence: Evidence, comparison: Comparison, against: str) -> tuple[Verdict, str]:
+    interval = gain_interval(comparison, evidence.measure)
+    if interval is None:
+        return "inconclusive", f"{comparison.num_clusters} source files are too few for an interval"
+    low, high = interval
+    if evidence.role == "target":
+        wanted = f"a gain of more than {evidence.margin:g} over the {against}"
+        passes, fails = low > evidence.margin, high <= evidence.margin
+    else:
+        wanted = f"a loss of at most {evidence.margin:g} against the {against}"
+        passes, fails = low >= -evidence.margin, high < -evidence.margin
+    if passes:
+        return "pass", f"{wanted} is shown"
+    if fails:
+        return "fail", f"{wanted} is ruled out"
+    return "inconclusive", f"{wanted} is neither shown nor ruled out"

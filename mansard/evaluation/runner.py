@@ -1,0 +1,204 @@
+"""lm-evaluation-harness 0.4.13 through an engine's API; the only file that knows it.
+
+Prompts go out as token ids, many in one request. Texts (`loglikelihood_rolling`) are scored whole: the first token is
+conditioned on the tokenizer's opening token (BOS, else EOS), a text longer than the window is cut into windows whose
+tokens are each counted once. Contexts of questions begin with BOS exactly where the tokenizer itself begins a prompt
+with it, as it would for a user. Nothing is downloaded for suites of our own: the tokenizer is the artifact's, the items
+are handed over in memory. Errors of the harness and of its HTTP client become StageFailed.
+
+Importing this file loads the harness (4 s): a stage imports it when it runs.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import datasets
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.evaluator import evaluate
+from lm_eval.models.openai_completions import LocalCompletionsAPI
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from mansard.errors import BadInput, StageFailed
+from mansard.evaluation.item_records import Record, bits_record, choice_record, right_or_wrong_record
+from mansard.evaluation.suites import Item
+
+PROMPTS_PER_REQUEST = 32
+REQUESTS_AT_ONCE = 4
+HARNESS_SEED = 1234
+"""The harness's own default for drawing examples."""
+
+Report = Callable[[int, int], None]
+"""Called with prompts answered and prompts in all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """Where an artifact answers, and the folder of its tokenizer."""
+
+    endpoint: str
+    served_name: str
+    tokenizer: Path
+    max_model_len: int
+
+
+class EngineModel(LocalCompletionsAPI):  # type: ignore[misc]  # the harness is untyped; subclassing is its interface
+    """The harness's API model, with whole texts batched and progress reported."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(
+            model=engine.served_name,
+            base_url=f"{engine.endpoint}/v1/completions",
+            tokenizer=str(engine.tokenizer),
+            tokenizer_backend="huggingface",
+            tokenized_requests=True,
+            batch_size=PROMPTS_PER_REQUEST,
+            num_concurrent=REQUESTS_AT_ONCE,
+            max_retries=5,
+            max_length=engine.max_model_len,
+            timeout=1800,
+            seed=0,
+            header={"X-Mansard": "evaluate"},  # else OPENAI_API_KEY would be sent
+        )
+        opening = self.tokenizer("").input_ids[:1]
+        self.opening = opening if opening == [self.tokenizer.bos_token_id] else []
+        self.report: Report = lambda done, total: None
+        self.done = self.total = 0
+        if self.prefix_token_id is None:
+            raise StageFailed(f"{engine.tokenizer}: the tokenizer has neither BOS nor EOS to open a text with")
+
+    async def amodel_call(self, *arguments: Any, **options: Any) -> Any:  # noqa: ANN401 - the harness's signature
+        answers = await super().amodel_call(*arguments, **options)
+        self.done += len(answers)
+        self.report(self.done, self.total)
+        return answers
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """The harness sends one text a request; here all windows of all texts share requests."""
+        owners, windows = [], []
+        for owner, request in enumerate(requests):
+            tokens = self.tokenizer(request.args[0], add_special_tokens=False).input_ids
+            pairs = get_rolling_token_windows(
+                tokens, prefix_token=self.prefix_token_id, max_seq_len=self.max_length - 1, context_len=1
+            )
+            for pair in pairs:
+                owners.append(owner)
+                windows.append((None, *make_disjoint_window(pair)))
+        totals = [0.0] * len(requests)
+        for owner, (loglikelihood, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+            totals[owner] += loglikelihood
+        return totals
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        context_tokens, tokens = super()._encode_pair(context, continuation)
+        if not tokens:
+            raise StageFailed(
+                f"choice {continuation!r:.60} adds no token after {context[-30:]!r}: the tokenizer merges the two; "
+                "end the item's context with white space"
+            )
+        if len(tokens) >= self.max_length:
+            raise StageFailed(f"choice {continuation!r:.60}: {len(tokens)} tokens, the engine takes {self.max_length}")
+        return self.opening + context_tokens, tokens
+
+    def _loglikelihood_tokens(self, requests: Sequence[Any], **options: Any) -> Any:  # noqa: ANN401 - as above
+        self.done, self.total = 0, len(requests)
+        return super()._loglikelihood_tokens(requests, **options)
+
+
+@lru_cache(maxsize=1)
+def open_model(engine: Engine) -> EngineModel:
+    """The model of `engine`; kept, so that several suites of one artifact load its tokenizer once."""
+    return EngineModel(engine)
+
+
+def answer_texts(model: EngineModel, name: str, items: Sequence[Item]) -> list[Record]:
+    """Bits of each item's text."""
+    config = {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "text"}
+    samples = _samples(model, name, _local_task(name, config, items), limit=None)
+    return [
+        bits_record(item["id"], item["file"], float(sample["filtered_resps"][0]), len(item["text"].encode()))
+        for item, sample in zip(items, samples, strict=True)
+    ]
+
+
+def answer_choices(model: EngineModel, name: str, items: Sequence[Item]) -> list[Record]:
+    """Which choice each item's context is followed by."""
+    config = {
+        "output_type": "multiple_choice",
+        "doc_to_text": "context",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
+        "target_delimiter": "",
+    }
+    samples = _samples(model, name, _local_task(name, config, items), limit=None)
+    records = []
+    for item, sample in zip(items, samples, strict=True):
+        asked = [tuple(a) for a in sample["arguments"]]
+        assert asked == [(item["context"], c) for c in item["choices"]], f"{name}: the harness changed {item['id']}"
+        loglikelihoods = [float(ll) for ll, _ in sample["filtered_resps"]]
+        records.append(choice_record(item["id"], item["file"], loglikelihoods, item["choices"], item["answer"]))
+    return records
+
+
+def answer_task(model: EngineModel, name: str, limit: int | None) -> list[Record]:
+    """A built-in task (or group of tasks) by name; each of its documents is a cluster of its own."""
+    try:
+        tasks = TaskManager().load([name])["tasks"]
+    except KeyError as error:
+        raise BadInput(f"task {name!r}: lm-evaluation-harness knows no such task") from error
+    except (OSError, datasets.exceptions.DatasetsError) as error:
+        raise StageFailed(f"task {name!r}: its data cannot be had: {_words(error)}") from error
+    records = []
+    for task_name, task in tasks.items():
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        for sample in _samples(model, task_name, task, limit):
+            records.append(_task_record(task_name, sample))
+    return records
+
+
+def _local_task(name: str, config: dict[str, Any], items: Sequence[Item]) -> ConfigurableTask:
+    """A task over items in memory: no file and no cache of the datasets library is written."""
+    return ConfigurableTask(
+        config={
+            "task": name,
+            "custom_dataset": lambda **_: datasets.DatasetDict({"test": datasets.Dataset.from_list(list(items))}),
+            "test_split": "test",
+            "num_fewshot": 0,
+            **config,
+        }
+    )
+
+
+def _samples(model: EngineModel, name: str, task: ConfigurableTask, limit: int | None) -> list[dict[str, Any]]:
+    """What the harness kept of each document, in the task's order; the first filter where there are several."""
+    task.set_fewshot_seed(seed=HARNESS_SEED)
+    try:
+        wanted = {"tasks": {name: task}, "groups": {}}
+        result = evaluate(model, wanted, limit=limit, bootstrap_iters=0, log_samples=True)
+    except (TimeoutError, aiohttp.ClientError, OSError) as error:
+        raise StageFailed(f"suite {name}: {model.base_url}: {_words(error)}; see the engine's log") from error
+    samples: list[dict[str, Any]] = result["samples"][name]
+    first = [s for s in samples if s["filter"] == samples[0]["filter"]]
+    return sorted(first, key=lambda s: int(s["doc_id"]))
+
+
+def _task_record(task: str, sample: dict[str, Any]) -> Record:
+    item_id = f"{task}/{sample['doc_id']}"
+    if "bits_per_byte" in sample:
+        loglikelihood, num_bytes = sample["bits_per_byte"]
+        return bits_record(item_id, item_id, float(loglikelihood), int(num_bytes))
+    options = len(sample["arguments"]) if "acc" in sample or "acc_norm" in sample else 0
+    for metric in ("acc_norm", "acc", "exact_match"):
+        if metric in sample:
+            return right_or_wrong_record(item_id, item_id, float(sample[metric]), options)
+    known = ", ".join(sample["metrics"])
+    raise BadInput(f"task {task!r} measures {known}; bits_per_byte, acc_norm, acc or exact_match is needed")
+
+
+def _words(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
