@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from blake3 import blake3
+
 from mansard.digest import digest_bytes, digest_zeros
 from mansard.errors import BadInput, Corrupt, MansardError
 
@@ -22,6 +24,7 @@ NUM_THREADS = 4
 
 _NO_COPY_RANGE = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
 _ALL = 1 << 30
+_CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +79,8 @@ class Objects:
         except FileNotFoundError as error:
             raise Corrupt(f"object {digest} is not in the store {self._root}; run: mansard verify") from error
         try:
-            return _map(descriptor, 0, os.fstat(descriptor).st_size)
+            size_bytes = os.fstat(descriptor).st_size
+            return memoryview(mmap.mmap(descriptor, size_bytes, prot=mmap.PROT_READ) if size_bytes else b"")
         finally:
             os.close(descriptor)
 
@@ -126,12 +130,15 @@ class Objects:
         descriptor = os.open(cut.path, os.O_RDONLY)
         try:
             cut.check_unchanged(descriptor)
-            digest = digest_bytes(_map(descriptor, begin, end))
+            digest = _digest_range(descriptor, begin, end)
+            cut.check_unchanged(descriptor)
             if not self.touch(digest, end - begin):
 
                 def fill(target: int) -> None:
-                    copy_range(descriptor, begin, target, 0, end - begin)
-                    cut.check_unchanged(descriptor)
+                    try:
+                        copy_range(descriptor, begin, target, 0, end - begin)
+                    finally:
+                        cut.check_unchanged(descriptor)
 
                 self._add(digest, fill)
         finally:
@@ -166,7 +173,9 @@ def copy_range(source: int, source_begin: int, target: int, target_begin: int, s
         except OSError as error:
             if error.errno not in _NO_COPY_RANGE:
                 raise
-            step = os.pwrite(target, os.pread(source, min(rest, 1 << 20), source_begin + copied), target_begin + copied)
+            step = os.pwrite(
+                target, os.pread(source, min(rest, _CHUNK_BYTES), source_begin + copied), target_begin + copied
+            )
         if step == 0:
             raise Corrupt(f"a file ended {size_bytes - copied} bytes early while it was copied; run: mansard verify")
         copied += step
@@ -211,13 +220,17 @@ def _state(found: os.stat_result) -> tuple[int, int, int]:
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
-def _map(descriptor: int, begin: int, end: int) -> memoryview:
-    """A map of bytes begin to end; maps begin at whole pages, so some bytes before may be mapped too."""
-    if begin == end:
-        return memoryview(b"")
-    before = begin % mmap.ALLOCATIONGRANULARITY
-    whole = mmap.mmap(descriptor, end - begin + before, prot=mmap.PROT_READ, offset=begin - before)
-    return memoryview(whole)[before:]
+def _digest_range(descriptor: int, begin: int, end: int) -> str:
+    """Read, not mapped: a map of a file that somebody cuts short ends the process (SIGBUS). Objects never shrink."""
+    hasher = blake3()
+    buffer = memoryview(bytearray(min(_CHUNK_BYTES, end - begin)))
+    while begin < end:
+        count = os.preadv(descriptor, [buffer[: end - begin]], begin)
+        if count == 0:
+            break  # cut short: the caller sees it in the file's state
+        hasher.update(buffer[:count])
+        begin += count
+    return str(hasher.hexdigest())
 
 
 def _write(descriptor: int, view: memoryview) -> None:

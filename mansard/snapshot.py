@@ -91,9 +91,8 @@ class Manifest:
         """
         for path, file in self.files.items():
             pure = PurePosixPath(path)
-            assert path and not pure.is_absolute() and ".." not in pure.parts and str(pure) == path, (
-                f"bad path {path!r}"
-            )
+            is_inside = bool(pure.parts) and not pure.is_absolute() and ".." not in pure.parts and str(pure) == path
+            assert is_inside, f"bad path {path!r}"
             if isinstance(file, Blob):
                 yield path, None, file.object, file.size_bytes
                 continue
@@ -192,7 +191,9 @@ def read_json_object(data: bytes, where: str) -> dict[str, Any]:
 
 
 def _scan(root: Path, folder: Path, prefix: str, above: tuple[Path, ...], files: dict[str, Path]) -> None:
-    for item in os.scandir(folder):
+    with os.scandir(folder) as listing:
+        items = list(listing)
+    for item in items:
         name = prefix + item.name
         try:
             name.encode()

@@ -1,0 +1,84 @@
+"""Small Hugging Face checkpoints without torch: a Llama of random half-precision tensors."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from mansard.models.families import LLAMA
+from mansard.store import Store
+
+MakeCheckpoint = Callable[..., Path]
+HIDDEN, INTERMEDIATE, VOCABULARY, HEADS = 16, 24, 32, 4
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+@pytest.fixture
+def make_checkpoint(tmp_path: Path) -> MakeCheckpoint:
+    """make_checkpoint(depth=3, shards=1, extra_tensors={}, **config) -> a new folder with a Llama."""
+    count = 0
+
+    def make(
+        depth: int = 3, shards: int = 1, extra_tensors: Mapping[str, np.ndarray] | None = None, **config: Any
+    ) -> Path:
+        nonlocal count
+        count += 1
+        folder = tmp_path / f"llama-{count}"
+        folder.mkdir()
+        whole = {**_config(depth), **config}
+        (folder / "config.json").write_text(json.dumps(whole))
+        (folder / "tokenizer.json").write_text("{}")
+        _write_weights(folder, {**_tensors(whole, depth), **(extra_tensors or {})}, shards)
+        return folder
+
+    return make
+
+
+def _config(depth: int) -> dict[str, Any]:
+    return {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": depth,
+        "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "vocab_size": VOCABULARY,
+        "num_attention_heads": HEADS, "num_key_value_heads": HEADS, "tie_word_embeddings": False,
+    }  # fmt: skip
+
+
+def _tensors(config: dict[str, Any], depth: int) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(0)
+    names = list(LLAMA.outer_tensors(config))
+    names += [LLAMA.block_tensor(b, n) for b in range(depth) for n in LLAMA.block_tensors(config)]
+    return {name: random.standard_normal(_shape(name)).astype(np.float16) for name in names}
+
+
+def _shape(name: str) -> tuple[int, ...]:
+    rows = {"gate_proj": INTERMEDIATE, "up_proj": INTERMEDIATE, "embed_tokens": VOCABULARY, "lm_head": VOCABULARY}
+    layer, kind = name.split(".")[-2:]
+    out = rows.get(layer, HIDDEN)
+    if kind == "bias" or "norm" in layer:
+        return (out,)
+    return (out, INTERMEDIATE if layer == "down_proj" else HIDDEN)
+
+
+def _write_weights(folder: Path, tensors: dict[str, np.ndarray], shards: int) -> None:
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    names = sorted(tensors)
+    files = {f"model-{i + 1:05}-of-{shards:05}.safetensors": names[i::shards] for i in range(shards)}
+    for file, inside in files.items():
+        save_file({n: tensors[n] for n in inside}, folder / file, metadata={"format": "pt"})
+    index = {
+        "metadata": {
+            "total_size": sum(t.nbytes for t in tensors.values()),
+            "total_parameters": sum(t.size for t in tensors.values()),
+        },
+        "weight_map": {n: file for file, inside in files.items() for n in inside},
+    }
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
