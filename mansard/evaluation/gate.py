@@ -47,7 +47,7 @@ class Ruling:
 def rule(evidence: Evidence) -> Ruling:
     """One suite's ruling."""
     if evidence.role == "report":
-        return Ruling(evidence.suite, False, "inconclusive", "reported only, as the spec says")
+        return Ruling(evidence.suite, False, "inconclusive", "reported only: its role in the spec is report")
     if evidence.baseline is None:
         return Ruling(evidence.suite, True, "inconclusive", "the baseline has no records on this suite")
     before = evidence.baseline.before.value
@@ -107,10 +107,11 @@ def _beyond(evidence: Evidence, comparison: Comparison, against: str) -> tuple[V
         return "inconclusive", f"{comparison.num_clusters} source files are too few for an interval"
     low, high = interval
     if evidence.role == "target":
-        wanted = f"a gain of more than {evidence.margin:g} over the {against}"
+        size = f" of more than {evidence.margin:g}" if evidence.margin else ""
+        wanted = f"a gain{size} over the {against}"
         passes, fails = low > evidence.margin, high <= evidence.margin
     else:
-        wanted = f"a loss of at most {evidence.margin:g} against the {against}"
+        wanted = f"no loss of more than {evidence.margin:g} against the {against}"
         passes, fails = low >= -evidence.margin, high < -evidence.margin
     if passes:
         return "pass", f"{wanted} is shown"
