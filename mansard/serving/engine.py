@@ -36,6 +36,7 @@ DRAIN_SECONDS = 120.0
 POLL_SECONDS = 0.25
 PORT_ATTEMPTS = 5
 RESUME_SECONDS = 30.0
+START_FOLDER = Path(__file__).parent / "engine_start"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +77,13 @@ def command(identity: EngineIdentity, tree: Path, port: int, site: Site) -> list
 
 
 def variables(site: Site, cores: str) -> dict[str, str]:
-    """The environment variables that an engine gets on top of the host's own."""
+    """The environment variables that an engine gets on top of the host's own; the host's PYTHONPATH is not for it."""
+    given = site.environments[site.engine.environment].variables
+    python_path = [str(START_FOLDER), *([given["PYTHONPATH"]] if "PYTHONPATH" in given else [])]
     bound = {"VLLM_CPU_OMP_THREADS_BIND": cores} if cores else {}
     return {
-        **site.environments[site.engine.environment].variables,
+        **given,
+        "PYTHONPATH": os.pathsep.join(python_path),
         "VLLM_CPU_KVCACHE_SPACE": str(site.engine.kv_cache_gib),
         **bound,
         "VLLM_NO_USAGE_STATS": "1",
@@ -304,12 +308,13 @@ class Engine:
 
 
 def last_words(log: Path) -> str:
-    """The first line that names an error and the last three lines, on one line."""
-    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip() for line in _tail(log, 400).splitlines()]
+    """The first error line, the first exception, and the last three lines, on one line."""
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip() for line in _tail(log, 1000).splitlines()]
     lines = [line for line in lines if line]
-    causes = [line for line in lines if re.search(r"\b\w*(Error|Exception)\b: ", line)]
-    chosen = [*causes[:1], *[line for line in lines[-3:] if line not in causes[:1]]]
-    return " | ".join(line[-300:] for line in chosen) or "it printed nothing"
+    errors = [line for line in lines if re.search(r"\bERROR\b", line)]
+    exceptions = [line for line in lines if re.search(r"(?:^|\] )\s*[\w.]*(?:Error|Exception): \S", line)]
+    chosen = dict.fromkeys([*errors[:1], *exceptions[:1], *lines[-3:]])
+    return " | ".join(line[:300] for line in chosen) or "it printed nothing"
 
 
 def _tail(log: Path, num_lines: int) -> str:

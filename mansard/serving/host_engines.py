@@ -15,7 +15,7 @@ import aiohttp
 
 from mansard.errors import BadInput, MansardError
 from mansard.serving import engine_http
-from mansard.serving.engine import Engine, EngineIdentity
+from mansard.serving.engine import Engine, EngineIdentity, last_words
 from mansard.serving.process import group_of, send, with_output_below
 from mansard.site import Site
 from mansard.store import Store
@@ -133,15 +133,24 @@ class Engines:
             with contextlib.ExitStack() as held:
                 tree = await asyncio.to_thread(held.enter_context, self._store.using(identity.artifact))
                 await engine.start(tree, [e.port for k, e in self._engines.items() if k != key])
-            await engine_http.complete_one_token(
-                self._session, engine.endpoint, identity.served_name, self._site.engine.start_timeout_seconds
-            )
+            await self._warm(engine)
         except MansardError:
             await engine.stop(drain_seconds=0)
             self._drop(engine)
             raise
         self._keep(engine)
         return engine
+
+    async def _warm(self, engine: Engine) -> None:
+        """One real request: vLLM may list a model that it cannot run."""
+        timeout_seconds = self._site.engine.start_timeout_seconds
+        try:
+            await engine_http.complete_one_token(
+                self._session, engine.endpoint, engine.identity.served_name, timeout_seconds
+            )
+        except MansardError as error:
+            words = last_words(engine.log)
+            raise MansardError(f"{error}; the engine's last lines: {words}; its log: {engine.log}") from error
 
     async def _resume(self, engine: Engine) -> Engine:
         try:
