@@ -70,7 +70,7 @@ def rule(evidence: Evidence) -> Ruling:
 
 
 def decide(rulings: Sequence[Ruling], evidence: Sequence[Evidence]) -> tuple[Verdict, str]:
-    """The verdict over all suites, and why."""
+    """The verdict over all suites, and why; `rulings` and `evidence` are in the same order."""
     if not evidence:
         return "inconclusive", "no suite was evaluated"
     gating = [r for r in rulings if r.gates]
@@ -81,8 +81,8 @@ def decide(rulings: Sequence[Ruling], evidence: Sequence[Evidence]) -> tuple[Ver
         return "inconclusive", "no suite gates, so nothing is shown"
     if worst == "inconclusive":
         return "inconclusive", "not known well enough: " + ", ".join(r.suite for r in gating if r.verdict == worst)
-    targets = {e.suite for e in evidence if e.role == "target"}
-    if targets and not any(r.suite in targets for r in gating):
+    targets = [r for r, e in zip(rulings, evidence, strict=True) if e.role == "target"]
+    if targets and not any(r.gates for r in targets):
         return "inconclusive", "the spec has targets, but none of them can gate"
     return "pass", f"all {len(gating)} gating suites passed"
 
