@@ -1,0 +1,52 @@
+"""aiohttp's low-level server as the router's public side uses it.
+
+Guarantees: a malformed request gets an error in the OpenAI API's form and reaches no handler, one log line at most and
+no words of ours about our software; a client that goes away cancels its handler. Bodies are not decompressed here.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+from aiohttp import web
+
+from mansard.serving.router_policy import error_body
+
+KEEP_ALIVE_SECONDS = 75.0
+"""An idle connection is closed after this; the OpenAI client's own pool gives up earlier (5 s)."""
+
+log = logging.getLogger("mansard.router")
+
+
+class PublicServer(web.Server):
+    """A factory of connections. aiohttp calls `handle_error` on the connection's class; there is no other hook."""
+
+    def __init__(self, handler: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]) -> None:
+        super().__init__(handler, handler_cancellation=True)
+
+    def __call__(self) -> web.RequestHandler:
+        return _Connection(
+            self,
+            loop=asyncio.get_running_loop(),
+            access_log=None,  # type: ignore[arg-type]  # None switches it off, its type says otherwise
+            auto_decompress=False,
+            keepalive_timeout=KEEP_ALIVE_SECONDS,
+        )
+
+
+class _Connection(web.RequestHandler):
+    def handle_error(
+        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
+    ) -> web.StreamResponse:
+        if status >= 500:
+            log.error("a request failed here: %s %s", request.method, request.raw_path[:200], exc_info=exc)
+        if request.writer.output_size > 0:
+            raise ConnectionError("an answer is under way already")
+        kind, words = ("invalid_request_error", "not a well-formed HTTP request")
+        if status >= 500:
+            kind, words = ("server_error", "the router failed; its log says why")
+        body = error_body(kind, words, status)
+        headers = {"server": "mansard"}
+        response = web.Response(body=body, status=status, content_type="application/json", headers=headers)
+        response.force_close()
+        return response
