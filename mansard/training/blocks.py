@@ -1,28 +1,21 @@
 """Which tensors train, which are frozen, and what is said of it before the first step.
 
-New blocks are named exactly (`model.layers.INDEX.` with the dots), never by a substring that an original block shares.
-Families that name their blocks otherwise come with their adapters.
+New tensors are named exactly, by the family's adapter, never by a substring that an original block shares.
 """
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from mansard.errors import BadInput, StageFailed
+from mansard.models.expand import NewBlock, model_config, read_expansion
+from mansard.models.families import family_of
 from mansard.models.freeze import compare, digest_tensors, freeze_except
-from mansard.specs import Data, Train
+from mansard.records import SnapshotId
+from mansard.specs import Data, LearningRates, Train
+from mansard.store import Store
 from mansard.training.memory import expected_bytes
 from mansard.training.optimizer import Group
-
-
-@dataclass(frozen=True, slots=True)
-class NewBlock:
-    """An inserted block and the block it was copied from, both 0-based (the source in the base's numbering)."""
-
-    index: int
-    source: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,37 +34,32 @@ class Frozen:
             )
 
 
-def read_new_blocks(expansion: Path) -> list[NewBlock]:
-    """What the expansion inserted, in order."""
-    record = json.loads((expansion / "mansard_expansion.json").read_text())
-    blocks = [NewBlock(block["index"], block["source"]) for block in record["new_blocks"]]
-    if not blocks:
-        raise BadInput("the expansion inserted no block, so there is nothing to train; raise expand.blocks")
-    return sorted(blocks, key=lambda block: block.index)
+def new_tensor_names(store: Store, expansion: SnapshotId) -> frozenset[str]:
+    """The checkpoint's names of every tensor of the newest storey."""
+    config = model_config(store, expansion)
+    family = family_of(config)
+    names = family.block_tensors(config)
+    return frozenset(
+        family.block_tensor(b.index, n) for b in read_expansion(store, expansion).new_blocks for n in names
+    )
 
 
-def train_only(model: Any, blocks: list[NewBlock], train: Train) -> tuple[list[Group], Frozen]:  # noqa: ANN401
+def train_only(model: Any, new_names: frozenset[str], rates: LearningRates) -> tuple[list[Group], Frozen]:  # noqa: ANN401
     """Freeze all but the groups with a rate above 0; returns the groups and the digests of what is frozen."""
+    if rates.new_blocks == 0.0:
+        raise BadInput("train.learning_rates.new_blocks is 0, so no storey would be trained; set it above 0")
     parameters = dict(model.named_parameters())
-    prefixes = tuple(f"model.layers.{block.index}." for block in blocks)
-    new = {name: p for name, p in parameters.items() if name.startswith(prefixes)}
-    assert len({name.split(".")[2] for name in new}) == len(blocks), "every new block has parameters of its name"
-    base = {name: p for name, p in parameters.items() if name not in new}
-    rates = train.learning_rates
-    groups = [
-        Group(name, rate, chosen)
-        for name, rate, chosen in (("new_blocks", rates.new_blocks, new), ("base", rates.base, base))
-        if rate > 0.0
-    ]
-    if not groups:
-        raise BadInput("train.learning_rates are all 0, so nothing would train; set new_blocks above 0")
+    groups = [Group("new_blocks", rates.new_blocks, {n: parameters[n] for n in sorted(new_names)})]
+    if rates.base > 0.0:
+        groups.append(Group("base", rates.base, {n: p for n, p in parameters.items() if n not in new_names}))
     frozen = freeze_except(model, {name for group in groups for name in group.parameters})
-    return groups, Frozen(digest_tensors(model, frozen))
+    # With a base that trains, buffers alone would be left, and a frozen base is not to be claimed of them.
+    return groups, Frozen({} if rates.base > 0.0 else digest_tensors(model, frozen))
 
 
 def announcement(
     model: Any,  # noqa: ANN401 - a transformers model
-    blocks: list[NewBlock],
+    blocks: Sequence[NewBlock],
     groups: list[Group],
     data: Data,
     train: Train,

@@ -45,7 +45,7 @@ class LocalEngine:
         self._model.train()
         nats, labels = self._nats(batch)
         (nats / labels).backward()
-        return Loss(float(nats), labels)
+        return Loss(float(nats.detach()), labels)
 
     def step(self, factor: float) -> float:
         """Move the trained tensors at `factor` of their peak rates; the gradients' norm before clipping."""

@@ -18,11 +18,12 @@ from safetensors.torch import save_file
 
 from mansard.canonical import canonical_json
 from mansard.errors import BadInput
+from mansard.models.expand import read_expansion
 from mansard.models.loading import choose_device, load_model, load_tokenizer
 from mansard.models.probe import forward_logits
 from mansard.records import SnapshotId
 from mansard.specs import Data, Train
-from mansard.training.blocks import NewBlock, announcement, read_new_blocks, train_only
+from mansard.training.blocks import announcement, new_tensor_names, train_only
 from mansard.training.data import Mixture, Packed, pack_texts, read_texts, require_rows
 from mansard.training.engines import CPU_THREADS, LocalEngine
 from mansard.training.loop import Plan, run_loop
@@ -48,12 +49,13 @@ def run(context: "StageContext") -> SnapshotId:
     torch.manual_seed(train.seed)
     plan = Plan.of(train, data.sequence_tokens)
     with context.store.using(context.inputs["expansion"]) as expansion:
-        blocks = read_new_blocks(expansion)
+        blocks = read_expansion(context.store, context.inputs["expansion"]).new_blocks
+        new_names = new_tensor_names(context.store, context.inputs["expansion"])
         mixture, held_out = read_mixture(context, data, train, load_tokenizer(expansion))
         fractions = achieved_fractions(mixture, data, plan.schedule.steps)
         model = load_model(expansion, DTYPES[train.precision], device=choose_device())
         check_window(getattr(model.config, "sliding_window", None), data.sequence_tokens)
-        groups, frozen = train_only(model, blocks, train)
+        groups, frozen = train_only(model, new_names, train.learning_rates)
         text = announcement(model, blocks, groups, data, train)
         print(f"train: {text}", file=sys.stderr, flush=True)
         context.progress(0, plan.tokens, "tokens", text)
@@ -64,7 +66,7 @@ def run(context: "StageContext") -> SnapshotId:
         trained = engine.trained()
         del model, engine, groups  # the checkpoint is loaded once more below
         output = context.work / "output"
-        changed, probe = write_tensors(expansion, blocks, trained, probe_BT, output)
+        changed, probe = write_tensors(expansion, new_names, trained, probe_BT, output)
         report = {
             "format": 1,
             "new_blocks": [{"index": b.index, "source": b.source} for b in blocks],
@@ -125,7 +127,7 @@ def probe_of(held_out: list[Packed]) -> torch.Tensor:
 
 def write_tensors(
     expansion: Path,
-    blocks: list[NewBlock],
+    new_names: frozenset[str],
     trained: Mapping[str, torch.Tensor],
     probe_BT: torch.Tensor,
     output: Path,
@@ -136,13 +138,12 @@ def write_tensors(
     output.mkdir(parents=True)
     model = load_model(expansion, None, device=choose_device())
     parameters = dict(model.named_parameters())
-    prefixes = tuple(f"model.layers.{block.index}." for block in blocks)
     changed = []
     with torch.no_grad():
         for name, master in trained.items():
             before = parameters[name].clone()
             parameters[name].copy_(master)
-            if not name.startswith(prefixes) and not torch.equal(before, parameters[name]):
+            if name not in new_names and not torch.equal(before, parameters[name]):
                 changed.append(name)
     save_file({n: parameters[n].detach().cpu().contiguous() for n in sorted(trained)}, output / "trained.safetensors")
     logits_BTV = forward_logits(model, probe_BT)

@@ -1,0 +1,89 @@
+"""Masters keep what a short type loses; the schedule and the clip do what they say."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from mansard.training.optimizer import Group, MasterAdamW, Schedule
+
+
+def parameter(dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(torch.full((4, 4), 1.0, dtype=dtype))
+
+
+def one_step(optimizer: MasterAdamW, weight: nn.Parameter, gradient: float = 1.0, clip: float = 100.0) -> float:
+    weight.grad = torch.full_like(weight, gradient)
+    return optimizer.step(1.0, clip)
+
+
+def test_small_steps_reach_a_bf16_weight_through_its_fp32_master() -> None:
+    weight = parameter(torch.bfloat16)
+    optimizer = MasterAdamW([Group("g", 1e-4, {"w": weight})], 0.0)
+    for _ in range(100):
+        one_step(optimizer, weight)
+    master = optimizer.masters["w"]
+    assert master.dtype == torch.float32
+    assert master.mean().item() == pytest.approx(0.99, abs=1e-3)
+    assert torch.equal(weight, master.to(torch.bfloat16))
+    assert weight.mean().item() != 1.0
+
+
+def test_one_small_step_moves_the_master_and_not_yet_the_bf16_weight() -> None:
+    weight = parameter(torch.bfloat16)
+    optimizer = MasterAdamW([Group("g", 1e-5, {"w": weight})], 0.0)
+    one_step(optimizer, weight)
+    assert weight.eq(1.0).all()
+    assert optimizer.masters["w"].lt(1.0).all()
+
+
+def test_a_float32_weight_is_its_own_master() -> None:
+    weight = parameter(torch.float32)
+    assert MasterAdamW([Group("g", 1e-3, {"w": weight})], 0.0).masters["w"] is weight
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_state_that_was_saved_continues_bit_for_bit(dtype: torch.dtype) -> None:
+    weights = [parameter(dtype), parameter(dtype)]
+    optimizers = [MasterAdamW([Group("g", 1e-2, {"w": w})], 0.1) for w in weights]
+    for _ in range(3):
+        one_step(optimizers[0], weights[0], 0.3)
+    optimizers[1].load_state({name: tensor.clone() for name, tensor in optimizers[0].state().items()})
+    for optimizer, weight in zip(optimizers, weights, strict=True):
+        one_step(optimizer, weight, 0.7)
+    assert torch.equal(weights[0], weights[1])
+    states = [optimizer.state() for optimizer in optimizers]
+    assert states[0].keys() == states[1].keys() == {"master/w", "exp_avg/w", "exp_avg_sq/w", "step/w"}
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_the_norm_before_clipping_is_told() -> None:
+    weight = parameter(torch.float32)
+    assert one_step(MasterAdamW([Group("g", 1e-3, {"w": weight})], 0.0), weight, 2.0, clip=1.0) == pytest.approx(8.0)
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing() -> None:
+    weight = parameter(torch.float32)
+    optimizer = MasterAdamW([Group("g", 1e-3, {"w": weight})], 0.0)
+    assert not math.isfinite(one_step(optimizer, weight, math.inf))
+    assert weight.eq(1.0).all()
+
+
+def test_groups_move_at_their_own_rates() -> None:
+    fast, slow = parameter(torch.float32), parameter(torch.float32)
+    optimizer = MasterAdamW([Group("new", 1e-2, {"f": fast}), Group("base", 1e-4, {"s": slow})], 0.0)
+    slow.grad = torch.ones_like(slow)
+    one_step(optimizer, fast)
+    assert (1.0 - fast.mean().item()) == pytest.approx(100 * (1.0 - slow.mean().item()), rel=1e-2)
+
+
+def test_the_schedule_warms_up_and_falls_to_nothing() -> None:
+    schedule = Schedule(100, 10)
+    factors = [schedule.factor(step) for step in range(100)]
+    assert factors[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert factors[10] == 1.0
+    assert all(a >= b for a, b in itertools.pairwise(factors[10:]))
+    assert factors[-1] < 0.001
+    assert Schedule(4, 0).factor(0) == 1.0
