@@ -24,6 +24,8 @@ from rich.table import Table
 from mansard.errors import MansardError
 from mansard.launch import Request, derive
 from mansard.records import Derivation
+from mansard.release.events import PROMOTED
+from mansard.release.journal import Journal
 from mansard.site import Site, find_site, load_site
 from mansard.store import Store
 from tasks.terminal import stage_progress
@@ -85,7 +87,7 @@ def tell(site: Site) -> dict[str, Any]:
     version = upgraded["version"]
     mansard(site, "review", version)
     with traffic(site) as counts_file:
-        if status(site)["stable"] != version:
+        if stable_version(site) != version:
             approve(site, version, "code improves, docstrings hold")
             mansard(site, "release", version, "--as", "ada")
         rollback_ms = rollback_drill(site)
@@ -144,20 +146,15 @@ def approve(site: Site, version: int, reason: str) -> None:
     mansard(site, "approve", version, "--reason", reason, "--as", "grace")
 
 
-def status(site: Site) -> dict[str, Any]:
-    """The pointers of the demo's model."""
-    done = subprocess.run(
-        [*MANSARD, "status", "--json", "--site", str(site.path)], stdout=subprocess.PIPE, check=True
-    )
-    models: dict[str, Any] = json.loads(done.stdout)["models"]
-    return dict(models.get("demo", {"stable": None}))
+def stable_version(site: Site) -> int | None:
+    """The version that serves now."""
+    with Journal.open(site.journal) as journal:
+        return journal.pointers("demo").stable
 
 
 def was_stable(site: Site, version: int) -> bool:
-    done = subprocess.run(
-        [*MANSARD, "history", "--json", "--site", str(site.path)], stdout=subprocess.PIPE, check=True
-    )
-    return any(e["kind"] == "promoted" and e["body"].get("version") == version for e in json.loads(done.stdout))
+    with Journal.open(site.journal) as journal:
+        return any(e.version == version for e in journal.entries("demo", kinds=(PROMOTED,)))
 
 
 def rollback_drill(site: Site) -> float:

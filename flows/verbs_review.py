@@ -75,17 +75,18 @@ def _row(suite: dict[str, Any]) -> list[str]:
     def number(value: float | None, sign: str = "") -> str:
         return "" if value is None else f"{value:{sign}.4f}"
 
-    interval = suite.get("interval")
-    shown = "" if interval is None else f"{interval[0]:+.4f} to {interval[1]:+.4f}"
+    compared = suite["baseline"]
+    effect = {"value": None, "low": None, "high": None} if compared is None else compared["effect"]
+    interval = "" if effect["low"] is None else f"{effect['low']:+.4f} to {effect['high']:+.4f}"
     return [
         suite["suite"],
         suite["role"],
-        str(suite["n"]),
-        number(suite.get("before")),
-        number(suite.get("after")),
-        number(suite.get("effect"), "+"),
-        shown,
-        suite.get("verdict") or "reported",
+        str(suite["num_items"]),
+        number(None if compared is None else compared["before"]["value"]),
+        number(suite["after"]["value"]),
+        number(effect["value"], "+"),
+        interval,
+        suite["verdict"],
     ]
 
 

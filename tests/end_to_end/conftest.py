@@ -74,8 +74,8 @@ class Story:
         return [sys.executable, "-m", "flows.cli", *map(str, words), "--site", str(self.site.path)]
 
     def stable(self) -> int | None:
-        found: int | None = self.json("status")["models"]["demo"]["stable"]
-        return found
+        found: dict[str, int] | None = self.json("status")["models"]["demo"]["stable"]
+        return None if found is None else found["version"]
 
 
 @pytest.fixture(scope="module")

@@ -53,6 +53,14 @@ def traffic(story: Story) -> Iterator[Callable[[], dict[str, Any]]]:
         process.wait(timeout=COMMAND_TIMEOUT_SECONDS)
 
 
+def engine_of(story: Story, version: int) -> dict[str, Any]:
+    """What the host says of the engine that serves a version."""
+    told = story.json("status")
+    artifact = next(v["artifact"] for v in told["models"]["demo"]["versions"] if v["version"] == version)
+    found: dict[str, Any] = next(e for e in told["host"]["engines"] if e["artifact"] == artifact)
+    return found
+
+
 def test_adopted_base_is_version_1_and_serves_after_approval(story: Story) -> None:
     adopted = story.json("adopt", "configs/adopt/test.yaml")
     assert (adopted["version"], adopted["verdict"]) == (1, "baseline")
@@ -88,8 +96,7 @@ def test_killed_canary_engine_aborts_the_rollout_and_loses_no_request(story: Sto
             story.command("release", 2, "--as", "ada"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         wait_for(lambda: counts()["versions"].get("2", 0) >= 2, "version 2 answers users")
-        engine = next(e for e in story.json("status")["engines"] if 2 in e["versions"])
-        os.kill(engine["pid"], signal.SIGKILL)
+        os.kill(engine_of(story, 2)["pid"], signal.SIGKILL)
         output, _ = release.communicate(timeout=COMMAND_TIMEOUT_SECONDS)
         assert release.returncode == 4, output
         seen = counts()["requests"]
@@ -153,7 +160,7 @@ print(sum(r["state_type"] == "COMPLETED" and r["auto_scheduled"] for r in runs))
         return int(done.stdout) > 0
 
     wait_for(completed, "a scheduled run completed")
-    assert [v["version"] for v in story.json("history") if v["kind"] == "registered"] == [1, 2]
+    assert [e["version"] for e in story.json("history") if e["kind"] == "registered"] == [1, 2]
 
 
 def test_harmful_upgrade_is_stopped_by_the_guard_and_cannot_be_approved(story: Story) -> None:

@@ -1,0 +1,118 @@
+"""The platform team's verbs: adopt, upgrade, gate, release. They start the local stack where it is down."""
+
+import argparse
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flows import stack
+from flows.person import person
+from mansard.site import Site, find_site, load_site
+from mansard.specs import AdoptSpec, UpgradeSpec, load_spec, load_suites
+
+if TYPE_CHECKING:
+    from flows.outcome import Outcome
+
+EXIT_OF_VERDICT = {"pass": 0, "baseline": 0, "fail": 3, "inconclusive": 3}
+
+
+def adopt(args: argparse.Namespace) -> int:
+    """A first base becomes a version."""
+    site = _ready(args, AdoptSpec)
+    from flows.adopt import adopt as flow  # prefect and mlflow read their settings when they are imported
+
+    return _tell(args, flow(str(Path(args.spec).resolve()), str(site.path), _author(), args.model))
+
+
+def upgrade(args: argparse.Namespace) -> int:
+    """One storey."""
+    site = _ready(args, UpgradeSpec)
+    from flows.upgrade import upgrade as flow
+
+    return _tell(args, flow(str(Path(args.spec).resolve()), str(site.path), _author(), args.model))
+
+
+def gate(args: argparse.Namespace) -> int:
+    """Judge a registered version against today's stable and anchor."""
+    site = _ready(args, None)
+    from flows.gate import gate as flow
+
+    return _tell(args, flow(args.version, str(site.path), args.model))
+
+
+def release(args: argparse.Namespace) -> int:
+    """Deploy, canary, promote or abort; the host walks on if this command is ended."""
+    site = _ready(args, None)
+    who = person(args)
+    from flows.release import release as flow
+
+    done = flow(args.version, str(site.path), who, args.model)
+    is_promoted = done.state == "promoted"
+    if args.json:
+        print(json.dumps({"format": 1, "version": args.version, "state": done.state, "reason": done.reason}))
+    else:
+        print(f"version {args.version} is {done.state}{'' if is_promoted else f': {done.reason}'}")
+        print("next: mansard status" if is_promoted else "next: mansard history")
+    return 0 if is_promoted else 4
+
+
+def _ready(args: argparse.Namespace, kind: type[AdoptSpec] | type[UpgradeSpec] | None) -> Site:
+    """Everything that can be wrong in the files is found before anything starts."""
+    site = load_site(find_site(args.site))
+    site.model_named(args.model)
+    if kind is not None:
+        path = Path(args.spec)
+        load_suites(load_spec(kind, path), path)
+    if not stack.is_up(site):
+        stack.up(site)
+    stack.use_servers(site)
+    return site
+
+
+def _author() -> str | None:
+    return os.environ.get("MANSARD_PERSON")
+
+
+def _tell(args: argparse.Namespace, outcome: "Outcome") -> int:
+    """Suites, pages, next command; the last line is version and verdict."""
+    if args.json:
+        print(json.dumps(_facts(outcome)))
+        return EXIT_OF_VERDICT[outcome.verdict]
+    for derivation in outcome.derivations:
+        how = "reused" if derivation.reused else f"{derivation.seconds:.1f} s"
+        print(f"{derivation.stage:12} {derivation.snapshot[:12]} {how}")
+    for suite in outcome.suites:
+        print(_suite_line(asdict(suite)))
+    print(f"report: {outcome.report}\nchart:  {outcome.chart}")
+    for name, url in outcome.urls.items():
+        print(f"{name}: {url}")
+    version = outcome.version
+    print(f"next: mansard review {version}")
+    print(f"version {version} of {outcome.model_name}: {outcome.verdict}")
+    return EXIT_OF_VERDICT[outcome.verdict]
+
+
+def _suite_line(suite: dict[str, Any]) -> str:
+    before = "" if suite["before"] is None else f"{suite['before']:.4f} -> "
+    interval = suite["interval"]
+    change = "" if interval is None else f", change {suite['effect']:+.4f} ({interval[0]:+.4f} to {interval[1]:+.4f})"
+    return f"{suite['role']:7} {suite['suite']}: {before}{suite['after']:.4f}{change}: {suite['verdict']}"
+
+
+def _facts(outcome: "Outcome") -> dict[str, Any]:
+    return {
+        "format": 1,
+        "model": outcome.model_name,
+        "version": outcome.version,
+        "verdict": outcome.verdict,
+        "stages": [
+            {"name": d.stage, "snapshot": d.snapshot, "seconds": round(d.seconds, 2), "reused": d.reused}
+            for d in outcome.derivations
+        ],
+        "suites": [asdict(s) for s in outcome.suites],
+        "report": outcome.report,
+        "chart": outcome.chart,
+        "urls": outcome.urls,
+    }

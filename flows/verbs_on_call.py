@@ -1,0 +1,124 @@
+"""The on-call's verbs: thin clients of the host; with it down they read the files and move the pointer themselves.
+
+Standard library, PyYAML and BLAKE3 only.
+"""
+
+import argparse
+import getpass
+import json
+import os
+import time
+from typing import Any
+
+from mansard.release import oncall
+from mansard.release.oncall_text import history_text, status_text, why_text
+from mansard.serving.host_client import HostClient, HostDown
+from mansard.serving.host_down import engine_answers, follow_pointers
+from mansard.site import Site, find_site, load_site
+
+ROLLBACK_TIMEOUT_SECONDS = 1800.0
+"""A cold previous version is started first while stable goes on serving."""
+HOST_TIMEOUT_SECONDS = 5.0
+
+
+def status(args: argparse.Namespace) -> int:
+    """Pointers, versions and traffic; with --json also the engines and every process of the stack."""
+    site = load_site(find_site(args.site))
+    names = [site.model_named(args.model)] if args.model else list(site.models)
+    models = {name: oncall.status(site, name) for name in names}
+    host = _host_status(site)
+    if args.json:
+        print(json.dumps({"format": 1, "models": models, "host": host, "processes": _processes(site)}))
+        return 0
+    for found in models.values():
+        print(status_text(found))
+    print(_engines_text(host))
+    return 0
+
+
+def _host_status(site: Site) -> dict[str, Any] | None:
+    try:
+        return HostClient(site.host_socket).call("GET", "/status", timeout_seconds=HOST_TIMEOUT_SECONDS)
+    except HostDown:
+        return None
+
+
+def _processes(site: Site) -> list[dict[str, Any]]:
+    from flows.stack import status_of_processes  # asks every server, so only where a program wants to know
+
+    return status_of_processes(site)
+
+
+def _engines_text(host: dict[str, Any] | None) -> str:
+    if host is None:
+        return "host: down (mansard up starts it); rollback works without it"
+    lines = [f"host: {host['state']}, pid {host['pid']}"]
+    for engine in host["engines"]:
+        lines.append(f"engine {engine['artifact'][:12]}: {engine['state']}, {engine['endpoint']}, pid {engine['pid']}")
+    for name, model in host["models"].items():
+        for version, facts in model["versions"].items():
+            seconds = facts["start_seconds"]
+            last = "" if seconds is None else f", its last start took {seconds:.0f} s"
+            lines.append(f"{name} version {version}: {facts['state']}{last}")
+    return "\n".join(lines)
+
+
+def rollback(args: argparse.Namespace) -> int:
+    """Previous is stable again, or the running rollout is aborted."""
+    began = time.perf_counter()
+    site = load_site(find_site(args.site))
+    model = site.model_named(args.model)
+    who = args.person or os.environ.get("MANSARD_PERSON") or getpass.getuser()
+    body = {
+        "model": model,
+        "from": args.from_version,
+        "to": args.to_version,
+        "hard": args.hard,
+        "who": who,
+        "why": args.reason,
+    }
+    try:
+        done = HostClient(site.host_socket).call("POST", "/rollback", body, timeout_seconds=ROLLBACK_TIMEOUT_SECONDS)
+    except HostDown:
+        done = _without_host(site, model, args, who)
+    if args.json:
+        print(json.dumps(done))
+        return 0
+    total_ms = (time.perf_counter() - began) * 1000
+    print(done["message"])
+    for warning in done["warnings"]:
+        print(f"warning: {warning}")
+    if done["changed"]:
+        print(f"pointer and split moved in {done['milliseconds']:.0f} ms, everything in {total_ms:.0f} ms")
+    print("next: mansard history")
+    return 0
+
+
+def _without_host(site: Site, model: str, args: argparse.Namespace, who: str) -> dict[str, Any]:
+    return oncall.rollback_directly(
+        site,
+        model,
+        args.from_version,
+        args.to_version,
+        args.hard,
+        who,
+        args.reason,
+        answers=lambda name, version: engine_answers(site, name, version),
+        write_split=lambda name, pointers, term: follow_pointers(site, name, pointers, term),
+    )
+
+
+def history(args: argparse.Namespace) -> int:
+    """The journal, oldest first."""
+    site = load_site(find_site(args.site))
+    entries = oncall.history(site, site.model_named(args.model))
+    print(json.dumps(entries) if args.json else history_text(entries))
+    return 0
+
+
+def why(args: argparse.Namespace) -> int:
+    """From the live pointer to approval, verdict, stages, data and the first base."""
+    site = load_site(find_site(args.site))
+    found = oncall.why(site, site.model_named(args.model), args.version)
+    print(json.dumps(found) if args.json else why_text(found))
+    return 6 if found["problems"] else 0
