@@ -93,7 +93,7 @@ class Objects:
         view = memoryview(data).cast("B")
         digest = digest_bytes(view)
         if not self.touch(digest, len(view)):
-            self._add(digest, lambda descriptor: _write(descriptor, view))
+            self._add(digest, lambda descriptor: write_all(descriptor, view, 0))
             sync_folder(self.path(digest).parent)
         return digest
 
@@ -181,6 +181,24 @@ def copy_range(source: int, source_begin: int, target: int, target_begin: int, s
         copied += step
 
 
+def read_chunks(descriptor: int, begin: int, end: int) -> Iterator[tuple[int, memoryview]]:
+    """(position, bytes) of a range, in one buffer that is used again; ends early where the file does."""
+    buffer = memoryview(bytearray(min(_CHUNK_BYTES, end - begin)))
+    while begin < end:
+        count = os.preadv(descriptor, [buffer[: end - begin]], begin)
+        if count == 0:
+            return
+        yield begin, buffer[:count]
+        begin += count
+
+
+def write_all(descriptor: int, data: memoryview, position: int) -> None:
+    """Write every byte at `position`."""
+    while data:
+        count = os.pwrite(descriptor, data, position)
+        data, position = data[count:], position + count
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames into `folder` last."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -223,16 +241,6 @@ def _state(found: os.stat_result) -> tuple[int, int, int]:
 def _digest_range(descriptor: int, begin: int, end: int) -> str:
     """Read, not mapped: a map of a file that somebody cuts short ends the process (SIGBUS). Objects never shrink."""
     hasher = blake3()
-    buffer = memoryview(bytearray(min(_CHUNK_BYTES, end - begin)))
-    while begin < end:
-        count = os.preadv(descriptor, [buffer[: end - begin]], begin)
-        if count == 0:
-            break  # cut short: the caller sees it in the file's state
-        hasher.update(buffer[:count])
-        begin += count
+    for _, chunk in read_chunks(descriptor, begin, end):
+        hasher.update(chunk)
     return str(hasher.hexdigest())
-
-
-def _write(descriptor: int, view: memoryview) -> None:
-    while view:
-        view = view[os.write(descriptor, view) :]

@@ -136,7 +136,7 @@ class Store:
         except FileNotFoundError as error:
             raise BadInput(f"snapshot {snapshot}: not in the store {self.root}") from error
         if digest_bytes(data) != snapshot:
-            raise Corrupt(f"snapshot {snapshot}: its manifest {path} does not match its digest")
+            raise Corrupt(f"snapshot {snapshot}: {path} does not match its digest; remove it and run the stage again")
         return Manifest.from_bytes(data, f"snapshot {snapshot}")
 
     def holds(self, snapshot: SnapshotId) -> bool:

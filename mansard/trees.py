@@ -14,15 +14,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from mansard.digest import digest_bytes
+from blake3 import blake3
+
 from mansard.errors import Corrupt, MansardError
 from mansard.locks import file_lock, file_lock_if_free
-from mansard.objects import Objects, copy_range, disk_errors, sync_folder
+from mansard.objects import Objects, disk_errors, read_chunks, sync_folder, write_all
 from mansard.records import SnapshotId
 from mansard.safetensors_header import header_prefix
 from mansard.snapshot import Blob, Manifest
 
-_NUM_THREADS = 2
+_NUM_THREADS = 4
+_SYNC_BYTES = 8 << 20
+"""Pieces from this size up go to the disk at once: 1.3 GiB/s with four threads against 0.9 with fsync at the end (`cp`
+and sync: 1.45), files of 0.5 GB, 2026-11. Smaller ones wait for their file's fsync."""
 
 
 def lay_out(manifest: Manifest, folder: Path) -> None:
@@ -72,16 +76,23 @@ def _pieces(manifest: Manifest) -> Iterator[_Piece]:
 
 
 def _write_piece(objects: Objects, folder: Path, piece: _Piece) -> None:
+    """Copy and hash in one pass, so that the bytes written are the bytes checked."""
     found = objects.size_bytes(piece.digest)
     if found != piece.size_bytes:
         raise piece.damaged(f"has {found} bytes, {piece.size_bytes} are expected")
-    if digest_bytes(objects.open(piece.digest)) != piece.digest:
-        raise piece.damaged("does not match its digest")
     source = os.open(objects.path(piece.digest), os.O_RDONLY)
     target = os.open(folder / piece.path, os.O_WRONLY)
     try:
-        if not _is_hole(source):
-            copy_range(source, 0, target, piece.begin, piece.size_bytes)
+        hasher = blake3()
+        is_hole = _is_hole(source)
+        for begin, chunk in read_chunks(source, 0, piece.size_bytes):
+            hasher.update(chunk)
+            if not is_hole:
+                write_all(target, chunk, piece.begin + begin)
+        if hasher.hexdigest() != piece.digest:
+            raise piece.damaged("does not match its digest")
+        if piece.size_bytes >= _SYNC_BYTES:
+            os.fdatasync(target)  # one thread waits for the disk while others fill memory
     finally:
         os.close(source)
         os.close(target)
