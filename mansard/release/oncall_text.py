@@ -1,0 +1,177 @@
+"""What `status`, `history` and `why` look like to a person: plain text, no colour, no width of the screen assumed."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from mansard.release.events import (
+    ABORTED,
+    APPROVED,
+    CANARY_STEP,
+    EVIDENCE,
+    PEOPLE_CHANGED,
+    PROMOTED,
+    REJECTED,
+    ROLLED_BACK,
+    ROLLOUT_STARTED,
+)
+
+SHORT = 12
+"""Digits of a digest that a person sees; every command takes such a prefix."""
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Columns padded to their widest cell; None is a dash."""
+    cells = [list(header), *([("-" if c is None else str(c)) for c in row] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
+
+
+def status_text(status: dict[str, Any]) -> str:
+    lines = [f"model {status['model']}, term {status['term']}"]
+    standing: list[tuple[object, ...]] = []
+    for name in ("stable", "canary", "previous"):
+        place = status[name]
+        if place is None:
+            standing.append((name, None, None, None))
+            continue
+        share = f" at {place['weight_percent']} %" if "weight_percent" in place else ""
+        since = place["since"]
+        standing.append((name, f"{place['version']}{share}", since and moment(since["at"]), since and since["who"]))
+    lines += [table(("pointer", "version", "since", "by"), standing), ""]
+    if status["last_move"] is not None:
+        lines.append(f"last move: {event(status['last_move'])}")
+    lines += [_split_line(status["split"]), *_mirror_lines(status["mirror"])]
+    if status["versions"]:
+        header = ("version", "is", "verdict", "decision", "base", "spec", "author", "registered", "artifact")
+        lines += ["", table(header, [_version_cells(v) for v in status["versions"]])]
+    else:
+        lines.append("nothing is registered yet")
+    lines += ["", *(f"{name}: {url}" for name, url in status["urls"].items()), f"next: {status['next']}"]
+    return "\n".join(lines)
+
+
+def history_text(entries: Sequence[dict[str, Any]]) -> str:
+    if not entries:
+        return "the journal is empty; it begins with: mansard adopt SPEC"
+    rows = [(e["sequence"], moment(e["at"]), e["who"], said(e), " ".join(str(e["why"]).split())) for e in entries]
+    return table(("entry", "when (UTC)", "who", "what", "why"), rows)
+
+
+def why_text(why: dict[str, Any]) -> str:
+    place = ", ".join(why["is"]) or "neither stable, canary nor previous"
+    lines = [f"{why['model']} version {why['version']} is {place}"]
+    if why["pointer"] is not None:
+        lines.append(f"  {event(why['pointer'])}")
+    for link in why["chain"]:
+        lines += ["", *_link_lines(link)]
+    lines += ["", f"base of version {why['chain'][-1]['version']}: {why['base']}"]
+    lines += [f"problem: {problem}" for problem in why["problems"]]
+    return "\n".join(lines)
+
+
+def said(entry: dict[str, Any]) -> str:
+    """What an entry did, in a few words."""
+    version, body = entry["version"], entry.get("body", entry)
+    if entry["kind"] in EVIDENCE:
+        return f"{entry['kind']} version {version}: {body['registration']['verdict']}"
+    if entry["kind"] == CANARY_STEP:
+        return f"canary version {version} at {body['weight_percent']} %"
+    if entry["kind"] == ROLLED_BACK:
+        return f"rolled back from version {version} to {body['to']}"
+    texts = {
+        APPROVED: f"approved version {version}",
+        REJECTED: f"rejected version {version}",
+        ROLLOUT_STARTED: f"started the rollout of version {version}",
+        PROMOTED: f"promoted version {version}",
+        ABORTED: f"aborted the rollout of version {version}",
+        PEOPLE_CHANGED: "used another people section of the site for the first time",
+    }
+    return texts.get(entry["kind"], str(entry["kind"]))
+
+
+def event(entry: dict[str, Any]) -> str:
+    reason = f": {entry['why']}" if entry["why"] else ""
+    return f"{moment(entry['at'])} UTC, {entry['who']} {said(entry)}{reason}"
+
+
+def moment(at: str) -> str:
+    """To the second; the whole is in --json."""
+    return at[:19].replace("T", " ")
+
+
+def _version_cells(version: dict[str, Any]) -> tuple[object, ...]:
+    return (
+        version["version"],
+        ", ".join(version["is"]) or None,
+        version["verdict"],
+        _decided(version["decision"]),
+        version["base_version"],
+        version["spec"],
+        version["author"],
+        moment(version["registered_at"]),
+        version["artifact"][:SHORT],
+    )
+
+
+def _decided(decision: dict[str, Any] | None) -> str:
+    return "waiting" if decision is None else f"{decision['kind']} by {decision['who']}"
+
+
+def _split_line(split: dict[str, Any]) -> str:
+    if "problem" in split:
+        return f"traffic split: {split['problem']}"
+    shares = ", ".join(
+        f"version {number} {v['weight_percent']} % ({v['endpoint'] or 'no engine'})"
+        for number, v in sorted(split["versions"].items(), key=lambda item: int(item[0]))
+    )
+    agrees = "" if split["agrees"] else "; it DIFFERS from the pointers: mansard rollback or mansard up mends it"
+    return f"traffic split, term {split['term']}: {shares or 'nothing is served'}{agrees}"
+
+
+def _mirror_lines(mirror: dict[str, Any] | None) -> list[str]:
+    if mirror is None:
+        return []
+    trouble = f": {mirror['trouble']}" if mirror["trouble"] else ""
+    if not mirror["lag"]:
+        return [f"mirror: MLflow shows {'an unknown state' if mirror['lag'] is None else 'every entry'}{trouble}"]
+    return [f"mirror: MLflow is {mirror['lag']} entries behind{trouble}"]
+
+
+def _link_lines(link: dict[str, Any]) -> list[str]:
+    signed = "signed" if link["registered"]["is_signed"] else "NOT signed"
+    lines = [
+        f"version {link['version']}, registered {moment(link['registered']['at'])} UTC by {link['author']} ({signed}), "
+        f"spec {link['spec']['name']} {link['spec']['digest'][:SHORT]}",
+    ]
+    decision = link["decision"]
+    if decision is None:
+        lines.append("  approval: none")
+    else:
+        lines.append(
+            f"  {decision['kind']} by {decision['who']} at {decision['at'] and moment(decision['at'])} UTC: "
+            f"{decision['reason']}"
+        )
+    against = "" if link["baseline_version"] is None else f" against version {link['baseline_version']}"
+    lines.append(f"  verdict: {link['verdict']}{against}, record {link['verdict_record'][:SHORT]}")
+    lines += [f"    {_suite_line(suite)}" for suite in link["suites"]]
+    lines.append(f"  artifact {link['artifact'][:SHORT]}, model {link['model'][:SHORT]}")
+    rows = [
+        (s["stage"], s["recipe"][:SHORT], s["snapshot"][:SHORT] + ("" if s["is_held"] else " (not held)"), _inputs(s))
+        for s in link["stages"]
+    ]
+    lines += [f"  {line}" for line in table(("stage", "recipe", "snapshot", "from"), rows).splitlines()]
+    lines += [f"  {d['is']}: {d['snapshot'][:SHORT]} ({d['name']})" for d in link["data"]]
+    if link["base_version"] is not None:
+        lines.append(f"  built on version {link['base_version']}")
+    return lines
+
+
+def _suite_line(suite: dict[str, Any]) -> str:
+    interval = suite["interval"]
+    shown = f", interval {interval[0]:+.4f} to {interval[1]:+.4f}" if interval else ""
+    effect = "" if suite["effect"] is None else f", change {suite['effect']:+.4f}"
+    return f"{suite['suite']} ({suite['role']}): {suite['verdict'] or 'reported'}, n {suite['n']}{effect}{shown}"
+
+
+def _inputs(stage: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {snapshot[:SHORT]}" for name, snapshot in stage["inputs"].items()) or "-"
