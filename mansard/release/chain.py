@@ -93,10 +93,11 @@ def _derivations(
     made: dict[str, dict[str, Any]] = {}
     outside: dict[str, str] = {}
     waiting = [*reversed([s for _, _, s in registration.stages]), *(s for _, s in _snapshots(registration))]
+    listed = {snapshot for _, snapshot in named.values()}  # also another version's records, evaluated once for both
     seen = set()
     while waiting:
         snapshot = waiting.pop(0)
-        if snapshot in seen or snapshot in others:
+        if snapshot in seen or (snapshot in others and snapshot not in listed):
             continue
         seen.add(snapshot)
         for record in _records(store, snapshot, named, problems):

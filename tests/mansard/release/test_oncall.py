@@ -316,7 +316,8 @@ def derived(site: Site, store: Store, candidate: Make) -> Site:
     told = json.dumps({"suites": [suite]}).encode()
     judge = made("judge", {"candidate.bits": again[2], "baseline.bits": records[2]}, "verdict.json", told)
     second = candidate("two", model=fuse[2], artifact=artifact[2], verdict_record=judge[2])
-    second = replace(second, stages=(expand, train, fuse, artifact, again, judge), item_records=(("bits", again[2]),))
+    stages = (expand, train, fuse, artifact, records, again, judge)
+    second = replace(second, stages=stages, item_records=(("bits", again[2]),))
     with Journal.open(site.journal) as journal:
         for version, registration in ((1, first), (2, second)):
             journal.register(registration, sign_registration(site, registration))
@@ -335,11 +336,11 @@ def test_why_walks_from_the_pointer_to_the_first_base(derived: Site, store: Stor
     assert two["decision"]["verdict_record"] == two["verdict_record"]
     assert two["suites"][0]["interval"] == [0.05, 0.15]
     stages = [s["stage"] for s in two["stages"]]
-    assert stages == ["expand", "train", "fuse", "quantize2", "evaluate2", "judge"]
+    assert stages == ["expand", "train", "fuse", "quantize2", "evaluate", "evaluate2", "judge"]
     assert all(s["is_held"] and s["recipe"] for s in two["stages"])
     outside = {d["name"]: (d["is"], d["snapshot"]) for d in two["data"]}
     assert outside["expand: model"] == ("version 1's model", one["model"])
-    assert outside["judge: baseline.bits"][0] == "version 1's records of bits"
+    assert outside["evaluate: artifact"] == ("version 1's artifact", one["artifact"])
     code = {d["snapshot"] for d in two["data"] if d["is"] == "data"} & {d["snapshot"] for d in one["data"]}
     assert len(code) == 2  # the training text and the suite
     assert told["base"] == one["model"]
