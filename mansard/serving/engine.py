@@ -109,11 +109,11 @@ def free_port(first: int, taken: Collection[int]) -> int:
 
 
 class Engine:
-    """`state` is one of new, starting, ready, failed, stopping, stopped."""
+    """`state` is one of new, starting, ready, failed, stopping, stopped. `cores` is set before `start`."""
 
-    def __init__(self, identity: EngineIdentity, site: Site, session: aiohttp.ClientSession, cores: str) -> None:
+    def __init__(self, identity: EngineIdentity, site: Site, session: aiohttp.ClientSession) -> None:
         self.identity = identity
-        self.cores = cores
+        self.cores = ""
         self.state = "new"
         self.port = 0
         self.pid = 0
@@ -175,8 +175,9 @@ class Engine:
             record = json.loads(record_file.read_text())
             process = ProcessIdentity(**record["process"])
             identity = EngineIdentity(record["artifact"], record["served_name"], Serve(**record["serve"]))
-            engine = Engine(identity, site, session, record["cores"])
-            engine.port, engine.log, engine.begun_at = record["port"], Path(record["log"]), record["begun_at"]
+            engine = Engine(identity, site, session)
+            engine.cores, engine.port, engine.log = record["cores"], record["port"], Path(record["log"])
+            engine.begun_at = record["begun_at"]
             engine.state, engine.start_seconds = record["state"], record["start_seconds"]
         except (OSError, ValueError, KeyError, TypeError):
             return None  # half a record or an older form: the orphan search finds its process

@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import contextlib
 import fcntl
+import functools
 import logging
 import os
 import signal
@@ -55,7 +56,14 @@ class Host:
         self.engines = Engines(site, self.store, session, self.residents.pinned, self._engine_ended)
         self.residents.engines = self.engines
         self.rollouts = Rollouts(
-            site, journal, self.traffic, self.residents, self._check_release, fingerprints.find_change, session
+            site,
+            journal,
+            self.traffic,
+            self.residents,
+            self._check_approval,
+            functools.partial(check_evidence, self.store),
+            fingerprints.find_change,
+            session,
         )
         self.rollback = Rollback(journal, self.traffic, self.residents, self.rollouts, session)
         self._begun_at = time.time()
@@ -89,11 +97,12 @@ class Host:
         pointers = self.journal.pointers(model)
         versions = {}
         for version in self.residents.versions(model):
-            engine = self.engines.find(self.residents.identity(model, version))
+            identity = self.residents.identity(model, version)
+            engine = self.engines.find(identity)
             versions[str(version)] = {
                 "state": "cold" if engine is None else engine.state,
-                "endpoint": None if engine is None else engine.endpoint,
-                "start_seconds": None if engine is None else engine.start_seconds,
+                "endpoint": self.residents.endpoint(model, version),
+                "last_start_seconds": self.engines.last_start_seconds(identity),
                 "warning": "" if engine is None else engine.warning,
             }
         return {
@@ -105,10 +114,9 @@ class Host:
             "rollout": self.rollouts.describe(model),
         }
 
-    def _check_release(self, model: str, version: int) -> None:
+    def _check_approval(self, model: str, version: int) -> None:
         """The site is read again: its people may have changed since the host started."""
         check_approval(load_site(self.site.path), self.journal, model, version)
-        check_evidence(self.store, self.journal.registration(model, version))
 
     def _engine_ended(self, engine: Engine) -> None:
         log.error("%s", engine.problem)

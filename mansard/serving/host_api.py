@@ -87,7 +87,7 @@ class Handlers:
     async def start_rollout(self, request: web.Request) -> web.Response:
         body = await self._body(request, {"model": str, "version": int, "who": str, "why": str}, {})
         await self._host.wait_until_open()
-        walk = self._host.rollouts.start(self._model(body["model"]), body["version"], body["who"], body["why"])
+        walk = await self._host.rollouts.start(self._model(body["model"]), body["version"], body["who"], body["why"])
         return _json({"started": True, **walk.describe()})
 
     async def rollout(self, request: web.Request) -> web.Response:

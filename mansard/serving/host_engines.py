@@ -7,16 +7,19 @@ host is left over. Does not cover: which versions are in service (host_residents
 
 import asyncio
 import contextlib
+import json
 import signal
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 
+from mansard.canonical import canonical_json, write_atomically
 from mansard.errors import BadInput, MansardError
 from mansard.serving import engine_http
-from mansard.serving.engine import Engine, EngineIdentity, last_words
-from mansard.serving.process import group_of, send, with_output_below
+from mansard.serving.engine import SHUTDOWN_SECONDS, Engine, EngineIdentity, last_words
+from mansard.serving.process import ProcessIdentity, group_of, send, wait_for_end, with_output_below
 from mansard.site import Site
 from mansard.store import Store
 
@@ -42,7 +45,8 @@ class Engines:
         self._on_end = on_end
         self._engines: dict[str, Engine] = {}
         self._starts: dict[str, asyncio.Task[Engine]] = {}
-        self._watches: set[asyncio.Task[None]] = set()
+        self._stops: dict[str, asyncio.Task[None]] = {}
+        self._background: set[asyncio.Task[None]] = set()
         self._used: dict[str, int] = {}  # key -> when it was last asked for, by count
 
     def describe(self) -> list[dict[str, Any]]:
@@ -56,6 +60,13 @@ class Engines:
     def is_ready(self, identity: EngineIdentity) -> bool:
         engine = self.find(identity)
         return engine is not None and engine.state == "ready"
+
+    def last_start_seconds(self, identity: EngineIdentity) -> float | None:
+        """How long this engine took to start the last time, also before this host; None when nobody knows."""
+        try:
+            return float(json.loads(self._seconds_file(identity.key).read_text())["start_seconds"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def adopt(self) -> list[Engine]:
         """Take over what a host before this one left running; end every engine process that cannot be taken over."""
@@ -71,7 +82,7 @@ class Engines:
         ours = {engine.pid for engine in adopted}
         for process in with_output_below(self._site.logs / "engines"):
             if group_of(process) not in ours:
-                send(process, signal.SIGKILL)
+                self._in_background(_end(process), f"end orphan {process.pid}")
         return adopted
 
     async def ensure(self, identity: EngineIdentity, wait: bool = True) -> Engine:
@@ -111,11 +122,12 @@ class Engines:
 
     async def close(self, keep_running: bool, drain_seconds: float) -> None:
         """Stop every engine, or leave them to the next host."""
-        for task in [*self._watches, *self._starts.values()]:
+        for task in [*self._background, *self._starts.values()]:
             task.cancel()
-        await asyncio.gather(*self._watches, *self._starts.values(), return_exceptions=True)
+        await asyncio.gather(*self._background, *self._starts.values(), return_exceptions=True)
         if not keep_running:
             await asyncio.gather(*(engine.stop(drain_seconds) for engine in list(self._engines.values())))
+            await asyncio.gather(*self._stops.values())
 
     def _begin(self, key: str, start: Coroutine[Any, Any, Engine]) -> "asyncio.Task[Engine]":
         task = asyncio.create_task(start, name=f"start {key}")
@@ -125,11 +137,14 @@ class Engines:
 
     async def _start(self, identity: EngineIdentity) -> Engine:
         key = identity.key
-        engine = Engine(identity, self._site, self._session, self._next_cores())
+        engine = Engine(identity, self._site, self._session)
         self._engines[key] = engine
         try:
+            if key in self._stops:
+                await asyncio.shield(self._stops[key])  # the one before is still letting its requests end
             if key not in self._pinned():
                 await self.make_room()
+            engine.cores = self._next_cores()
             with contextlib.ExitStack() as held:
                 tree = await asyncio.to_thread(held.enter_context, self._store.using(identity.artifact))
                 await engine.start(tree, [e.port for k, e in self._engines.items() if k != key])
@@ -138,8 +153,13 @@ class Engines:
             await engine.stop(drain_seconds=0)
             self._drop(engine)
             raise
+        seconds = canonical_json({"format": 1, "start_seconds": engine.start_seconds})
+        write_atomically(self._seconds_file(key), seconds)
         self._keep(engine)
         return engine
+
+    def _seconds_file(self, key: str) -> Path:
+        return self._site.run / "engine-starts" / f"{key}.json"
 
     async def _warm(self, engine: Engine) -> None:
         """One real request: vLLM may list a model that it cannot run."""
@@ -163,9 +183,12 @@ class Engines:
         return engine
 
     def _keep(self, engine: Engine) -> None:
-        watch = asyncio.create_task(self._watch(engine), name=f"watch {engine.identity.key}")
-        self._watches.add(watch)
-        watch.add_done_callback(self._watches.discard)
+        self._in_background(self._watch(engine), f"watch {engine.identity.key}")
+
+    def _in_background(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.create_task(work, name=name)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
 
     async def _watch(self, engine: Engine) -> None:
         if await engine.wait_for_end():
@@ -173,9 +196,12 @@ class Engines:
             self._on_end(engine)
 
     async def _stop(self, key: str) -> None:
-        engine = self._engines[key]
-        await engine.stop()
-        self._drop(engine)
+        if key not in self._stops:
+            task = asyncio.create_task(self._engines[key].stop(), name=f"stop {key}")
+            self._stops[key] = task
+            task.add_done_callback(lambda _: self._stops.pop(key, None))
+            self._drop(self._engines[key])
+        await asyncio.shield(self._stops[key])
 
     def _drop(self, engine: Engine) -> None:
         if self._engines.get(engine.identity.key) is engine:
@@ -194,3 +220,11 @@ class Engines:
             del self._starts[key]
         if not done.cancelled():
             done.exception()  # read once, so that a start nobody waited for is no warning
+
+
+async def _end(process: ProcessIdentity) -> None:
+    """SIGTERM, so that vLLM removes its shared memory, then SIGKILL."""
+    send(process, signal.SIGTERM)
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(wait_for_end(process), SHUTDOWN_SECONDS)
+    send(process, signal.SIGKILL)

@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 
 CheckApproval = Callable[[str, int], None]
 """Raises NotAllowed or Conflict unless (model, version) may be released now."""
+CheckEvidence = Callable[[Registration], None]
+"""Raises Corrupt unless artifact and verdict record are whole. It reads every byte, so it runs in a thread."""
 FindFingerprintChange = Callable[[str, int, Engine], Awaitable[str]]
 """How the fingerprint of (model, version) differs from the recorded one; empty when it does not."""
 
@@ -91,6 +93,7 @@ class Rollouts:
         traffic: Traffic,
         residents: Residents,
         check_approval: CheckApproval,
+        check_evidence: CheckEvidence,
         find_fingerprint_change: FindFingerprintChange,
         session: Any,  # noqa: ANN401 - passed on to engine_http
     ) -> None:
@@ -99,6 +102,7 @@ class Rollouts:
         self._traffic = traffic
         self._residents = residents
         self._check_approval = check_approval
+        self._check_evidence = check_evidence
         self._find_fingerprint_change = find_fingerprint_change
         self._session = session
         self._walks: dict[str, Walk] = {}
@@ -116,17 +120,15 @@ class Rollouts:
             answer = {"state": states[last.kind], "version": last.version, "reason": last.why, "weight_percent": weight}
         return {**answer, "step": 0, "steps": 0, "observations": {}}
 
-    def start(self, model: str, version: int, who: str, why: str) -> Walk:
-        """Check the approval, claim the model in the journal, go on in the background.
+    async def start(self, model: str, version: int, who: str, why: str) -> Walk:
+        """Check evidence and approval, claim the model in the journal, go on in the background.
 
-        Raises NotAllowed, Conflict (another rollout runs, baseline moved) or BadInput, and then nothing has moved.
+        Raises NotAllowed, Conflict (another rollout runs, baseline moved), Corrupt or BadInput; then nothing has moved.
         """
-        expected = self._journal.pointers(model)
-        if expected.canary is not None:
-            raise Conflict(f"{model}: a rollout of version {expected.canary} runs; wait for it or: mansard rollback")
-        if expected.stable == version:
-            raise Conflict(f"{model}: version {version} is stable already; nothing to release")
+        self._check_free(model, version)
         registration = self._journal.registration(model, version)
+        await asyncio.to_thread(self._check_evidence, registration)
+        expected = self._check_free(model, version)
         self._check_approval(model, version)
         try:
             plan = Plan.from_release(registration.release, has_stable=expected.stable is not None)
@@ -137,6 +139,14 @@ class Rollouts:
         self._walks[model] = walk
         walk.task = asyncio.create_task(self._run(walk), name=f"rollout {model} {version}")
         return walk
+
+    def _check_free(self, model: str, version: int) -> Pointers:
+        pointers = self._journal.pointers(model)
+        if pointers.canary is not None:
+            raise Conflict(f"{model}: a rollout of version {pointers.canary} runs; wait for it or: mansard rollback")
+        if pointers.stable == version:
+            raise Conflict(f"{model}: version {version} is stable already; nothing to release")
+        return pointers
 
     def abort(self, model: str, who: str, reason: str, expected: Pointers) -> int:
         """Journal the abort, take the canary to 0 %, end the walk. Returns the term. Conflict when the world moved."""
@@ -179,7 +189,7 @@ class Rollouts:
                 if walk.state.phase == "canary" and len(helpers) == 1:
                     helpers.append(asyncio.create_task(self._hold_lease(walk)))
                     helpers.append(asyncio.create_task(self._probe(walk)))
-        except MansardError as error:
+        except (MansardError, OSError) as error:  # a race lost to another process, or a full disk
             self._end_after_error(walk, str(error))
         finally:
             for helper in helpers:
