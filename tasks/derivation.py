@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
@@ -11,6 +11,7 @@ from uuid import UUID
 import httpx
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
+from mansard.errors import MansardError
 from mansard.launch import Progress, Request, derive_all, recipe_of
 from mansard.records import Derivation
 from mansard.site import Site
@@ -32,6 +33,20 @@ class Work:
     @property
     def store(self) -> Store:
         return Store(self.site.store)
+
+
+@contextlib.contextmanager
+def recorded(site: Site, model_name: str, title: str, key: str, tags: Mapping[str, str]) -> Iterator[Work]:
+    """The work of one upgrade, with its parent run in MLflow; the run ends as the block does."""
+    run = tracking.open_upgrade(model_name, title, key, tags)
+    try:
+        yield Work(site, run)
+    except BaseException as error:
+        status = "FAILED" if isinstance(error, Exception) else "KILLED"
+        with contextlib.suppress(MansardError):  # the first trouble is the one to tell
+            tracking.close_upgrade(run, status, {"mansard_error": str(error)[:4000]})
+        raise
+    tracking.close_upgrade(run, "FINISHED")
 
 
 @dataclass(frozen=True, slots=True)

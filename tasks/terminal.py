@@ -6,9 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mansard.launch import Progress as Report
+
+MAX_BAR_TEXT = 40
+"""What a stage says in more characters is a line of its own, above its bar."""
 
 
 @contextlib.contextmanager
@@ -46,17 +49,20 @@ class _Bars:
 
     def __init__(self, bars: Progress) -> None:
         self._bars = bars
-        self._rows: dict[str, Any] = {}
+        self._rows: dict[str, TaskID] = {}
+        self._said: set[str] = set()
 
     def report(self, stage: str, progress: dict[str, Any]) -> None:
         if stage not in self._rows:
             self._rows[stage] = self._bars.add_task(stage, total=None, unit="", text="")
+        text = str(progress.get("text", ""))
+        if len(text) > MAX_BAR_TEXT:
+            if text not in self._said:
+                self._said.add(text)
+                self._bars.console.print(f"{stage}: {text}", highlight=False, markup=False)
+            text = ""
         self._bars.update(
-            self._rows[stage],
-            total=progress["total"],
-            completed=progress["done"],
-            unit=progress["unit"],
-            text=progress.get("text", ""),
+            self._rows[stage], total=progress["total"], completed=progress["done"], unit=progress["unit"], text=text
         )
 
 

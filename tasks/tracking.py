@@ -9,10 +9,11 @@ import contextlib
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import mlflow
 from mlflow import MlflowClient
@@ -231,15 +232,37 @@ def log_files(run: UpgradeRun, files: Mapping[str, bytes], folder: str) -> None:
         MlflowClient().log_artifacts(run.run_id, scratch, folder)
 
 
-def log_results(run: UpgradeRun, metrics: Mapping[str, float], tags: Mapping[str, str]) -> None:
-    """Results of the whole upgrade on its parent run."""
+def log_results(
+    run: UpgradeRun, metrics: Mapping[str, float], tags: Mapping[str, str], artifact: SnapshotId | None = None
+) -> None:
+    """Results of the whole upgrade on its parent run, and on the artifact's logged model where there is one."""
     now = int(time.time() * 1000)
     with mlflow_errors():
+        model = None if artifact is None else find_logged_model(run.experiment_id, artifact)
+        model_id = None if model is None else model.model_id
         MlflowClient().log_batch(
             run.run_id,
-            metrics=[Metric(key, float(value), now, 0) for key, value in metrics.items()],
+            metrics=[Metric(key, float(value), now, 0, model_id=model_id) for key, value in metrics.items()],
             tags=[RunTag(key, value) for key, value in tags.items()],
         )
+
+
+def log_series(run: UpgradeRun, series: Mapping[str, Sequence[tuple[int, float]]]) -> None:
+    """Metrics as (step, value) pairs on a parent run."""
+    now = int(time.time() * 1000)
+    metrics = [Metric(key, float(value), now, step) for key, pairs in series.items() for step, value in pairs]
+    with mlflow_errors():
+        MlflowClient().log_batch(run.run_id, metrics=metrics)
+
+
+def run_url(run: UpgradeRun) -> str:
+    """The page of a run."""
+    return f"{mlflow.get_tracking_uri()}/#/experiments/{run.experiment_id}/runs/{run.run_id}"
+
+
+def artifact_url(run: UpgradeRun, path: str) -> str:
+    """Where a browser gets an artifact of a run."""
+    return f"{mlflow.get_tracking_uri()}/get-artifact?path={quote(path, safe='')}&run_uuid={run.run_id}"
 
 
 def flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -1,0 +1,32 @@
+"""`mansard adopt SPEC`: takes a first base: quantized, evaluated without comparison, registered as `baseline`.
+
+Imports prefect and mlflow: call `flows.stack.use_servers` first.
+"""
+
+from prefect import flow
+
+from flows.judgement import Candidate, judge_and_register, recorded_outcome
+from flows.outcome import Outcome
+from mansard.digest import digest_json
+from mansard.specs import AdoptSpec
+from tasks.derivation import recorded
+from tasks.intake import asked_for, read_order
+from tasks.quantization import quantize
+from tasks.snapshots import resolve_version, take_base, take_data, take_suites
+
+
+@flow(name="adopt", flow_run_name="adopt {spec_path}", persist_result=False)
+def adopt(spec_path: str, site_path: str, as_person: str | None = None, model: str | None = None) -> Outcome:
+    """Raises BadInput or NotAllowed before anything starts, StageFailed later. A repeat is the same version."""
+    order = read_order(AdoptSpec, spec_path, site_path, model, as_person)
+    suites = take_suites(order)
+    version = resolve_version(order)
+    key = digest_json({"verb": "adopt", "asked": asked_for(order, suites), "base": version})
+    tags = {"mansard_author": order.author}
+    with recorded(order.site, order.model_name, f"adopt {order.spec.name}", key, tags) as work:
+        base = take_base(work, order, version)
+        data = take_data(work, order.spec.data)
+        artifact = quantize(work, base.snapshot, data, order.spec.quantize)
+        candidate = Candidate(base.snapshot, artifact.snapshot, None, (base.derivation, artifact))
+        known = recorded_outcome(work, order, candidate, suites)
+        return known or judge_and_register(work, order, candidate, suites, against=None)

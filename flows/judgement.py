@@ -1,0 +1,81 @@
+"""From an artifact to a registered version: evaluated, judged, signed, published. Shared by adopt and upgrade."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flows.outcome import Outcome, outcome_of
+from mansard.records import Derivation, Registration, SnapshotId
+from mansard.specs import Spec, Suite
+from tasks.derivation import Work
+from tasks.evaluations import Subject, SuiteSnapshots, evaluate, judge, measure_cost, take_fingerprint
+from tasks.intake import Order, asked_for
+from tasks.registration import Standing, count_attempts, find_recorded, register
+from tasks.reports import publish, verdict_of
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """What was made so far: `model` is what later upgrades build on, `artifact` what is judged and served."""
+
+    model: SnapshotId
+    artifact: SnapshotId
+    base_version: int | None
+    derivations: tuple[Derivation, ...]
+
+
+def recorded_outcome(work: Work, order: Order[Spec], candidate: Candidate, suites: SuiteSnapshots) -> Outcome | None:
+    """The outcome of the same spec with the same artifact, where there is one: a repeat is no new attempt."""
+    found = find_recorded(work.site, order.model_name, candidate.artifact, asked_for(order, suites))
+    if found is None:
+        return None
+    version, registration = found
+    ours = {d.recipe for d in candidate.derivations}
+    known = [Derivation(s, i, r, True, 0.0, "") for s, r, i in registration.stages if r not in ours]
+    return outcome_of(work, version, registration, (*candidate.derivations, *known))
+
+
+def judge_and_register(
+    work: Work, order: Order[Spec], candidate: Candidate, suites: SuiteSnapshots, against: Standing | None
+) -> Outcome:
+    """Evaluate on every suite and compare with `against`; None: there is nothing to compare with."""
+    spec, name = order.spec, order.model_name
+    subject = Subject("candidate", name, candidate.artifact, spec.serve)
+    evaluated = evaluate(work, subject, order.suites, suites)
+    fingerprint = take_fingerprint(work, subject, spec.fingerprint)
+    records = named("candidate", order.suites, evaluated)
+    cost: tuple[Derivation, ...] = ()
+    if against is not None:
+        stable = Subject("stable", name, against.stable_artifact, spec.serve)
+        anchor = Subject("anchor", name, against.anchor_artifact, spec.serve)
+        records += named("baseline", order.suites, evaluate(work, stable, order.suites, suites))
+        records += named("anchor", order.suites, evaluate(work, anchor, order.suites, suites))
+        cost = (measure_cost(work, subject, stable, spec.cost),)
+    attempt = count_attempts(work.site, name, candidate.artifact, tuple(s.name for s in order.suites))
+    verdict = judge(work, records, spec.gate, order.suites, attempt)
+    derivations = (*candidate.derivations, *evaluated, fingerprint, *cost, verdict)
+    registration = Registration(
+        model_name=name,
+        model=candidate.model,
+        artifact=candidate.artifact,
+        verdict=verdict_of(work.store, verdict.snapshot),
+        verdict_record=verdict.snapshot,
+        fingerprint=fingerprint.snapshot,
+        item_records=tuple((s.name, d.snapshot) for s, d in zip(order.suites, evaluated, strict=True)),
+        base_version=candidate.base_version,
+        baseline_version=None if against is None else against.stable,
+        anchor_version=None if against is None else against.anchor,
+        author=order.author,
+        spec_name=spec.name,
+        spec_digest=asked_for(order, suites),
+        serve=spec.serve.model_dump(mode="json"),
+        release=spec.release.model_dump(mode="json"),
+        stages=tuple((d.stage, d.recipe, d.snapshot) for d in derivations),
+    )
+    version = register(work.site, registration)
+    publish(work, version, registration)
+    return outcome_of(work, version, registration, derivations)
+
+
+def named(who: str, suites: Sequence[Suite], records: Sequence[Derivation]) -> SuiteSnapshots:
+    """The inputs of a judgement: ("WHO.SUITE", item records)."""
+    return tuple((f"{who}.{s.name}", r.snapshot) for s, r in zip(suites, records, strict=True))

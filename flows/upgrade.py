@@ -1,0 +1,43 @@
+"""`mansard upgrade SPEC`: a storey is added, trained, fused, quantized, judged against what serves now, registered.
+
+Run again it finds what was made and returns the recorded version. Imports prefect and mlflow: call
+`flows.stack.use_servers` first.
+"""
+
+from prefect import flow
+
+from flows.judgement import Candidate, judge_and_register, recorded_outcome
+from flows.outcome import Outcome
+from mansard.digest import digest_json
+from mansard.specs import UpgradeSpec
+from tasks.derivation import recorded
+from tasks.expansion import expand, prove
+from tasks.fusion import fuse
+from tasks.intake import asked_for, read_order
+from tasks.quantization import quantize
+from tasks.registration import standing
+from tasks.snapshots import resolve_version, take_base, take_data, take_suites
+from tasks.training import train
+
+
+@flow(name="upgrade", flow_run_name="upgrade {spec_path}", persist_result=False)
+def upgrade(spec_path: str, site_path: str, as_person: str | None = None, model: str | None = None) -> Outcome:
+    """Raises BadInput or NotAllowed before anything starts, Conflict while nothing is stable, StageFailed later."""
+    order = read_order(UpgradeSpec, spec_path, site_path, model, as_person)
+    spec, version = order.spec, resolve_version(order)
+    against = standing(order.site, order.model_name, spec.gate.anchor_version)
+    suites = take_suites(order)
+    key = digest_json({"verb": "upgrade", "asked": asked_for(order, suites), "base": version})
+    tags = {"mansard_author": order.author, "mansard_base_version": str(version)}
+    with recorded(order.site, order.model_name, f"upgrade {spec.name}", key, tags) as work:
+        base = take_base(work, order, version)
+        data = take_data(work, spec.data)
+        expansion = expand(work, base.snapshot, spec.expand)
+        proof = prove.submit(work, base.snapshot, expansion.snapshot)
+        trained = train(work, expansion.snapshot, data, spec.data, spec.train)
+        fused = fuse(work, expansion.snapshot, trained.snapshot, spec.fuse)
+        artifact = quantize(work, fused.snapshot, data, spec.quantize)
+        made = (base.derivation, expansion, proof.result(), trained, fused, artifact)
+        candidate = Candidate(fused.snapshot, artifact.snapshot, version, made)
+        known = recorded_outcome(work, order, candidate, suites)
+        return known or judge_and_register(work, order, candidate, suites, against)

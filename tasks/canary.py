@@ -1,0 +1,82 @@
+"""A rollout that the host walks: followed here, shown in terminal and Prefect, reported to MLflow."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from mansard.digest import digest_json
+from mansard.errors import MansardError
+from mansard.site import Site
+from tasks import policy, tracking
+from tasks.derivation import PrefectProgress
+from tasks.serving import rollout_state
+from tasks.terminal import say
+
+OVER = ("promoted", "aborted")
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """One state of a walk as it was first seen, `seconds` after the start."""
+
+    seconds: float
+    state: str
+    step: int
+    weight_percent: int
+
+
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """A rollout that is over."""
+
+    version: int
+    state: str
+    reason: str
+    seconds: float
+    stops: tuple[Stop, ...]
+
+
+@policy.once
+def follow_rollout(site: Site, model_name: str, version: int, clock: Callable[[], float] = time.monotonic) -> Walk:
+    """Look on until the rollout is promoted or aborted. Interrupting this does not end the rollout."""
+    begun = clock()
+    show = PrefectProgress(f"release {version}")
+    stops: list[Stop] = []
+    try:
+        while True:
+            now = rollout_state(site, model_name)
+            stop = Stop(round(clock() - begun, 1), now["state"], now["step"], now["weight_percent"])
+            if not stops or (stop.state, stop.step) != (stops[-1].state, stops[-1].step):
+                stops.append(stop)
+                say(f"version {version}: {_words(now)}")
+            steps = now["steps"] or 1
+            done = steps if stop.state in OVER else max(stop.step - 1, 0)
+            show("release", {"done": done, "total": steps, "unit": "steps"})
+            if stop.state in OVER and now["version"] == version:
+                return Walk(version, stop.state, now["reason"], stop.seconds, tuple(stops))
+            time.sleep(policy.ROLLOUT_POLL_SECONDS)
+    except KeyboardInterrupt:
+        say(f"the rollout of version {version} goes on without this command; end it with: mansard rollback")
+        raise
+
+
+@policy.once
+def report_rollout(site: Site, model_name: str, walk: Walk, who: str) -> None:
+    """The walk as a run in MLflow. What happened has happened: without MLflow this says so and goes on."""
+    key = digest_json({"verb": "release", "version": walk.version, "stops": [str(s) for s in walk.stops], "who": who})
+    tags = {"mansard_version": str(walk.version), "mansard_rollout": walk.state, "mansard_reason": walk.reason[:4000]}
+    try:
+        run = tracking.open_upgrade(model_name, f"release {walk.version}", key, {**tags, "mansard_operator": who})
+        tracking.log_series(run, {"weight_percent": [(int(s.seconds), s.weight_percent) for s in walk.stops]})
+        tracking.close_upgrade(run, "FINISHED")
+    except MansardError as error:
+        say(f"the rollout is over, but MLflow does not show it: {error}")
+
+
+def _words(now: dict[str, Any]) -> str:
+    if now["state"] == "starting":
+        return "its engine starts and is checked before it gets any traffic"
+    if now["state"] == "canary":
+        return f"canary step {now['step']} of {now['steps']}, {now['weight_percent']} % of the traffic"
+    return f"{now['state']}: {now['reason']}" if now["reason"] else str(now["state"])

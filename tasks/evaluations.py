@@ -1,0 +1,134 @@
+"""What an artifact answers, costs and looks like, through the engine that serves it; and the verdict on it.
+
+An engine is started only where something is not remembered: a repeat needs none.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mansard.errors import Corrupt
+from mansard.launch import Request
+from mansard.records import Derivation, Registration, SnapshotId
+from mansard.site import Site
+from mansard.specs import Cost, Fingerprint, Gate, Serve, Suite
+from mansard.store import Store
+from tasks import policy
+from tasks.derivation import Asked, Work, derive_many, derive_one, is_remembered
+from tasks.serving import ensure_engine
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """An artifact under evaluation: `who` is candidate, stable or anchor; `serve` how it is served."""
+
+    who: str
+    model_name: str
+    artifact: SnapshotId
+    serve: Serve
+
+
+SuiteSnapshots = tuple[tuple[str, SnapshotId], ...]
+
+
+@policy.derivation
+def evaluate(
+    work: Work, subject: Subject, suites: tuple[Suite, ...], snapshots: SuiteSnapshots
+) -> tuple[Derivation, ...]:
+    """Item records, one derivation a suite in the order of `suites`; one process for all that are not remembered."""
+    serve = subject.serve.model_dump(mode="json")
+    taken = dict(snapshots)
+    asked = [
+        Asked(
+            Request(
+                "evaluate",
+                {"artifact": subject.artifact, "suite": taken[suite.name]},
+                {"suite": suite.model_dump(mode="json"), "serve": serve},
+            ),
+            f"evaluate {subject.who} {suite.name}",
+            frozenset({"suite"}),
+        )
+        for suite in suites
+    ]
+    return tuple(derive_many(work, _served(work, subject, asked)))
+
+
+@policy.derivation
+def take_fingerprint(work: Work, subject: Subject, spec: Fingerprint) -> Derivation:
+    """The artifact's answers to the guard prompts."""
+    slices = {"fingerprint": spec.model_dump(mode="json"), "serve": subject.serve.model_dump(mode="json")}
+    asked = Asked(Request("fingerprint", {"artifact": subject.artifact}, slices), "fingerprint")
+    return derive_one(work, _served(work, subject, [asked])[0])
+
+
+@policy.derivation
+def measure_cost(work: Work, candidate: Subject, stable: Subject, spec: Cost) -> Derivation:
+    """Latency and memory of candidate and stable: a measurement, taken once and remembered."""
+    slices = {"cost": spec.model_dump(mode="json"), "serve": candidate.serve.model_dump(mode="json")}
+    request = Request("cost", {"artifact": candidate.artifact, "baseline": stable.artifact}, slices)
+    if not is_remembered(work, request):
+        ours = ensure_engine(work.site, candidate.model_name, candidate.artifact, candidate.serve)
+        theirs = ensure_engine(work.site, stable.model_name, stable.artifact, stable.serve)
+        where = {"endpoint": ours.endpoint, "served_name": ours.served_name, "pid": ours.pid}
+        request = replace(
+            request, where={**where, "baseline_endpoint": theirs.endpoint, "baseline_pid": theirs.pid}
+        )
+    return derive_one(work, Asked(request, "cost"))
+
+
+@policy.derivation
+def judge(
+    work: Work,
+    records: SuiteSnapshots,
+    gate: Gate,
+    suites: tuple[Suite, ...],
+    attempt: int,
+) -> Derivation:
+    """The verdict record. `records` are ("candidate.SUITE" | "baseline.SUITE" | "anchor.SUITE", snapshot) pairs;
+    `attempt` is this candidate's number on these suites since the last promotion."""
+    slices = {
+        "gate": gate.model_dump(mode="json"),
+        "suites": [suite.model_dump(mode="json") for suite in suites],
+        "attempts": {"number": attempt},
+    }
+    return derive_one(work, Asked(Request("judge", dict(records), slices), "judge"))
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """How a registered version was judged: enough to do it again without its spec."""
+
+    gate: Gate
+    serve: Serve
+    suites: tuple[Suite, ...]
+    snapshots: SuiteSnapshots
+
+
+def recorded_evidence(site: Site, registration: Registration) -> Evidence:
+    """Gate, suites and serving of a version, from the lineage of its records; Corrupt where that is lost."""
+    store = Store(site.store)
+    judged = _lineage(store, "judge", registration.verdict_record)
+    suites = tuple(Suite.model_validate(suite) for suite in judged["spec"]["suites"])
+    gate = Gate.model_validate(judged["spec"]["gate"])
+    snapshots = []
+    for name, records in registration.item_records:
+        made = _lineage(store, "evaluate", records, registration.artifact)
+        snapshots.append((name, made["inputs"]["suite"]))
+    return Evidence(gate, Serve.model_validate(registration.serve), suites, tuple(snapshots))
+
+
+def _lineage(store: Store, stage: str, snapshot: SnapshotId, artifact: SnapshotId | None = None) -> dict[str, Any]:
+    """The record of the stage that made a snapshot (from `artifact`, where one is named)."""
+    for made in store.lineage(snapshot):
+        if made["stage"] == stage and artifact in (None, made["inputs"].get("artifact")):
+            return made
+    raise Corrupt(f"snapshot {snapshot}: no record of the {stage} that made it in {store.root}; run the upgrade again")
+
+
+def _served(work: Work, subject: Subject, asked: Sequence[Asked]) -> list[Asked]:
+    """The same derivations, with the endpoint to ask where one of them is not remembered."""
+    if all(is_remembered(work, a.request) for a in asked):
+        return list(asked)
+    engine = ensure_engine(work.site, subject.model_name, subject.artifact, subject.serve)
+    where: dict[str, Any] = {"endpoint": engine.endpoint, "served_name": engine.served_name}
+    return [replace(a, request=replace(a.request, where=where)) for a in asked]

@@ -1,0 +1,23 @@
+"""The expansion and its proof."""
+
+from mansard.launch import Request
+from mansard.records import Derivation, SnapshotId
+from mansard.specs import Expand
+from tasks import policy
+from tasks.derivation import Asked, Work, derive_one
+
+PROBE = {"probe_tokens": 64, "seed": 0}
+
+
+@policy.derivation
+def expand(work: Work, model: SnapshotId, spec: Expand) -> Derivation:
+    """Pro blocks inserted, on the manifest."""
+    request = Request("expand", {"model": model}, spec.model_dump(mode="json"))
+    return derive_one(work, Asked(request, "expand"))
+
+
+@policy.derivation
+def prove(work: Work, base: SnapshotId, expansion: SnapshotId) -> Derivation:
+    """The expansion computes the base's function; StageFailed when it does not. Runs beside the training."""
+    request = Request("prove", {"base": base, "expansion": expansion}, PROBE)
+    return derive_one(work, Asked(request, "prove"), has_bar=False)

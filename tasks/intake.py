@@ -1,0 +1,108 @@
+"""What was asked for, read and checked before anything starts. Loads neither prefect nor mlflow.
+
+`read_order` takes a second: spec, site, suites, data files, base and the author's key, so that a mistake costs no
+engine start and no training. Not covered: what only a stage can see (positions beyond the depth, too few tokens).
+"""
+
+import codecs
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from mansard.digest import digest_json
+from mansard.errors import BadInput
+from mansard.evaluation.suites import suite_files
+from mansard.release import keys
+from mansard.release.journal import Journal
+from mansard.site import Site, load_site
+from mansard.snapshot import check_model_tree
+from mansard.specs import Spec, Suite, load_spec, load_suites
+
+S = TypeVar("S", bound=Spec)
+S_co = TypeVar("S_co", bound=Spec, covariant=True)
+
+CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Order(Generic[S_co]):
+    """A checked spec with its suites, for one model name of one site. `author` signs the registration."""
+
+    site: Site
+    spec: S_co
+    suites: tuple[Suite, ...]
+    model_name: str
+    author: str
+
+
+def read_order(
+    kind: type[S], spec_path: str | Path, site_path: str | Path, model: str | None = None, as_person: str | None = None
+) -> Order[S]:
+    """Raises BadInput that names file, key, value and what would be right; NotAllowed when the author may not sign."""
+    site = load_site(Path(site_path))
+    spec = load_spec(kind, Path(spec_path))
+    suites = load_suites(spec, Path(spec_path))
+    name = site.model_named(model or (spec.name if spec.name in site.models else None))
+    order = Order(site, spec, tuple(suites), name, as_person or spec.author)
+    check_author(order)
+    for source in spec.data.sources:
+        for key, file in (("train", source.train), ("held_out", source.held_out)):
+            check_data_file(site.data / file, f"{spec_path}: data.sources.{source.name}.{key}")
+    for suite in suites:
+        suite_files(suite, site.data)
+    check_base(order, spec_path)
+    return order
+
+
+def check_author(order: Order[Spec]) -> None:
+    """NotAllowed unless the author has the role and their private key is on this machine."""
+    keys.require_person(order.site, order.author, "author")
+    keys.sign(order.author, order.site, {"record": "none"})
+
+
+def check_base(order: Order[Spec], spec_path: str | Path) -> None:
+    """BadInput unless the base is there: a registered version, something stable, or a folder that is a plain model."""
+    base, site = order.spec.base, order.site
+    if base.path is not None:
+        check_model_tree(site.data / base.path)
+    if base.version is not None:
+        with Journal.open(site.journal) as journal:
+            if base.version != "stable":
+                journal.registration(order.model_name, base.version)
+            elif journal.pointers(order.model_name).stable is None:
+                raise BadInput(
+                    f"{spec_path}: base.version: 'stable', but nothing of {order.model_name} is stable yet; "
+                    "adopt and release a base first, or name a path"
+                )
+
+
+def check_data_file(path: Path, where: str) -> None:
+    """BadInput unless `path` is a JSONL file of {"text", "file"} objects; only its first line is parsed here."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    num_bytes = 0
+    try:
+        with path.open("rb") as file:
+            first = file.readline()
+            file.seek(0)
+            while chunk := file.read(CHUNK_BYTES):
+                num_bytes += len(chunk)
+                decoder.decode(chunk)
+            decoder.decode(b"", final=True)
+    except OSError as error:
+        raise BadInput(f"{where}: cannot read {path}: {error.strerror}; it is relative to the site's data") from error
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{where}: {path} is not UTF-8, near byte {max(num_bytes - CHUNK_BYTES, 0)}") from error
+    if not first.strip():
+        raise BadInput(f"{where}: {path} is empty; one JSON object with text and file a line is expected")
+    try:
+        record = json.loads(first)
+    except ValueError as error:
+        raise BadInput(f"{where}: {path}:1: not JSON; one object with text and file a line is expected") from error
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        raise BadInput(f"{where}: {path}:1: no text in it; one object with text and file a line is expected")
+
+
+def asked_for(order: Order[Spec], suites: tuple[tuple[str, str], ...]) -> str:
+    """The spec's digest as the journal keeps it: the spec and the suites' contents, whatever the files are called."""
+    return digest_json({"spec": order.spec.model_dump(mode="json"), "suites": [list(s) for s in suites]})

@@ -1,0 +1,62 @@
+"""Engines and rollouts, asked of the host."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from mansard.records import SnapshotId
+from mansard.serving.host_client import HostClient
+from mansard.site import Site
+from mansard.specs import Serve
+from tasks import policy
+from tasks.terminal import say
+
+
+@dataclass(frozen=True, slots=True)
+class RunningEngine:
+    """Where an artifact answers. Endpoints are of this moment: they never enter a recipe."""
+
+    endpoint: str
+    served_name: str
+    pid: int
+
+
+def ensure_engine(site: Site, model_name: str, artifact: SnapshotId, serve: Serve) -> RunningEngine:
+    """The artifact's engine, started if need be: a minute or two on a CPU. MansardError with vLLM's last lines."""
+    body = {"model": model_name, "artifact": artifact, "serve": serve.model_dump(mode="json"), "wait": True}
+    with _told(f"engine of {artifact[:12]}"):
+        # The host has its own deadline for a start; ours only bounds a host that hangs.
+        answer = HostClient(site.host_socket).call(
+            "POST", "/engines", body, timeout_seconds=2.0 * site.engine.start_timeout_seconds
+        )
+    return RunningEngine(answer["endpoint"], answer["served_name"], int(answer["pid"]))
+
+
+@policy.once
+def begin_rollout(site: Site, model_name: str, version: int, who: str, why: str) -> None:
+    """NotAllowed without an approval; Conflict when the baseline moved or a rollout runs."""
+    HostClient(site.host_socket).call(
+        "POST", "/rollouts", {"model": model_name, "version": version, "who": who, "why": why}, timeout_seconds=120.0
+    )
+
+
+def rollout_state(site: Site, model_name: str) -> dict[str, Any]:
+    """What the host says of the model's running or last rollout."""
+    return HostClient(site.host_socket).call("GET", f"/rollouts/{model_name}", timeout_seconds=60.0)
+
+
+@policy.once
+def roll_back(site: Site, model_name: str, asked: dict[str, Any]) -> dict[str, Any]:
+    """The host's rollback; it may start an engine first."""
+    timeout_seconds = 2.0 * site.engine.start_timeout_seconds
+    return HostClient(site.host_socket).call("POST", "/rollback", {"model": model_name, **asked}, timeout_seconds)
+
+
+@contextlib.contextmanager
+def _told(what: str) -> Iterator[None]:
+    begun = time.monotonic()
+    say(f"{what}: asked for")
+    yield
+    say(f"{what}: answers after {time.monotonic() - begun:.0f} s")
