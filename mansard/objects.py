@@ -8,7 +8,7 @@ in `incoming` while nobody writes is garbage. Whether bytes still match their di
 import errno
 import mmap
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -124,6 +124,29 @@ class Objects:
         for folder in {self.path(d).parent for one in digests for d in one}:
             sync_folder(folder)
         return digests
+
+    def check(
+        self, sizes: Mapping[str, int | None], progress: Callable[[int, int], None] | None = None
+    ) -> Iterator[tuple[str, str]]:
+        """(digest, what is wrong) of the objects that are not what their digest, or the size given, says."""
+        found = {digest: self.size_bytes(digest) for digest in sizes}
+        total, done = sum(size or 0 for size in found.values()), 0
+        with ThreadPoolExecutor(NUM_THREADS) as pool:
+            sound = pool.map(self._is_sound, sizes)
+            for (digest, wanted), is_sound in zip(sizes.items(), sound, strict=True):
+                size_bytes = found[digest]
+                if size_bytes is None:
+                    yield digest, "absent"
+                elif wanted is not None and size_bytes != wanted:
+                    yield digest, f"has {size_bytes} bytes, {wanted} are expected"
+                elif not is_sound:
+                    yield digest, "its bytes do not match its digest"
+                done += size_bytes or 0
+                if progress is not None:
+                    progress(done, total)
+
+    def _is_sound(self, digest: str) -> bool:
+        return self.size_bytes(digest) is not None and digest_bytes(self.open(digest)) == digest
 
     def _put_range(self, cut: Cut, begin: int, end: int) -> str:
         """Hash first (a known object is then only touched), copy second, and see that the file stayed the same."""

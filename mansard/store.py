@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from mansard.trees import TreeCache, fill, lay_out
 TREE_CACHE_BYTES = 200 << 30
 """Room for the resident versions of a 70 B model quantized to 4 bits and one unquantized copy of it."""
 
+MANIFEST_DAMAGED = "its manifest does not match its digest"
+
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
 
@@ -44,8 +46,13 @@ class Damage:
     what: str
 
     def __str__(self) -> str:
-        place = " ".join(p for p in (self.file, self.tensor and f"tensor {self.tensor}") if p)
-        return f"snapshot {self.snapshot or '(none)'}: {place or 'object'}: {self.digest}: {self.what}"
+        """One line, with the file to remove so that taking or deriving the content again brings it back."""
+        place = f"snapshot {self.snapshot}" if self.snapshot else "used by no snapshot"
+        file = f": {self.file}" if self.file else ""
+        tensor = f": tensor {self.tensor}" if self.tensor else ""
+        folder = "manifests" if self.what == MANIFEST_DAMAGED else f"objects/{self.digest[:2]}"
+        remedy = f"remove {folder}/{self.digest}, then take or derive it again"
+        return f"{place}{file}{tensor}: {self.what}; {remedy}"
 
 
 class Store:
@@ -204,34 +211,24 @@ class Store:
 
     # Checks
 
-    def verify(self, snapshot: SnapshotId | None = None) -> list[Damage]:
+    def verify(self, snapshot: SnapshotId | None = None, progress: Progress | None = None) -> list[Damage]:
         """Hash the objects of one snapshot, or everything in the store; each object is read once."""
         damages: list[Damage] = []
-        states: dict[str, str] = {}
+        uses: dict[str, list[tuple[SnapshotId, str, str | None, int | None]]] = {}
         for each in [snapshot] if snapshot else self.snapshots():
             try:
                 manifest = self.manifest(each)
-            except Corrupt as error:
-                damages.append(Damage(each, "", None, each, str(error)))
+            except Corrupt:
+                damages.append(Damage(each, "", None, each, MANIFEST_DAMAGED))
                 continue
             for path, tensor, digest, size_bytes in manifest.objects():
-                if digest not in states:
-                    states[digest] = self._state(digest, size_bytes)
-                if states[digest]:
-                    damages.append(Damage(each, path, tensor, digest, states[digest]))
+                uses.setdefault(digest, []).append((each, path, tensor, size_bytes))
         if snapshot is None:
-            unused = [d for d in self._objects.digests() if d not in states]
-            damages += [Damage("", "", None, d, what) for d in unused if (what := self._state(d, None))]
-        return damages
-
-    def _state(self, digest: str, size_bytes: int | None) -> str:
-        """What is wrong with an object, in words; empty where nothing is."""
-        found = self._objects.size_bytes(digest)
-        if found is None:
-            return "absent"
-        if size_bytes is not None and found != size_bytes:
-            return f"has {found} bytes, {size_bytes} are expected"
-        return "" if digest_bytes(self._objects.open(digest)) == digest else "its bytes do not match its digest"
+            for digest in self._objects.digests():
+                uses.setdefault(digest, [("", "", None, None)])
+        for digest, what in self._objects.check({d: u[0][3] for d, u in uses.items()}, progress):
+            damages += [Damage(each, path, tensor, digest, what) for each, path, tensor, _ in uses[digest]]
+        return sorted(damages, key=lambda d: (d.snapshot, d.file, d.tensor or ""))
 
     def snapshots(self) -> list[SnapshotId]:
         """Every snapshot, by id."""
@@ -276,9 +273,13 @@ class Store:
 
     # Locks and scratch
 
-    def lock(self, name: str) -> AbstractContextManager[None]:
+    @contextmanager
+    def lock(self, name: str) -> Iterator[None]:
         """Hold the lock of that name; waits for whoever holds it, in this process or another."""
-        return file_lock(self.root / "locks" / _checked_name(name))
+        with ExitStack() as held:
+            with disk_errors(self.root):
+                held.enter_context(file_lock(self.root / "locks" / _checked_name(name)))
+            yield
 
     def work(self, recipe: str) -> Path:
         """A scratch folder of the recipe that survives a kill."""

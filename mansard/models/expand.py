@@ -6,6 +6,7 @@ result computes the base's function is proved by a stage of its own (`prove`).
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -58,8 +59,20 @@ class Expansion:
         tree = read_json_object(data, where)
         if tree.get("format") != 1:
             raise BadInput(f"{where}: format {tree.get('format')!r}; this Mansard reads format 1: use a newer one")
-        storeys = (Storey(s["depth_before"], tuple(NewBlock(**b) for b in s["new_blocks"])) for s in tree["storeys"])
-        return Expansion(tree["depth"], tuple(storeys))
+        try:
+            depth = _count(tree["depth"])
+            storeys = tuple(
+                Storey(
+                    _count(s["depth_before"]),
+                    tuple(NewBlock(_count(b["index"], depth), _count(b["source"])) for b in s["new_blocks"]),
+                )
+                for s in tree["storeys"]
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise BadInput(f"{where}: not what an expansion writes ({error!r:.80}); remove it") from error
+        if not storeys:
+            raise BadInput(f"{where}: no storeys in it; remove it")
+        return Expansion(depth, storeys)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,12 +203,15 @@ def _expand_file(file: TensorFile, plan: ExpansionPlan, zeros: _Zeros) -> Tensor
 def _rebuilt_index(index: dict[str, Any], files: Mapping[str, TensorFile]) -> dict[str, Any]:
     """The index with every tensor's file, and the totals where the old one has them."""
     entries = {path: file.entries() for path, file in files.items()}
-    metadata = dict(index.get("metadata") or {})
+    metadata = index.get("metadata") or {}
+    if not isinstance(metadata, dict):
+        raise BadInput(f"{INDEX_FILE}: metadata: {metadata!r:.80}; a mapping is expected")
+    metadata = dict(metadata)
     every = [e for found in entries.values() for e in found]
     if "total_size" in metadata:
         metadata["total_size"] = sum(e.size_bytes for e in every)
     if "total_parameters" in metadata:
-        metadata["total_parameters"] = sum(_count(e.shape) for e in every)
+        metadata["total_parameters"] = sum(math.prod(e.shape) for e in every)
     names = {e.name: path for path, found in entries.items() for e in found}
     return {**index, "metadata": metadata, "weight_map": dict(sorted(names.items()))}
 
@@ -217,11 +233,10 @@ def _expansion(store: Store, base: SnapshotId, manifest: Manifest, plan: Expansi
     return Expansion(plan.depth, (*below, Storey(plan.depth_before, plan.new_blocks)))
 
 
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for length in shape:
-        count *= length
-    return count
+def _count(value: object, below: int = 1 << 31) -> int:
+    if type(value) is not int or not 0 <= value < below:
+        raise ValueError(f"{value!r} is no number from 0 to {below - 1}")
+    return value
 
 
 def _pretty(tree: dict[str, Any]) -> bytes:

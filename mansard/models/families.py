@@ -141,6 +141,8 @@ def rebuilt_config(family: Family, config: Config, sources: Sequence[int]) -> di
                 )
             rebuilt[name] = [value[source] for source in sources]
         elif name in _INDEXED_BY_BLOCK:
+            if not isinstance(value, dict):
+                raise BadInput(f"config.json: {name}: {value!r:.80}; a mapping of block indices is expected")
             rebuilt[name] = {str(i): value[str(s)] for i, s in enumerate(sources) if str(s) in value}
         elif isinstance(value, list) and len(value) == depth and not name.endswith(_NOT_PER_BLOCK):
             raise BadInput(

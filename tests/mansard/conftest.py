@@ -7,10 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 from safetensors.numpy import save_file
 
 from mansard.models.families import LLAMA
 from mansard.store import Store
+
+# The same examples on every run, and no clock: a slow machine must not fail a test.
+settings.register_profile("steady", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("steady")
 
 MakeCheckpoint = Callable[..., Path]
 HIDDEN, INTERMEDIATE, VOCABULARY, HEADS = 16, 24, 32, 4

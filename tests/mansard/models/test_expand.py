@@ -191,10 +191,24 @@ def test_a_record_of_another_depth_is_refused(store: Store, make_checkpoint: Mak
         expand(store, store.snapshot(tree), 1)
 
 
-def test_a_record_of_another_format_is_refused(store: Store, make_checkpoint: MakeCheckpoint) -> None:
+@pytest.mark.parametrize(
+    ("record", "complaint"),
+    [
+        ('{"format":2}', "reads format 1"),
+        ('{"format":1}', "remove it"),
+        ('{"format":1,"depth":3,"storeys":[]}', "no storeys"),
+        ('{"format":1,"depth":3,"storeys":[{"depth_before":2,"new_blocks":[{"index":3,"source":0}]}]}', "remove it"),
+        ('{"format":1,"depth":3,"storeys":[{"depth_before":2,"new_blocks":[{"index":"a","source":0}]}]}', "remove it"),
+        ('{"format":1,"depth":3,"storeys":7}', "remove it"),
+        ("[", "not JSON"),
+    ],
+)
+def test_a_record_that_no_expansion_wrote_is_refused(
+    store: Store, make_checkpoint: MakeCheckpoint, record: str, complaint: str
+) -> None:
     tree = make_checkpoint(depth=3)
-    (tree / EXPANSION_FILE).write_text('{"format":2}')
-    with pytest.raises(BadInput, match="reads format 1"):
+    (tree / EXPANSION_FILE).write_text(record)
+    with pytest.raises(BadInput, match=complaint):
         expand(store, store.snapshot(tree), 1)
 
 

@@ -62,7 +62,7 @@ def test_a_fused_model_holds_the_trained_tensors_and_nothing_else_new(
     assert expand(store, fused, 1)  # the next storey stands on it
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(depth=st.integers(1, 5), data=st.data())
 def test_a_fused_model_after_its_base_adds_only_the_new_tensors_bytes(
     make_checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFactory, depth: int, data: st.DataObject
