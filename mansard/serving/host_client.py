@@ -72,11 +72,15 @@ class HostClient:
             raise MansardError(f"{self.socket_path}: {method} {path} answered {status} without JSON") from error
         if not isinstance(tree, dict):
             raise MansardError(f"{self.socket_path}: {method} {path} answered {status} with {type(tree).__name__}")
-        if "error" in tree:
-            kind = _KINDS.get(tree["error"].get("kind"), _KIND_OF_STATUS.get(status, MansardError))
-            raise kind(tree["error"].get("message", f"{method} {path} answered {status}"))
+        kind, message = (
+            _KIND_OF_STATUS.get(status, MansardError),
+            f"{self.socket_path}: {method} {path} answered {status}",
+        )
+        named = tree.get("error")
+        if isinstance(named, dict):
+            raise _KINDS.get(str(named.get("kind")), kind)(str(named.get("message", message)))
         if status >= 400:
-            raise _KIND_OF_STATUS.get(status, MansardError)(f"{self.socket_path}: {method} {path} answered {status}")
+            raise kind(message)
         return tree
 
 

@@ -58,6 +58,8 @@ def parse_head(head: bytes) -> EngineHead:
         if not colon or not name or name != name.strip():
             raise ValueError(f"header line {line[:80]!r}")
         if name == b"content-length":
+            if not value.isdigit() or length is not None:
+                raise ValueError(f"content-length {value[:40]!r}")
             length = int(value)
         elif name == b"transfer-encoding":
             is_chunked = value.lower() == b"chunked"

@@ -1,0 +1,134 @@
+"""The router worker as a process: its lease clock, draining, keys, limits, sockets."""
+
+import contextlib
+import hashlib
+import http.client
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mansard.serving.host_client import router_observations
+from mansard.serving.split import renewed, write_split
+from mansard.site import load_site
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[4]
+STREAM = b'{"model": "tiny", "prompt": "x", "stream": true}'
+DEADLINE_SECONDS = 60.0
+
+
+def received(client: socket.socket) -> bytes:
+    """All until the other side closes."""
+    return b"".join(iter(lambda: client.recv(65536), b""))
+
+
+def test_metrics_speak_prometheus(rig: Any) -> None:
+    rig.write(None)
+    rig.call(body=STREAM)
+    with contextlib.closing(socket.socket(socket.AF_UNIX)) as client:
+        client.connect(str(rig.home / "run/router-0.sock"))
+        client.sendall(b"GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        text = received(client).decode()
+    assert 'mansard_requests_total{model="tiny",outcome="ok",version="1"}' in text
+    assert 'mansard_ttft_seconds_bucket{le="+Inf",model="tiny",version="1"}' in text
+    assert (rig.home / "run/router-0.sock").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_canary_whose_lease_runs_out_serves_nobody_until_it_moves(tmp_path: Path, make_rig: Any) -> None:
+    with make_rig("--lease-seconds", "0.3") as rig:
+        split = rig.write(100)
+        rig.wait_until(lambda: rig.call().version == "1", "the lease to run out")
+        assert rig.seen()["models"]["tiny"]["has_lease"] is False
+        pinned = rig.call(x_mansard_version="2")
+        assert (pinned.status, "retry-after" in pinned.headers) == (503, True)
+
+        def renew_and_ask() -> bool:
+            nonlocal split
+            split = renewed(split, "tiny")
+            write_split(rig.home / "split.json", split)
+            return str(rig.call().version) == "2"
+
+        rig.wait_until(renew_and_ask, "the canary to be back")
+
+
+def test_draining_finishes_streams_refuses_connections_and_exits_0(tmp_path: Path, make_rig: Any) -> None:
+    with make_rig() as rig:
+        rig.write(None)
+        rig.one.behave(fail="hang-after-two")
+        with rig.stream() as answer:
+            answer.readline()
+            rig.worker.send_signal(signal.SIGTERM)
+
+            def is_closed() -> bool:
+                with contextlib.closing(socket.socket()) as client:
+                    return client.connect_ex(("127.0.0.1", rig.port)) != 0
+
+            rig.wait_until(is_closed, "the listener to close")
+            assert router_observations(load_site(tmp_path / "site.yaml"))[0]["in_flight"] == 1
+            rig.one.behave(fail="none")
+            assert answer.read().endswith(b"data: [DONE]\n\n")
+        assert rig.worker.wait(DEADLINE_SECONDS) == 0
+        assert router_observations(load_site(tmp_path / "site.yaml")) == []
+
+
+def test_draining_gives_up_at_its_deadline(tmp_path: Path, make_rig: Any) -> None:
+    with make_rig("--drain-seconds", "0.2") as rig:
+        rig.write(None)
+        rig.one.behave(fail="hang-after-two")
+        with rig.stream() as answer:
+            answer.readline()
+            rig.worker.send_signal(signal.SIGTERM)
+            assert rig.worker.wait(DEADLINE_SECONDS) == 0
+
+
+def test_api_keys_are_asked_for_and_can_be_taken_back(tmp_path: Path, make_rig: Any) -> None:
+    keys = tmp_path / "keys.yaml"
+    keys.write_text(f'acme: "{hashlib.sha256(b"k1").hexdigest()}"\nbeta: ["{hashlib.sha256(b"k2").hexdigest()}"]\n')
+    with make_rig(site_lines="api_keys: keys.yaml\n") as rig:
+        rig.write(None)
+        asked = [rig.call(authorization=a).status for a in ("Bearer k1", "bearer k2", "Bearer k3", "Basic k1", "")]
+        assert asked == [200, 200, 401, 401, 401]
+        assert rig.call().headers["www-authenticate"] == "Bearer"
+        assert rig.call("/health", method="GET").status == 200
+        keys.write_text("acme: not a digest\n")
+        assert rig.call(authorization="Bearer k1").status == 200
+        keys.write_text(f'acme: "{hashlib.sha256(b"k9").hexdigest()}"\n')
+        rig.wait_until(lambda: rig.call(authorization="Bearer k1").status == 401, "the old key to be refused")
+        assert rig.call(authorization="Bearer k9").status == 200
+        assert rig.seen()["refused"]["401"] >= 5
+        assert rig.counts(1)["errors"] == 0
+
+
+def test_too_much_at_once_and_too_large_are_refused_at_once(tmp_path: Path, make_rig: Any) -> None:
+    with make_rig("--max-in-flight", "1", "--max-body-bytes", "100") as rig:
+        rig.write(None)
+        assert rig.call(body=b"x" * 101).status == 413
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", rig.port, timeout=DEADLINE_SECONDS)) as client:
+            client.request("POST", "/v1/completions", iter([b"x" * 60, b"x" * 60]), encode_chunked=True)
+            with contextlib.closing(client.getresponse()) as answer:
+                assert answer.status == 413
+        rig.one.behave(fail="hang-after-two")
+        with rig.stream() as answer:
+            answer.readline()
+            busy = rig.call()
+            assert (busy.status, busy.headers["retry-after"]) == (429, "2")
+        rig.wait_until(lambda: rig.seen()["in_flight"] == 0, "the stream to end")
+        rig.one.behave(fail="none")
+        assert rig.call().status == 200
+
+
+def test_a_taken_port_and_a_taken_index_end_with_one_line(tmp_path: Path, make_rig: Any) -> None:
+    with make_rig() as rig:
+        for port, code, words in ((rig.port, 2, "name a free port"), (0, 7, "choose another --index")):
+            other = tmp_path / "other.yaml"
+            other.write_text((tmp_path / "site.yaml").read_text().replace("router: 0", f"router: {port}"))
+            command = [sys.executable, "-m", "mansard.serving.router_worker", "--site", str(other)]
+            ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=DEADLINE_SECONDS)
+            assert (ended.returncode, ended.stderr.count("\n")) == (code, 1)
+            assert words in ended.stderr

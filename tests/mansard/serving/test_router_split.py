@@ -1,0 +1,79 @@
+"""What a worker believes about the split, with a clock of our own."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mansard.serving.router_split import SplitWatch
+from mansard.serving.split import Split, choose, renewed, split_bytes, with_canary, with_stable, write_split
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def walked(term: int, weight_percent: int = 100) -> Split:
+    stable = with_stable(Split(), "tiny", 1, "http://127.0.0.1:1", "tiny", 1)
+    return with_canary(stable, "tiny", 2, "http://127.0.0.1:2", "tiny", weight_percent, term)
+
+
+def test_no_file_yet_is_nothing_to_serve(tmp_path: Path) -> None:
+    watch = SplitWatch(tmp_path / "split.json", 10, Clock())
+    assert (watch.poll(), watch.split, watch.problem) == (False, Split(), None)
+
+
+def test_the_lease_runs_out_by_the_workers_clock_and_a_higher_counter_brings_it_back(tmp_path: Path) -> None:
+    path, clock, split = tmp_path / "split.json", Clock(), walked(2)
+    watch = SplitWatch(path, 10, clock)
+    write_split(path, split)
+    assert watch.poll()
+    clock.now += 9.9
+    assert watch.has_lease("tiny")
+    assert choose(watch.serving("tiny"), "k") == 2
+    clock.now += 0.1
+    assert not watch.has_lease("tiny")
+    assert choose(watch.serving("tiny"), "k") == 1
+    write_split(path, renewed(split, "tiny"))
+    assert watch.poll()
+    assert choose(watch.serving("tiny"), "k") == 2
+
+
+def test_the_same_bytes_written_again_renew_nothing(tmp_path: Path) -> None:
+    path, clock, split = tmp_path / "split.json", Clock(), walked(2)
+    watch = SplitWatch(path, 10, clock)
+    for _ in range(3):
+        write_split(path, split)
+        watch.poll()
+        clock.now += 4
+    assert not watch.has_lease("tiny")
+
+
+def test_without_a_canary_there_is_no_lease_to_lose(tmp_path: Path) -> None:
+    path, clock = tmp_path / "split.json", Clock()
+    watch = SplitWatch(path, 10, clock)
+    write_split(path, with_stable(Split(), "tiny", 1, None, "tiny", 1))
+    watch.poll()
+    clock.now += 1e9
+    assert watch.has_lease("tiny")
+
+
+@given(st.permutations(range(1, 6)))
+def test_whatever_the_order_of_the_files_the_term_in_force_only_rises(
+    tmp_path_factory: pytest.TempPathFactory, terms: list[int]
+) -> None:
+    path = tmp_path_factory.mktemp("split") / "split.json"
+    watch = SplitWatch(path, 10, Clock())
+    seen = []
+    for term in terms:
+        path.unlink(missing_ok=True)
+        path.write_bytes(split_bytes(walked(term)))
+        watch.poll()
+        seen.append(watch.split.term)
+        assert (watch.problem is None) == (term == watch.split.term)
+    assert seen == [max(terms[: i + 1]) for i in range(len(terms))]
