@@ -62,18 +62,22 @@ def measure(
     """Figures per target's name; see `figures`."""
     replies: dict[str, list[Reply]] = {name: [] for name in targets}
     busy_seconds = dict.fromkeys(targets, 0.0)
-    for target in targets.values():
-        ask(target, list(reversed(rounds[0][0])), output_tokens)  # warms it
     names, done = list(targets), 0
+    for name in names:  # the first answers at this concurrency pay for what the engine does once
+        _ask_all(targets[name], [p[::-1] for p in rounds[0]], concurrency, output_tokens)
     for number, prompts in enumerate(rounds):
         for name in names if number % 2 == 0 else reversed(names):
             started = time.monotonic()
-            with ThreadPoolExecutor(concurrency) as pool:
-                replies[name] += pool.map(ask, repeat(targets[name]), prompts, repeat(output_tokens))
+            replies[name] += _ask_all(targets[name], prompts, concurrency, output_tokens)
             busy_seconds[name] += time.monotonic() - started
             done += len(prompts)
             report(done, len(names) * sum(len(r) for r in rounds))
     return {name: figures(replies[name], busy_seconds[name], targets[name].pid) for name in names}
+
+
+def _ask_all(target: Target, prompts: Sequence[Tokens], concurrency: int, output_tokens: int) -> list[Reply]:
+    with ThreadPoolExecutor(concurrency) as pool:
+        return list(pool.map(ask, repeat(target), prompts, repeat(output_tokens)))
 
 
 def ask(target: Target, prompt: Tokens, output_tokens: int) -> Reply:

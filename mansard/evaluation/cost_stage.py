@@ -51,7 +51,7 @@ def _targets(context: "StageContext", max_model_len: int) -> dict[str, Target]:
     check_serves(where["endpoint"], name, context.inputs["artifact"], max_model_len)
     if "baseline" in context.inputs:
         targets["baseline"] = Target(where["baseline_endpoint"], name, where.get("baseline_pid"))
-        check_serves(where["baseline_endpoint"], name, context.inputs["baseline"], max_model_len)
+        check_serves(where["baseline_endpoint"], name, context.inputs["baseline"])
     return targets
 
 

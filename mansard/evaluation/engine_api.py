@@ -50,10 +50,11 @@ def stream_events(
         connection.close()
 
 
-def check_serves(endpoint: str, served_name: str, artifact: str, max_model_len: int) -> str:
-    """The engine's version, if it serves `artifact` as `served_name` with windows of `max_model_len`; else StageFailed.
+def check_serves(endpoint: str, served_name: str, artifact: str, max_model_len: int | None = None) -> str:
+    """The engine's version, if it serves `artifact` as `served_name`; else StageFailed.
 
-    vLLM reports the folder it loaded; where that folder is named by a snapshot id, the id must be `artifact`.
+    vLLM reports the folder it loaded; where that folder is named by a snapshot id, the id must be `artifact`. Its
+    windows must be of `max_model_len` tokens where that is given.
     """
     cards = get_json(endpoint, "/v1/models")["data"]
     named = [c for c in cards if c["id"] == served_name]
@@ -62,7 +63,7 @@ def check_serves(endpoint: str, served_name: str, artifact: str, max_model_len: 
     found = _SNAPSHOT_ID.findall(named[0].get("root") or "")
     if found and found[-1] != artifact:
         raise StageFailed(f"{endpoint} serves artifact {found[-1][:12]}, not {artifact[:12]}; start an engine for it")
-    if named[0].get("max_model_len") != max_model_len:
+    if max_model_len is not None and named[0].get("max_model_len") != max_model_len:
         length = named[0].get("max_model_len")
         raise StageFailed(f"{endpoint} takes {length} tokens, the spec's serve.max_model_len is {max_model_len}")
     return str(get_json(endpoint, "/version")["version"])

@@ -46,9 +46,7 @@ def _check_suite(context: "StageContext", suite: Suite) -> None:
             raise StageFailed(f"the suite's snapshot has {key} {described[key]!r}, the spec has {wanted!r}")
 
 
-def _answer(
-    context: "StageContext", suite: Suite, endpoint: str, served_name: str, max_model_len: int
-) -> list[Record]:
+def _answer(context: "StageContext", suite: Suite, endpoint: str, served_name: str, max_model_len: int) -> list[Record]:
     # Read at import time, so set before; a site's own HF_HOME (a shared cache of task data) is kept.
     os.environ.setdefault("HF_HOME", str(context.work / "huggingface"))
     os.environ["TQDM_DISABLE"] = "1"

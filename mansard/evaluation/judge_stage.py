@@ -99,9 +99,7 @@ def _judge_suite(
         compared[who] = compare_records(before, after, bootstrap)
     measure = measure_of(after)
     chance = round(chance_of(after), 6) if measure == "accuracy" else 0.0
-    evidence = Evidence(
-        suite.name, measure, role.role, role.margin, chance, compared["baseline"], compared["anchor"]
-    )
+    evidence = Evidence(suite.name, measure, role.role, role.margin, chance, compared["baseline"], compared["anchor"])
     baseline = records["baseline"]
     return SuiteResult(
         evidence=evidence,

@@ -95,9 +95,7 @@ def cluster_sums(columns: Sequence[Sequence[float]], clusters: Sequence[str]) ->
     return [s.astype(np.float64) for s in sums]
 
 
-def resampled_ratios(
-    before: Floats, after: Floats, sizes: Floats, resamples: int, seed: int
-) -> tuple[Floats, Floats]:
+def resampled_ratios(before: Floats, after: Floats, sizes: Floats, resamples: int, seed: int) -> tuple[Floats, Floats]:
     """Both ratios in each resample, from the same drawn clusters; memory is bounded whatever their number."""
     generator = np.random.default_rng(seed)
     at_once = max(1, _DRAWS_AT_ONCE // len(sizes))

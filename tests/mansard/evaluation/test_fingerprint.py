@@ -48,9 +48,10 @@ def test_what_follows_a_tie_is_not_compared() -> None:
 
 
 def test_two_artifacts_that_are_equally_sure_of_other_tokens_differ() -> None:
-    assert "token 0 was token_id:1, now token_id:2" in compare(
-        fingerprint({A: -0.1, B: -2.5}), fingerprint({B: -0.1, A: -2.5}), 0.1
-    )[0]
+    assert (
+        "token 0 was token_id:1, now token_id:2"
+        in compare(fingerprint({A: -0.1, B: -2.5}), fingerprint({B: -0.1, A: -2.5}), 0.1)[0]
+    )
 
 
 def test_token_that_was_not_among_the_likeliest_differs() -> None:

@@ -49,11 +49,9 @@ def bits(shift: float) -> list[Record]:
 
 
 def choices(right: int) -> list[Record]:
-    texts = ["aa", "bb", "cc", "dd"]
-    return [
-        choice_record(f"q{n}", f"file{n % 20}", [-1.0 if c == (0 if n < right else 1) else -9.0 for c in range(4)], texts, 0)
-        for n in range(60)
-    ]  # fmt: skip
+    """60 questions whose answer is choice 0; it is chosen in the first `right` of them."""
+    chosen, texts = {True: [-1.0, -9.0, -9.0, -9.0], False: [-9.0, -1.0, -9.0, -9.0]}, ["aa", "bb", "cc", "dd"]
+    return [choice_record(f"q{n}", f"file{n % 20}", chosen[n < right], texts, 0) for n in range(60)]
 
 
 def take(store: Store, name: str, records: list[Record], engine: str = "0.32.0") -> str:
@@ -124,7 +122,7 @@ def test_same_inputs_give_the_same_bytes(store: Store) -> None:
 def test_other_items_than_the_baseline_answered_are_refused(store: Store) -> None:
     inputs = against(store, artifact(store, "candidate", -0.3, 0.0, 20))
     inputs["candidate.code-bits"] = take(store, "code-bits", list(reversed(bits(0.0))))
-    with pytest.raises(StageFailed, match="suite code-bits: the baseline answered 'i0' where the candidate answered 'i59'"):
+    with pytest.raises(StageFailed, match="code-bits: the baseline answered 'i0' where the candidate answered 'i59'"):
         judged(store, inputs)
 
 

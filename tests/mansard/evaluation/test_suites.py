@@ -1,6 +1,7 @@
 """A suite that cannot be judged is refused in one line before any engine starts."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ GOOD_BITS = {"id": "a", "file": "f.py", "text": "x = 1\n"}
 GOOD_CHOICE = {"id": "a", "file": "f.py", "context": "x\n", "choices": ["y\n", "z\n"], "answer": 1}
 
 
-def write(folder: Path, *items: Any) -> Path:  # noqa: ANN401 - any JSON value
+def write(folder: Path, *items: Any) -> Path:
     (folder / "items.jsonl").write_text("".join(json.dumps(i) + "\n" for i in items), encoding="utf-8")
     return folder
 
@@ -116,5 +117,5 @@ def test_limit_takes_items_evenly_over_the_file(count: int, limit: int) -> None:
 
     taken = [i["id"] for i in _limited([{"id": i} for i in range(count)], limit)]
     assert len(taken) == min(count, limit) and taken == sorted(set(taken)) and taken[0] == 0
-    steps = {b - a for a, b in zip(taken, taken[1:], strict=False)}
+    steps = {b - a for a, b in pairwise(taken)}
     assert not steps or max(steps) - min(steps) <= 1
