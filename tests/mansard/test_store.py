@@ -20,7 +20,7 @@ from safetensors.numpy import save
 import mansard
 from mansard.digest import digest_bytes
 from mansard.errors import BadInput, Corrupt, MansardError
-from mansard.locks import file_lock
+from mansard.locks import file_lock, file_lock_if_free
 from mansard.snapshot import Blob, Manifest, TensorFile
 from mansard.store import Store
 
@@ -34,6 +34,16 @@ import sys
 from pathlib import Path
 from mansard.store import Store
 print(Store(Path(sys.argv[1])).snapshot(Path(sys.argv[2])))
+"""
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from mansard.store import Store
+with Store(Path(sys.argv[1])).lock(sys.argv[2]):
+    print("held", flush=True)
+    sys.stdin.read()
 """
 
 
@@ -396,6 +406,25 @@ def test_a_damaged_record_is_named(store: Store) -> None:
     path.write_text(json.dumps({"format": 1})[:-1])
     with pytest.raises(Corrupt, match=str(path)):
         store.recall("recipe")
+
+
+@pytest.mark.parametrize("ends", ["of itself", "killed"])
+def test_a_lock_is_held_by_one_process_until_it_ends(store: Store, ends: str) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(store.root), "recipe"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": CHECKOUT},
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == b"held\n"
+    with file_lock_if_free(store.root / "locks" / "recipe") as is_ours:
+        assert not is_ours
+    if ends == "killed":
+        holder.kill()
+    holder.communicate(timeout=DEADLINE_SECONDS)
+    with store.lock("recipe"), store.lock("other"):
+        pass
 
 
 def test_scratch_survives_until_it_is_discarded(store: Store) -> None:
