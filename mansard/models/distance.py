@@ -6,7 +6,6 @@ are never in memory together.
 Shapes: W windows, T tokens, V vocabulary.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -48,4 +47,6 @@ def distance(reference: Sequence[torch.Tensor], other: Sequence[torch.Tensor], p
         nll_other += float(cross_entropy(log_q_TV[:-1], window_T[1:], reduction="sum"))
     windows, tokens = probe_WT.shape
     predicted = windows * (tokens - 1)
-    return Distance(kl / (windows * tokens), math.exp(nll_reference / predicted), math.exp(nll_other / predicted))
+    mean_nll = torch.tensor([nll_reference / predicted, nll_other / predicted], dtype=torch.float64)
+    perplexity_reference, perplexity_other = mean_nll.exp().tolist()  # infinite where it overflows, unlike math.exp
+    return Distance(kl / (windows * tokens), perplexity_reference, perplexity_other)

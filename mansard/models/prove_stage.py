@@ -49,9 +49,7 @@ def run(context: "StageContext") -> SnapshotId:
     return context.store.put_files({"proof.json": canonical_json(proof)})
 
 
-def _prove(
-    context: "StageContext", base: Path, expansion: Path, saved: Path
-) -> tuple[list[torch.dtype], torch.Tensor]:
+def _prove(context: "StageContext", base: Path, expansion: Path, saved: Path) -> tuple[list[torch.dtype], torch.Tensor]:
     """StageFailed unless equal; the types in which they are, and the probe."""
     context.progress(0, 5, "loads", "base, in the checkpoint's type")
     own, probe_BT = _ask(base, context.spec["probe_tokens"], context.spec["seed"])

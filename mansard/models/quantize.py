@@ -78,6 +78,15 @@ def save_quantized(model: PreTrainedModel, source: Path, destination: Path) -> i
     return len(expected)
 
 
+def release(model: PreTrainedModel) -> None:
+    """Let go of a quantized model's tensors. Deleting the model does not: torch.fx's registry of traced functions and
+    llm-compressor's session go on naming it."""
+    for module in model.modules():
+        for name in (*module._parameters, *module._buffers):
+            delattr(module, name)
+    reset_session()
+
+
 def _tensor_names(tree: Path) -> set[str]:
     names: set[str] = set()
     for file in tree.glob("*.safetensors"):

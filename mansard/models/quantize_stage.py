@@ -5,18 +5,19 @@ what was done and how far the artifact, read back from disk, is from its input o
 of the text calibrate, the next `PROBE_WINDOWS` are the probe. Same inputs, same bytes; no times, no paths.
 """
 
+import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mansard.canonical import canonical_json
-from mansard.errors import BadInput
+from mansard.errors import BadInput, StageFailed
 from mansard.models.distance import Distance, distance, probe_logits
 from mansard.models.loading import choose_device, load_model, load_tokenizer
-from mansard.models.quantize import quantize_awq, save_quantized
+from mansard.models.quantize import quantize_awq, release, save_quantized
 from mansard.models.widths import check_widths
 from mansard.models.windows import first_windows
 from mansard.records import SnapshotId
@@ -57,7 +58,7 @@ def _quantize(
     tokenizer: Any,  # noqa: ANN401 - a transformers tokenizer
     windows_WT: torch.Tensor,
     tree: Path,
-    spec: Any,  # noqa: ANN401 - the JSON of specs.Quantize
+    spec: Mapping[str, Any],
     progress: Callable[..., None],
 ) -> tuple[int, Distance]:
     """Probe, quantize, write, read back, probe again. The input and the artifact are never in memory together."""
@@ -77,14 +78,16 @@ def _quantize(
 
     quantize_awq(model, tokenizer, calibration_WT, spec["scheme"], told)
     matrices = save_quantized(model, source, tree)
-    del model
+    release(model)
     progress(1 + blocks, total, "blocks", "probing the artifact")
     found = distance(reference, probe_logits(load_model(tree, dtype=None, device=device), probe_WT), probe_WT)
+    if not all(math.isfinite(number) for number in _numbers(found).values()):
+        raise StageFailed(f"the quantized model's answers on the probe are not finite: {found}; look at its input")
     progress(total, total, "blocks", "done", **_numbers(found))
     return matrices, found
 
 
-def _record(spec: Any, matrices: int, found: Distance) -> dict[str, Any]:  # noqa: ANN401 - the JSON of specs.Quantize
+def _record(spec: Mapping[str, Any], matrices: int, found: Distance) -> dict[str, Any]:
     return {
         "format": 1,
         "scheme": spec["scheme"],

@@ -140,3 +140,15 @@ def test_distance_of_known_logits() -> None:
     far = distance(uniform, skewed, probe_WT)
     assert far.kl_nats_per_token == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3))
     assert far.perplexity_other == pytest.approx(4 / 3)
+
+
+def test_distance_of_broken_logits_is_not_finite() -> None:
+    import torch
+
+    from mansard.models.distance import distance
+
+    broken = [torch.tensor([[0.0, float("nan")]] * 3)]
+    far = distance([torch.zeros(3, 2)], broken, torch.tensor([[0, 1, 1]]))
+    assert not math.isfinite(far.kl_nats_per_token) and not math.isfinite(far.perplexity_other)
+    certain_but_wrong = [torch.tensor([[0.0, 9e3]] * 3)]
+    assert distance(certain_but_wrong, certain_but_wrong, torch.tensor([[1, 0, 0]])).perplexity_other == math.inf
