@@ -45,10 +45,8 @@ def verify(args: argparse.Namespace) -> int:
     store = Store(site.store)
     damages = store.verify(store.resolve(args.snapshot) if args.snapshot else None)
     if damages:
-        first = damages[0]
         more = f" (and {len(damages) - 1} more)" if len(damages) > 1 else ""
-        what = f"tensor {first.tensor} of {first.file}" if first.tensor else first.file
-        raise Corrupt(f"snapshot {first.snapshot[:12]}: {what}: {first.what}{more}; take or derive it again")
+        raise Corrupt(f"{damages[0]}{more}")
     _tell(args, {"damages": []}, "every byte is as it was taken")
     return 0
 
