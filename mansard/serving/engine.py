@@ -35,7 +35,7 @@ DRAIN_SECONDS = 120.0
 """How long `stop` waits for an engine's own requests before SIGTERM."""
 POLL_SECONDS = 0.25
 PORT_ATTEMPTS = 5
-RESUME_SECONDS = 30.0
+RESUME_SECONDS = 120.0
 START_FOLDER = Path(__file__).parent / "engine_start"
 
 
@@ -157,7 +157,7 @@ class Engine:
         for _ in range(PORT_ATTEMPTS):
             self.port = free_port(self._site.ports.engines_from, avoid)
             self._spawn(tree)
-            if await self._is_ready_in_time():
+            if await self._is_ready_by(self.begun_at + self._site.engine.start_timeout_seconds):
                 return
             lost_port = "address already in use" in _tail(self.log, 40).lower()
             if not lost_port:
@@ -187,13 +187,14 @@ class Engine:
         return engine
 
     async def resume(self) -> None:
-        """See that an adopted engine answers, or wait until it does; MansardError when it does not."""
-        if self.state == "ready":
-            if not await engine_http.serves(self._session, self.endpoint, self.identity.served_name, RESUME_SECONDS):
-                self._give_up(f"was adopted but did not answer /v1/models within {RESUME_SECONDS:.0f} s")
-        else:
-            await self._is_ready_in_time()
-        if self.state == "failed":
+        """See that an adopted engine answers, or wait until it does; MansardError when it does not.
+
+        One that was ready counts as ready meanwhile: users of the host before this one are asking it now.
+        """
+        deadline = time.time() + RESUME_SECONDS
+        if self.state == "starting":
+            deadline = max(deadline, self.begun_at + self._site.engine.start_timeout_seconds)
+        if not await self._is_ready_by(deadline):
             raise MansardError(self.problem)
 
     async def wait_for_end(self) -> str:
@@ -239,22 +240,22 @@ class Engine:
         self._process = identify(self.pid)
         self._write_record()
 
-    async def _is_ready_in_time(self) -> bool:
+    async def _is_ready_by(self, deadline: float) -> bool:
         """Wait for /v1/models; on death or deadline the process is cleared away and `problem` says why."""
-        deadline = self.begun_at + self._site.engine.start_timeout_seconds
         while self._process is not None and self._process.is_running():
             if await engine_http.serves(self._session, self.endpoint, self.identity.served_name):
                 if not self._process.is_running():
                     break  # somebody else answered on this port
-                if self.state != "starting":
+                if self.state not in ("starting", "ready"):
                     return False  # stopped meanwhile
-                self.start_seconds = round(time.time() - self.begun_at, 1)
-                self.state = "ready"
-                self._write_record()
+                if self.state == "starting":
+                    self.start_seconds = round(time.time() - self.begun_at, 1)
+                    self.state = "ready"
+                    self._write_record()
                 return True
             if time.time() > deadline:
-                what = f"was not ready after {self._site.engine.start_timeout_seconds} s (engine.start_timeout_seconds)"
-                self._give_up(what)
+                waited = time.time() - self.begun_at
+                self._give_up(f"did not answer /v1/models within {waited:.0f} s (engine.start_timeout_seconds)")
                 return False
             await asyncio.sleep(POLL_SECONDS)
         self._give_up("did not come up")

@@ -102,7 +102,7 @@ class Host:
             versions[str(version)] = {
                 "state": "cold" if engine is None else engine.state,
                 "endpoint": self.residents.endpoint(model, version),
-                "last_start_seconds": self.engines.last_start_seconds(identity),
+                "start_seconds": self.engines.last_start_seconds(identity),
                 "warning": "" if engine is None else engine.warning,
             }
         return {

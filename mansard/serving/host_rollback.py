@@ -20,6 +20,8 @@ from mansard.serving.host_rollouts import Rollouts
 from mansard.serving.host_traffic import Traffic
 
 CONFIRM_TIMEOUT_SECONDS = 30.0
+WORKERS_SECONDS = 10.0
+"""Workers look at the file 50 times a second; the move is made anyway, a worker that is late is only told."""
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +113,7 @@ class Rollback:
 
     async def _confirm(self, request: RollbackRequest, plan: RollbackPlan, term: int) -> list[str]:
         """What is not as it should be after the move: a worker that did not take it, a stable that does not answer."""
-        behind = await self._traffic.unconfirmed_workers(term)
+        behind = await self._traffic.unconfirmed_workers(term, WORKERS_SECONDS)
         warnings = [f"router worker {name} has not taken term {term}" for name in behind]
         stable = self._journal.pointers(request.model).stable
         endpoint = None if stable is None else self._residents.endpoint(request.model, stable)

@@ -32,6 +32,8 @@ LEASE_SECONDS = 1.0
 """Router workers take the canary to 0 % when the lease has stood still for 10 s."""
 PROBE_SECONDS = 5.0
 PROBE_TIMEOUT_SECONDS = 60.0
+WORKERS_SECONDS = 30.0
+"""A worker that did not take a step by then ends the rollout; until it takes it, it sends the canary nothing more."""
 HOST = "host"
 """Who the journal names for what the controller decided itself."""
 
@@ -247,7 +249,7 @@ class Rollouts:
         weight = following.weight_percent
         self._traffic.set_canary(walk.model, walk.version, walk.engine.endpoint, weight, term)
         log.info("%s version %d: %s", walk.model, walk.version, following.reason)
-        behind = await self._traffic.unconfirmed_workers(term)
+        behind = await self._traffic.unconfirmed_workers(term, WORKERS_SECONDS)
         if behind:
             walk.problem = f"{', '.join(behind)} did not take term {term} with {weight} % for the canary"
 

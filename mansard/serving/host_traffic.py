@@ -8,14 +8,13 @@ import asyncio
 import time
 from collections.abc import Mapping
 
+from mansard.errors import Corrupt
 from mansard.release.events import Pointers
 from mansard.serving import split as splits
 from mansard.serving.host_observations import read_reports
 from mansard.serving.split import Split, read_split, write_split
 from mansard.site import Site
 
-CONFIRM_SECONDS = 10.0
-"""A worker looks at the file several times a second; on a busy machine it may take longer."""
 POLL_SECONDS = 0.05
 
 
@@ -26,7 +25,11 @@ class Traffic:
         self._site = site
 
     def split(self) -> Split:
-        return read_split(self._site.split_file)
+        """What is on disk; the empty split where that is damaged, because the journal is the truth."""
+        try:
+            return read_split(self._site.split_file)
+        except Corrupt:
+            return Split()
 
     def set_stable(self, model: str, version: int, endpoint: str | None, term: int) -> None:
         """All traffic to `version`; no canary."""
@@ -70,7 +73,7 @@ class Traffic:
         wanted = splits.with_stable(split, model, pointers.stable, endpoint, model, term)
         self._write(splits.renewed(wanted, model))
 
-    async def unconfirmed_workers(self, term: int, timeout_seconds: float = CONFIRM_SECONDS) -> list[str]:
+    async def unconfirmed_workers(self, term: int, timeout_seconds: float) -> list[str]:
         """Wait until every router worker reports `term` or a later one; the names of those that did not."""
         deadline = time.monotonic() + timeout_seconds
         while True:

@@ -280,11 +280,7 @@ def test_a_dead_stable_engine_is_started_again(place: Any) -> None:
 
 def test_rollback_starts_a_cold_previous_first(place: Any) -> None:
     in_service(place)
-    steps = [{"weight_percent": 100, "bake_seconds": 0, "min_requests": 1, "deadline_seconds": 60}]
-    second = place.register({"steps": steps, "max_error_excess": 0.02}, voice="b")
-    place.approve(second)
-    place.start_rollout(second)
-    wait_for(place, "promotion", lambda: place.ask() and place.rollout()["state"] == "promoted")
+    assert release_to_all(place, place.register(ONE_STEP, voice="b")) == "promoted"
     old = place.engine_of(1)["pid"]
     os.kill(old, signal.SIGKILL)
     wait_for(place, "its death to be seen", lambda: place.split().versions[1].endpoint is None)
@@ -292,6 +288,48 @@ def test_rollback_starts_a_cold_previous_first(place: Any) -> None:
     assert (back["changed"], back["stable"], back["warnings"]) == (True, 1, [])
     assert place.engine_of(1)["pid"] != old
     assert place.ask() == (200, "1")
+
+
+def test_a_hard_rollback_does_not_wait_for_a_cold_previous(place: Any) -> None:
+    in_service(place)
+    assert release_to_all(place, place.register(ONE_STEP, voice="b")) == "promoted"
+    os.kill(place.engine_of(1)["pid"], signal.SIGKILL)
+    wait_for(place, "its death to be seen", lambda: place.split().versions[1].endpoint is None)
+    back = place.roll_back(hard=True)
+    assert (back["changed"], back["stable"], back["started_seconds"]) == (True, 1, 0.0)
+    wait_for(place, "answers of version 1", lambda: place.ask() == (200, "1"))
+
+
+def test_the_split_follows_a_pointer_that_another_process_moved(place: Any) -> None:
+    in_service(place)
+    assert release_to_all(place, place.register(ONE_STEP, voice="b")) == "promoted"
+    with Journal.open(place.site.journal) as journal:
+        journal.rollback("demo", 1, "otto", "host hung", journal.pointers("demo"))
+    wait_for(place, "the split to follow", lambda: place.split().stable == 1)
+    wait_for(place, "answers of version 1", lambda: place.ask() == (200, "1"))
+
+
+def test_a_damaged_split_file_is_written_again_from_the_journal(place: Any) -> None:
+    in_service(place)
+    place.end_host(signal.SIGKILL)
+    place.site.split_file.write_text('{"format": 1, "term"')
+    assert place.ask() == (200, "1")
+    place.start_host()
+    wait_for(place, "the split", lambda: place.split().versions[1].endpoint)
+    assert place.ask() == (200, "1")
+
+
+def test_a_host_that_is_stopped_in_a_rollout_ends_it(place: Any) -> None:
+    in_service(place)
+    second = place.register(SLOW_RELEASE, voice="b")
+    place.approve(second)
+    place.start_rollout(second)
+    wait_for(place, "the canary", lambda: place.split().canary == 2)
+    place.end_host(signal.SIGTERM)
+    assert (place.split().stable, place.split().canary) == (1, None)
+    with Journal.open(place.site.journal) as journal:
+        assert journal.pointers("demo").canary is None
+        assert journal.moves("demo")[-1].why == "aborted: host stopped"
 
 
 # Without a process
@@ -337,6 +375,22 @@ SLOW_RELEASE = {
     "steps": [{"weight_percent": 50, "bake_seconds": 600, "min_requests": 10, "deadline_seconds": 1200}],
     "max_error_excess": 0.02,
 }
+
+
+ONE_STEP = {
+    "steps": [{"weight_percent": 100, "bake_seconds": 0, "min_requests": 1, "deadline_seconds": 90}],
+    "max_error_excess": 0.02,
+}
+
+
+def release_to_all(place: Any, version: int) -> str:
+    """A release in one step with just enough traffic; how it ended."""
+    place.approve(version)
+    place.start_rollout(version)
+    ended = wait_for(
+        place, "the end", lambda: place.ask() and (s := place.rollout()["state"]) in ("promoted", "aborted") and s
+    )
+    return str(ended)
 
 
 def in_service(place: Any) -> None:
