@@ -9,6 +9,7 @@ protocols (router_engine.py) the router adds 0.5 ms to the median time to first 
 """
 
 import asyncio
+import contextlib
 import json
 from dataclasses import dataclass
 
@@ -93,8 +94,8 @@ class Router:
             raise Refused(413, "invalid_request_error", f"{request.content_length} bytes; at most {limit} are taken")
         parts, size = [], 0
         try:
-            # Small bodies have arrived with their head; a timer for those would be work for nothing.
-            async with asyncio.timeout(None if content.is_eof() else self._limits.body_seconds):
+            # A small body has come with its head: no timer for that.
+            async with asyncio.timeout(self._limits.body_seconds) if not content.is_eof() else contextlib.nullcontext():
                 while data := await content.readany():
                     parts.append(data)
                     size += len(data)

@@ -8,9 +8,11 @@ and exits 0. Guarantees: one worker per index (a lock file); a stale socket of a
 import argparse
 import asyncio
 import fcntl
+import gc
 import json
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -77,6 +79,8 @@ async def serve(site: Site, options: Options) -> None:
             await loop.create_unix_server(admin, sock=admin_listener),
         ]
         watching = loop.create_task(_watch(watch, pool, keys))
+        gc.collect()
+        gc.freeze()  # what the imports made stays for good; looking through it (25 ms) would hold up streams
         ready = {"ready": True, "port": listener.getsockname()[1], "pid": os.getpid(), "term": watch.split.term}
         print(json.dumps(ready), flush=True)
         stop_waiting = loop.create_task(stopping.wait())
@@ -93,10 +97,11 @@ async def serve(site: Site, options: Options) -> None:
 
 def poll(watch: SplitWatch, pool: EnginePool) -> None:
     """Take a new split, and close idle connections to engines that left it."""
-    problem = watch.problem
+    problem, term = watch.problem, watch.split.term
     if watch.poll():
         pool.keep_only({v.endpoint for m in watch.split.models.values() for v in m.versions.values() if v.endpoint})
-        log.info("term %s", watch.split.term)
+        if watch.split.term != term:
+            log.info("term %s", watch.split.term)
     if watch.problem is not None and watch.problem != problem:
         log.warning("%s", watch.problem)
 
@@ -175,6 +180,13 @@ class _AdminSocket:
         os.close(self._lock)
 
 
+def _allow_many_files() -> None:
+    """Two descriptors a request: the usual soft limit of 1,024 would be reached at the default number in flight."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Ends with the exit code of the error."""
     parser = argparse.ArgumentParser(prog="python -m mansard.serving.router_worker", description="One router worker.")
@@ -187,6 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s router-%(name)s %(message)s", stream=sys.stderr)
     limits = Limits(body_bytes=options.max_body_bytes, in_flight=options.max_in_flight)
+    _allow_many_files()
     try:
         chosen = Options(options.index, options.lease_seconds, options.drain_seconds, limits)
         asyncio.run(serve(load_site(options.site), chosen))

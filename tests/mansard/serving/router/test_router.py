@@ -5,6 +5,7 @@ import http.client
 import itertools
 import json
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -110,6 +111,19 @@ def test_a_dead_engine_is_rescued_and_consecutive_failures_end_with_a_success(ri
         rig.put(with_canary(split, "tiny", 3, three.endpoint, "tiny", 100, next(rig.terms)))
         assert rig.call().text == "three again"
     assert rig.counts(3)["consecutive_failures"] == 0
+
+
+def test_a_request_that_waits_for_a_hung_engine_is_rescued_when_the_engine_is_killed(rig: Any) -> None:
+    split = rig.write(100)
+    with rig.engine("three") as three, ThreadPoolExecutor() as threads:
+        three.behave(fail="hang")
+        rig.put(with_canary(split, "tiny", 3, three.endpoint, "tiny", 100, next(rig.terms)))
+        replies = [threads.submit(rig.call, "/v1/completions", body) for body in (STREAM, None)]
+        rig.wait_until(lambda: three.seen()["in_flight"] == 2, "both requests at the engine")
+        assert rig.counts(3)["oldest_waiting_seconds"] > 0
+        three.process.kill()
+        for reply in replies:
+            assert (reply.result().status, reply.result().version) == (200, "1")
 
 
 def test_a_pinned_request_is_not_rescued(rig: Any) -> None:
