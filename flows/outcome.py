@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from prefect.runtime import flow_run
+from prefect.utilities.urls import url_for
 
 from flows.stack import urls
 from mansard.records import Derivation, Registration
@@ -31,8 +32,9 @@ def outcome_of(
 ) -> Outcome:
     evidence = work.store.materialize(registration.verdict_record)
     pages = {**urls(work.site), "run": tracking.run_url(work.run)}
-    if flow_run.ui_url is not None:
-        pages["flow"] = flow_run.ui_url
+    page = url_for("flow-run", obj_id=flow_run.id) if flow_run.id else None
+    if page is not None:
+        pages["flow"] = page
     return Outcome(
         model_name=registration.model_name,
         version=version,

@@ -28,7 +28,7 @@ class Released:
 
 
 @flow(name="release", flow_run_name="release {version}", persist_result=False)
-def release(version: int, site_path: str, who: str, why: str = "", model: str | None = None) -> Released:
+def release(version: int, site_path: str, who: str, model: str | None = None, why: str = "") -> Released:
     """Raises NotAllowed without an approval, Conflict when the baseline moved or a rollout runs, HostDown."""
     site = load_site(Path(site_path))
     name = site.model_named(model)

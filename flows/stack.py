@@ -100,6 +100,7 @@ def client_variables(site: Site) -> dict[str, str]:
         "DO_NOT_TRACK": "1",
         "MLFLOW_TRACKING_URI": f"http://{LOOPBACK}:{site.ports.mlflow}",
         "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # standard output is the command's own, often JSON
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",  # 14 s; its default of 7 is minutes of silence when it is down
         "NO_PROXY": direct,
         "no_proxy": direct,
@@ -107,8 +108,12 @@ def client_variables(site: Site) -> dict[str, str]:
 
 
 def use_servers(site: Site) -> None:
-    """Set them in this process. Call it before prefect or mlflow is imported: both read them once."""
+    """Set them in this process. Call it before prefect or mlflow is imported: both read them once.
+
+    Prefect's own log then goes to its page only: a person at a terminal sees our progress, and one line of an error.
+    """
     os.environ.update(client_variables(site))
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
 
 
 def _programs(site: Site) -> tuple[tuple[Program, ...], ...]:

@@ -1,8 +1,8 @@
 """Engines and rollouts, asked of the host."""
 
-import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,9 @@ from mansard.site import Site
 from mansard.specs import Serve
 from tasks import policy
 from tasks.terminal import say
+
+NEWS_SECONDS = 15.0
+"""How often a person hears of an engine that is starting."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +29,12 @@ class RunningEngine:
 def ensure_engine(site: Site, model_name: str, artifact: SnapshotId, serve: Serve) -> RunningEngine:
     """The artifact's engine, started if need be: a minute or two on a CPU. MansardError with vLLM's last lines."""
     body = {"model": model_name, "artifact": artifact, "serve": serve.model_dump(mode="json"), "wait": True}
-    with _told(f"engine of {artifact[:12]}"):
-        # The host has its own deadline for a start; ours only bounds a host that hangs.
-        answer = HostClient(site.host_socket).call(
-            "POST", "/engines", body, timeout_seconds=2.0 * site.engine.start_timeout_seconds
-        )
+    # The host has its own deadline for a start; ours only bounds a host that hangs.
+    timeout_seconds = 2.0 * site.engine.start_timeout_seconds
+    client = HostClient(site.host_socket)
+    answer = _call_with_news(
+        f"engine of {artifact[:12]}", lambda: client.call("POST", "/engines", body, timeout_seconds)
+    )
     return RunningEngine(answer["endpoint"], answer["served_name"], int(answer["pid"]))
 
 
@@ -54,9 +58,19 @@ def roll_back(site: Site, model_name: str, asked: dict[str, Any]) -> dict[str, A
     return HostClient(site.host_socket).call("POST", "/rollback", {"model": model_name, **asked}, timeout_seconds)
 
 
-@contextlib.contextmanager
-def _told(what: str) -> Iterator[None]:
+def _call_with_news(what: str, call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The answer of `call`; one that takes long says so from time to time."""
     begun = time.monotonic()
-    say(f"{what}: asked for")
-    yield
-    say(f"{what}: answers after {time.monotonic() - begun:.0f} s")
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(call)
+        while True:
+            try:
+                found = answer.result(timeout=NEWS_SECONDS)
+            except TimeoutError:
+                if answer.done():  # the call's own, not ours
+                    raise
+                say(f"{what}: starting, {time.monotonic() - begun:.0f} s (a minute or two on a CPU)")
+                continue
+            if time.monotonic() - begun >= NEWS_SECONDS:
+                say(f"{what}: answers after {time.monotonic() - begun:.0f} s")
+            return found
