@@ -15,7 +15,7 @@ from mansard.specs import Cost, Fingerprint, Gate, Serve, Suite
 from mansard.store import Store
 from tasks import policy
 from tasks.derivation import Asked, Work, derive_many, derive_one, is_remembered
-from tasks.serving import ensure_engine
+from tasks.serving import engine_release, ensure_engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ def evaluate(
             Request(
                 "evaluate",
                 {"artifact": subject.artifact, "suite": taken[suite.name]},
-                {"suite": suite.model_dump(mode="json"), "serve": serve},
+                {"suite": suite.model_dump(mode="json"), "serve": serve, "engine": engine_release(work.site)},
             ),
             f"evaluate {subject.who} {suite.name}",
             frozenset({"suite"}),
@@ -56,7 +56,11 @@ def evaluate(
 @policy.derivation
 def take_fingerprint(work: Work, subject: Subject, spec: Fingerprint) -> Derivation:
     """The artifact's answers to the guard prompts."""
-    slices = {"fingerprint": spec.model_dump(mode="json"), "serve": subject.serve.model_dump(mode="json")}
+    slices = {
+        "fingerprint": spec.model_dump(mode="json"),
+        "serve": subject.serve.model_dump(mode="json"),
+        "engine": engine_release(work.site),
+    }
     asked = Asked(Request("fingerprint", {"artifact": subject.artifact}, slices), "fingerprint")
     return derive_one(work, _served(work, subject, [asked])[0])
 
@@ -64,7 +68,11 @@ def take_fingerprint(work: Work, subject: Subject, spec: Fingerprint) -> Derivat
 @policy.derivation
 def measure_cost(work: Work, candidate: Subject, stable: Subject, spec: Cost) -> Derivation:
     """Latency and memory of candidate and stable: a measurement, taken once and remembered."""
-    slices = {"cost": spec.model_dump(mode="json"), "serve": candidate.serve.model_dump(mode="json")}
+    slices = {
+        "cost": spec.model_dump(mode="json"),
+        "serve": candidate.serve.model_dump(mode="json"),
+        "engine": engine_release(work.site),
+    }
     request = Request("cost", {"artifact": candidate.artifact, "baseline": stable.artifact}, slices)
     if not is_remembered(work, request):
         ours = ensure_engine(work.site, candidate.model_name, candidate.artifact, candidate.serve)

@@ -1,11 +1,13 @@
 """Engines and rollouts, asked of the host."""
 
+import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from mansard.errors import BadInput
 from mansard.records import SnapshotId
 from mansard.serving.host_client import HostClient
 from mansard.site import Site
@@ -24,6 +26,15 @@ class RunningEngine:
     endpoint: str
     served_name: str
     pid: int
+
+
+def engine_release(site: Site) -> dict[str, str]:
+    """The engine's locked version: another vLLM may answer otherwise, so it belongs to the recipe of every answer."""
+    lock = site.environments[site.engine.environment].lock
+    found = re.search(r"^(vllm(?:-cpu)?)==(\S+)", lock.read_text(), flags=re.MULTILINE)
+    if found is None:
+        raise BadInput(f"{lock}: no version of vllm; environment {site.engine.environment!r} runs the engines")
+    return {found[1]: found[2]}
 
 
 def ensure_engine(site: Site, model_name: str, artifact: SnapshotId, serve: Serve) -> RunningEngine:

@@ -10,6 +10,7 @@ from mansard.digest import digest_json
 from mansard.errors import BadInput, MansardError
 from mansard.evaluation.suites import take_suite
 from mansard.launch import Progress
+from mansard.models.widths import check_widths
 from mansard.records import Derivation, SnapshotId
 from mansard.release.journal import Journal
 from mansard.snapshot import Blob, Manifest, check_model_tree
@@ -45,7 +46,10 @@ class TakenData:
 
 @policy.derivation
 def take_base(work: Work, order: Order[Spec], version: int | None) -> BaseModel:
-    """The base in the store. `version` is what `resolve_version` found; a base from outside is checked and taken."""
+    """The base in the store. `version` is what `resolve_version` found; a base from outside is checked and taken.
+
+    A width that AWQ's group does not divide is refused here, before any training.
+    """
     begun = time.monotonic()
     if version is not None:
         with Journal.open(work.site.journal) as journal:
@@ -57,6 +61,7 @@ def take_base(work: Work, order: Order[Spec], version: int | None) -> BaseModel:
         with stage_progress() as report:
             snapshot = work.store.snapshot(tree, _bytes_to(report))
         is_known = snapshot in known
+    check_widths(work.store.manifest(snapshot), order.spec.quantize.group_size)
     recipe = digest_json({"stage": "snapshot", "snapshot": snapshot})
     seconds = 0.0 if is_known else time.monotonic() - begun
     taken = Derivation("snapshot", snapshot, recipe, reused=is_known, seconds=seconds, log="")
