@@ -65,7 +65,7 @@ class Host:
             fingerprints.find_change,
             session,
         )
-        self.rollback = Rollback(journal, self.traffic, self.residents, self.rollouts, session)
+        self.rollback = Rollback(site, journal, self.traffic, self.residents, self.rollouts, session)
         self._begun_at = time.time()
         self._is_open = asyncio.Event()
 

@@ -13,11 +13,13 @@ from typing import Any
 from mansard.errors import MansardError
 from mansard.release.events import Pointers, utc_now
 from mansard.release.journal import Journal
+from mansard.release.oncall import target_warnings
 from mansard.release.pointer import RollbackPlan, plan_rollback
 from mansard.serving import engine_http
 from mansard.serving.host_residents import Residents
 from mansard.serving.host_rollouts import Rollouts
 from mansard.serving.host_traffic import Traffic
+from mansard.site import Site
 
 CONFIRM_TIMEOUT_SECONDS = 30.0
 WORKERS_SECONDS = 10.0
@@ -43,12 +45,14 @@ class Rollback:
 
     def __init__(
         self,
+        site: Site,
         journal: Journal,
         traffic: Traffic,
         residents: Residents,
         rollouts: Rollouts,
         session: Any,  # noqa: ANN401 - passed on to engine_http
     ) -> None:
+        self._site = site
         self._journal = journal
         self._traffic = traffic
         self._residents = residents
@@ -56,9 +60,11 @@ class Rollback:
         self._session = session
 
     async def run(self, request: RollbackRequest) -> dict[str, Any]:
-        """Plan and move. Conflict with nothing to go back to, BadInput for a target that was never stable."""
+        """Plan and move. Conflict with nothing to go back to, BadInput for a target that was never stable.
+
+        The target's digests are checked (Corrupt, a warning with `hard`); approvals and keys only reported.
+        """
         started_seconds = 0.0
-        warnings: list[str] = []
         while True:
             begun = time.perf_counter()
             pointers, plan = self._plan(request)
@@ -68,11 +74,14 @@ class Rollback:
             if started_seconds:
                 raise MansardError(f"{request.model} version {plan.to}: its engine died right after its start")
             started_seconds = await self._start(request.model, _target(plan))
+        warnings: list[str] = []
+        if plan.action == "move":
+            warnings = target_warnings(self._site, self._journal, request.model, _target(plan), request.hard)
         term = self._move(request, plan, pointers)
         milliseconds = round((time.perf_counter() - begun) * 1000, 3)
         if plan.action != "nothing":
             log.info("%s by %s in %.1f ms", plan.message, request.who, milliseconds)
-            warnings = await self._confirm(request, plan, term)
+            warnings += await self._confirm(request, plan, term)
             self._residents.wake()
         after = self._journal.pointers(request.model)
         return {
