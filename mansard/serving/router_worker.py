@@ -80,7 +80,7 @@ async def serve(site: Site, options: Options) -> None:
         ]
         watching = loop.create_task(_watch(watch, pool, keys))
         gc.collect()
-        gc.freeze()  # what the imports made stays for good; looking through it (25 ms) would hold up streams
+        gc.freeze()  # what the imports made stays for good; looking through it (10 ms) would hold up streams
         ready = {"ready": True, "port": listener.getsockname()[1], "pid": os.getpid(), "term": watch.split.term}
         print(json.dumps(ready), flush=True)
         stop_waiting = loop.create_task(stopping.wait())

@@ -5,7 +5,7 @@ the engine and through the router take turns, so that both see the same machine.
 many. The load, the engine and the router are three processes that share the machine's cores. The last line is JSON:
 added_ttft_p50_ms, added_ttft_p99_ms (a quantile through the router minus the one straight), added_200kb_p50_ms
 (streams of 200 KB prompts), requests_per_second and ratio_to_direct (small, not streamed, 16 at once).
-Not yet: the ratios to LiteLLM and HAProxy.
+Not yet: the ratios to LiteLLM and HAProxy. Where others use the machine, `chrt -f 10` in front shows what it would be.
 """
 
 import argparse
