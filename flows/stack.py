@@ -8,6 +8,7 @@ Not covered: engines (the host owns them) and other machines.
 import contextlib
 import fcntl
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -53,13 +54,18 @@ def up(site: Site, say: Say | None = None) -> dict[str, str]:
 
 
 def down(site: Site, say: Say | None = None) -> None:
-    """End the stack in reverse order and wait until each program is gone."""
+    """End the stack in reverse order and wait until each program is gone, engines of a dead host included."""
+    from mansard.serving.process import send, with_output_below  # asyncio: too slow for `status`, which loads this
+
     tell = say or _print_line
     with _stack_lock(site, tell):
         for wave in reversed(_programs(site)):
             for program in reversed(wave):
                 if stack_process.stop(program):
                     tell(f"{program.name}: stopped")
+        for engine in with_output_below(site.logs / "engines"):
+            send(engine, signal.SIGKILL)
+            tell(f"engine process {engine.pid}: left by a host that was killed; ended")
 
 
 def status_of_processes(site: Site) -> list[dict[str, Any]]:

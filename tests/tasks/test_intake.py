@@ -1,0 +1,128 @@
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mansard.errors import BadInput, NotAllowed
+from mansard.release import keys
+from mansard.site import load_site
+from mansard.specs import UpgradeSpec
+from tasks.intake import asked_for, check_data_file, read_order
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The shipped configs, with a site of their own, ada's key, text and items."""
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    site_file = tmp_path / "configs/site/local.yaml"
+    text = tmp_path / ".mansard/data/corpus"
+    text.mkdir(parents=True)
+    for name in ("code", "docstrings"):
+        for part in ("train", "held-out"):
+            (text / f"{name}.{part}.jsonl").write_text('{"text": "x = 1", "file": "a.py"}\n')
+        (text / f"{name}-bits.jsonl").write_text('{"id": "1", "file": "a.py", "text": "x = 1"}\n')
+        (text / f"{name}-next-line.jsonl").write_text(
+            '{"id": "1", "file": "a.py", "context": "x", "choices": ["a", "b", "c", "d"], "answer": 0}\n'
+        )
+    keys.generate_key("ada", load_site(site_file))
+    change(tmp_path, base={"path": "base"})
+    model(tmp_path / ".mansard/data/base")
+    return tmp_path
+
+
+def model(tree: Path) -> None:
+    """A folder that looks like a model from outside: one tensor of one number."""
+    tree.mkdir()
+    (tree / "config.json").write_text('{"model_type": "llama"}')
+    header = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    (tree / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+
+
+def change(folder: Path, **sections: Any) -> None:
+    path = folder / "configs/upgrade/demo.yaml"
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **sections}, sort_keys=False))
+
+
+def read(folder: Path, **more: Any) -> Any:
+    return read_order(UpgradeSpec, folder / "configs/upgrade/demo.yaml", folder / "configs/site/local.yaml", **more)
+
+
+def test_an_order_holds_everything_that_was_asked_for(folder: Path) -> None:
+    order = read(folder)
+    assert (order.model_name, order.author) == ("demo", "ada")
+    assert [s.name for s in order.suites] == ["code-bits", "docstrings-bits", "code-next-line", "docstrings-next-line"]
+
+
+def test_what_was_asked_for_changes_with_the_items_of_a_suite(folder: Path) -> None:
+    order = read(folder)
+    assert asked_for(order, (("code-bits", "a" * 64),)) != asked_for(order, (("code-bits", "b" * 64),))
+    assert asked_for(order, (("code-bits", "a" * 64),)) == asked_for(read(folder), (("code-bits", "a" * 64),))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (None, "cannot read"),
+        (b"", "is empty"),
+        (b'{"text": "\xff"}\n', "is not UTF-8"),
+        (b"text\n", "not JSON"),
+        (b'{"words": "x"}\n', "no text in it"),
+    ],
+)
+def test_a_bad_data_file_is_one_line_that_names_key_and_file(folder: Path, data: bytes | None, message: str) -> None:
+    path = folder / ".mansard/data/corpus/code.train.jsonl"
+    path.unlink()
+    if data is not None:
+        path.write_bytes(data)
+    with pytest.raises(BadInput, match=message) as raised:
+        read(folder)
+    assert "data.sources.code.train" in str(raised.value)
+    assert "code.train.jsonl" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_character_that_crosses_a_chunk_is_no_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.intake.CHUNK_BYTES", 7)
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"text": "äöü – 漢字"}\n', encoding="utf-8")
+    check_data_file(path, "here")
+
+
+def test_an_author_without_a_key_here_is_told_before_anything_starts(folder: Path) -> None:
+    with pytest.raises(NotAllowed, match=r"mansard keygen grace|not author"):
+        read(folder, as_person="grace")
+    change(folder, author="mallory")
+    with pytest.raises(NotAllowed, match="mallory"):
+        read(folder)
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ({"path": "nowhere"}, "not a folder"),
+        ({"version": 1}, "no version 1"),
+        ({"version": "stable"}, "nothing of demo is stable"),
+    ],
+)
+def test_a_base_that_is_not_there_is_told_before_anything_starts(
+    folder: Path, base: dict[str, Any], message: str
+) -> None:
+    change(folder, base=base)
+    with pytest.raises(BadInput, match=message):
+        read(folder)
+
+
+def test_a_base_with_a_pickle_is_refused(folder: Path) -> None:
+    (folder / ".mansard/data/base/pytorch_model.bin").write_bytes(b"anything")
+    with pytest.raises(BadInput, match="pickle"):
+        read(folder)
+
+
+def test_a_suite_without_items_is_refused(folder: Path) -> None:
+    (folder / ".mansard/data/corpus/code-bits.jsonl").write_text("\n")
+    with pytest.raises(BadInput, match="no items"):
+        read(folder)
