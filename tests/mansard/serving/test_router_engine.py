@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mansard.serving.router_engine import ChunkDecoder, parse_head
@@ -18,7 +18,7 @@ def cut(data: bytes, places: list[int]) -> list[bytes]:
     return [data[a:b] for a, b in itertools.pairwise(edges)]
 
 
-@settings(deadline=None)
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.binary(min_size=1, max_size=40), max_size=8), st.lists(st.integers(0, 10_000), max_size=12))
 def test_the_payload_does_not_depend_on_where_reads_cut_it(chunks: list[bytes], places: list[int]) -> None:
     decoder = ChunkDecoder()
@@ -28,7 +28,7 @@ def test_the_payload_does_not_depend_on_where_reads_cut_it(chunks: list[bytes], 
     assert decoder.is_done
 
 
-@settings(deadline=None)
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.binary(min_size=1, max_size=40), min_size=1, max_size=4), st.integers(0, 10_000))
 def test_a_body_that_breaks_off_is_not_done(chunks: list[bytes], place: int) -> None:
     data = chunked(chunks)

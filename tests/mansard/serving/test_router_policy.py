@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mansard.errors import BadInput
@@ -20,7 +20,7 @@ from mansard.serving.router_policy import (
 )
 
 
-@settings(deadline=None)
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.text(), st.sampled_from(["GET", "POST", "PUT", "CONNECT", ""]))
 def test_only_listed_paths_pass_and_only_with_their_method(target: str, method: str) -> None:
     try:
@@ -57,7 +57,7 @@ def test_the_only_model_is_found_without_a_look_at_the_body() -> None:
     assert model_named(["tiny"], b"\xff not JSON") == "tiny"
 
 
-@settings(deadline=None)
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.binary())
 def test_among_several_models_a_body_names_one_or_is_refused(body: bytes) -> None:
     with pytest.raises(Refused) as caught:
@@ -70,7 +70,7 @@ def test_a_deeply_nested_body_is_refused() -> None:
         model_named(["one", "two"], b"[" * 1_000_000)
 
 
-@settings(deadline=None)
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(st.tuples(st.from_regex(rb"[a-zA-Z-]{1,12}", fullmatch=True), st.binary(max_size=30)), max_size=6),
     st.binary(max_size=50),

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mansard.serving.router_split import SplitWatch
@@ -63,7 +63,7 @@ def test_without_a_canary_there_is_no_lease_to_lose(tmp_path: Path) -> None:
     assert watch.has_lease("tiny")
 
 
-@settings(deadline=None)
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.permutations(range(1, 6)))
 def test_whatever_the_order_of_the_files_the_term_in_force_only_rises(
     tmp_path_factory: pytest.TempPathFactory, terms: list[int]

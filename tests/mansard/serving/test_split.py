@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mansard.errors import BadInput, Conflict, Corrupt
@@ -66,7 +66,7 @@ def moved(split: Split, kind: str, version: int, percent: int) -> Split:
     return without_version(split, "tiny", version)
 
 
-@settings(deadline=None)
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(moves)
 def test_every_walk_conserves_weight_and_round_trips(walk: list[tuple[str, int, int]]) -> None:
     split = with_stable(Split(), "tiny", 1, ONE, "tiny", 1)
@@ -82,7 +82,7 @@ def test_every_walk_conserves_weight_and_round_trips(walk: list[tuple[str, int, 
         split = after
 
 
-@settings(deadline=None)
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.text(), PERCENT, PERCENT)
 def test_raising_the_weight_only_adds_keys_to_the_canary(key: str, one: int, other: int) -> None:
     low, high = sorted((one, other))
@@ -90,7 +90,7 @@ def test_raising_the_weight_only_adds_keys_to_the_canary(key: str, one: int, oth
         assert choose(walked(high).models["tiny"], key) == 2
 
 
-@settings(deadline=None)
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.text())
 def test_a_key_is_always_served_by_the_same_version(key: str) -> None:
     model = walked(50).models["tiny"]
