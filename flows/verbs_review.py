@@ -46,7 +46,7 @@ def review(args: argparse.Namespace) -> int:
 
 
 def _show(facts: dict[str, Any], registration: Registration) -> None:
-    out = Console()
+    out = Console(width=max(Console().width, 110))
     against = registration.baseline_version
     out.print(
         f"[bold]{facts['model']} version {facts['version']}[/bold]: verdict [bold]{registration.verdict}[/bold], "
@@ -55,13 +55,13 @@ def _show(facts: dict[str, Any], registration: Registration) -> None:
         soft_wrap=True,
     )
     table = Table()
-    for column in ("suite", "role", "n", "before", "after", "change", "interval", "says"):
-        table.add_column(column)
+    for column in ("suite", "role", "n", "before", "after", "change (interval)", "says"):
+        table.add_column(column, no_wrap=True)
     for suite in facts["verdict"]["suites"]:
         table.add_row(*_row(suite))
     out.print(table)
-    for line in _cost_lines(facts["cost"]):
-        out.print(line, soft_wrap=True)
+    if facts["cost"] is not None:
+        out.print(_cost_table(facts["cost"]))
     for decision in facts["decisions"]:
         out.print(f"{decision['kind']} by {decision['who']} at {decision['at']}: {decision['why']}", soft_wrap=True)
     out.print(f"report: {facts['report']}\nchart:  {facts['chart']}", soft_wrap=True)
@@ -77,15 +77,14 @@ def _row(suite: dict[str, Any]) -> list[str]:
 
     compared = suite["baseline"]
     effect = {"value": None, "low": None, "high": None} if compared is None else compared["effect"]
-    interval = "" if effect["low"] is None else f"{effect['low']:+.4f} to {effect['high']:+.4f}"
+    interval = "" if effect["low"] is None else f" ({effect['low']:+.4f} to {effect['high']:+.4f})"
     return [
         suite["suite"],
         suite["role"],
         str(suite["num_items"]),
         number(None if compared is None else compared["before"]["value"]),
         number(suite["after"]["value"]),
-        number(effect["value"], "+"),
-        interval,
+        number(effect["value"], "+") + interval,
         suite["verdict"],
     ]
 
@@ -98,10 +97,15 @@ def _cost(store: Store, registration: Registration) -> dict[str, Any] | None:
     return None
 
 
-def _cost_lines(cost: dict[str, Any] | None) -> list[str]:
-    if cost is None:
-        return ["cost: not measured (nothing was stable to compare with)"]
-    return [f"cost: {json.dumps(cost)}"]
+def _cost_table(cost: dict[str, Any]) -> Table:
+    """Latency in milliseconds, memory in MB, measured side by side when the version was evaluated."""
+    columns = [c for c in ("baseline", "candidate", "ratio") if c in cost]
+    table = Table(title=f"cost, {cost['prompts']} prompts, {cost['concurrency']} at once")
+    for column in ("figure", *columns):
+        table.add_column(column)
+    for key in cost["candidate"]:
+        table.add_row(key, *(f"{cost[c][key]:,.2f}" if key in cost[c] else "" for c in columns))
+    return table
 
 
 def approve(args: argparse.Namespace) -> int:

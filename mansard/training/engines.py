@@ -16,8 +16,10 @@ from mansard.training.data import Batch
 from mansard.training.optimizer import Group, MasterAdamW
 from mansard.training.packing import IGNORED, mask_of
 
-CPU_THREADS = 2
-"""Fixed, because sums over another number of threads round differently and resumed runs must end bit-identical."""
+CPU_THREADS = 1
+"""Fixed, because sums over another number of threads round differently and resumed runs must end bit-identical. One,
+because small models synchronize often: a second thread gave 1.5 times the speed on two idle cores, and below a tenth of
+one thread's beside two busy processes (measured 2026-11-22, the demo's shapes)."""
 
 
 @dataclass(frozen=True, slots=True)
