@@ -126,15 +126,16 @@ def code_without_docstrings(text: str, tree: ast.Module) -> str:
     return b"".join(lines).decode().strip("\n") + "\n"
 
 
-def _docstring_holders(
-    tree: ast.Module,
-) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
-    for node in ast.walk(tree):
-        if (
-            isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-            and ast.get_docstring(node, clean=False) is not None
-        ):
-            yield node
+def _docstring_holders(tree: ast.AST) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
+    """In no particular order. Expressions hold no docstrings and are not walked."""
+    if (
+        isinstance(tree, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        and ast.get_docstring(tree, clean=False) is not None
+    ):
+        yield tree
+    for child in ast.iter_child_nodes(tree):
+        if isinstance(child, ast.stmt | ast.ExceptHandler | ast.match_case):
+            yield from _docstring_holders(child)
 
 
 def held_out_files(domains: Mapping[str, Sequence[Document]], seed: int) -> list[str]:
@@ -148,13 +149,24 @@ def without_near_duplicates(candidates: Sequence[Document], of: Sequence[Documen
     """`candidates` that share less than NEAR_DUPLICATE with every document of `of` and with every one kept before."""
     found = {d.file: shingles(d.text) for d in (*candidates, *of)}
     counts = Counter(shingle for mine in found.values() for shingle in mine)
-    telling = {file: frozenset(s for s in mine if counts[s] < BOILERPLATE_FILES) for file, mine in found.items()}
-    known = [telling[d.file] for d in of]
+    telling = {file: [s for s in mine if counts[s] < BOILERPLATE_FILES] for file, mine in found.items()}
+    holders: dict[int, list[str]] = {}
+
+    def hold(document: Document) -> None:
+        for shingle in telling[document.file]:
+            holders.setdefault(shingle, []).append(document.file)
+
+    def is_new(document: Document) -> bool:
+        mine = telling[document.file]
+        shared = Counter(other for shingle in mine for other in holders.get(shingle, ()))
+        return all(n <= NEAR_DUPLICATE * min(len(mine), len(telling[other])) for other, n in shared.items())
+
+    for document in of:
+        hold(document)
     kept = []
     for document in candidates:
-        mine = telling[document.file]
-        if all(len(mine & other) <= NEAR_DUPLICATE * min(len(mine), len(other)) for other in known):
-            known.append(mine)
+        if is_new(document):
+            hold(document)
             kept.append(document)
     return kept
 
