@@ -73,5 +73,5 @@ def announcement(
     base = "the base trains too and is not frozen" if "base" in count else "the base is frozen"
     return (
         f"new blocks {copies}; parameters that train: {what} of {total:,}; {base}; "
-        f"compute {train.precision}; expected memory {gib:.2f} GiB"
+        f"compute {train.precision}; expected memory {gib:.2f} GiB, libraries not counted"
     )

@@ -1,6 +1,9 @@
-"""The memory that training expects, said before the first step: an estimate, not a bound."""
+"""The memory that training expects, said before the first step (an estimate, not a bound), and what it then took."""
 
+import resource
 from typing import Any
+
+import torch
 
 from mansard.training.optimizer import Group
 
@@ -24,3 +27,10 @@ def expected_bytes(model: Any, groups: list[Group], batch_sequences: int, row_to
     logits: int = tokens * config.vocab_size * (2 * itemsize + 8)
     mask: int = tokens * row_tokens * itemsize
     return weights + optimizer + activations + logits + mask
+
+
+def peak_gib() -> float:
+    """What the accelerator reserved at most, or else this process's largest resident size, libraries included."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_reserved()) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -7,6 +7,7 @@ because every prompt that is served does. Shapes: R rows, B rows of a batch, T t
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy
 import torch
@@ -59,10 +60,15 @@ def mask_of(positions_BT: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return zeros.masked_fill_(~allowed_BTT, float("-inf"))[:, None]
 
 
-def check_window(window_tokens: int | None, row_tokens: int) -> None:
-    """One mask serves all layers, so a sliding window must not be shorter than a row."""
-    if window_tokens is not None and window_tokens < row_tokens:
+def check_fits(config: Any, row_tokens: int, highest_token: int) -> None:  # noqa: ANN401 - a transformers config
+    """BadInput where rows are longer than the model's context or its sliding window (one mask serves all layers), or
+    where the tokenizer knows more tokens than the model."""
+    for name in ("max_position_embeddings", "sliding_window"):
+        longest = getattr(config, name, None)
+        if longest is not None and longest < row_tokens:
+            raise BadInput(f"data.sequence_tokens {row_tokens} is longer than the model's {name} of {longest}")
+    if highest_token >= config.vocab_size:
         raise BadInput(
-            f"data.sequence_tokens {row_tokens} is longer than the model's sliding window of {window_tokens} tokens; "
-            "packed training takes rows up to the window"
+            f"the tokenizer gives token {highest_token}, the model's vocabulary has {config.vocab_size}; "
+            "the tokenizer that belongs to the model must stand beside its weights"
         )

@@ -27,14 +27,15 @@ from mansard.training.blocks import announcement, new_tensor_names, train_only
 from mansard.training.data import Mixture, Packed, pack_texts, read_texts, require_rows
 from mansard.training.engines import CPU_THREADS, LocalEngine
 from mansard.training.loop import Plan, run_loop
-from mansard.training.packing import check_window
+from mansard.training.memory import peak_gib
+from mansard.training.packing import check_fits
 from mansard.training.report import reporter
 from mansard.training.state import Checkpoints
 
 if TYPE_CHECKING:
     from mansard.worker import StageContext
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 PACKAGES = ("numpy", "safetensors", "tokenizers", "torch", "transformers")
 
 PROBE_ROWS = 2
@@ -54,7 +55,8 @@ def run(context: "StageContext") -> SnapshotId:
         mixture, held_out = read_mixture(context, data, train, load_tokenizer(expansion))
         fractions = achieved_fractions(mixture, data, plan.schedule.steps)
         model = load_model(expansion, DTYPES[train.precision], device=choose_device())
-        check_window(getattr(model.config, "sliding_window", None), data.sequence_tokens)
+        highest = max(int(packed.tokens_RT.max()) for packed in (*mixture.sources, *held_out))
+        check_fits(model.config, data.sequence_tokens, highest)
         groups, frozen = train_only(model, new_names, train.learning_rates)
         text = announcement(model, blocks, groups, data, train)
         print(f"train: {text}", file=sys.stderr, flush=True)
@@ -62,6 +64,7 @@ def run(context: "StageContext") -> SnapshotId:
         engine = LocalEngine(model, groups, train.weight_decay, train.clip_norm)
         cursor = run_loop(engine, mixture, held_out, plan, Checkpoints(context.work), reporter(context, plan))
         frozen.check(model)
+        print(f"train: peak memory {peak_gib():.2f} GiB", file=sys.stderr, flush=True)
         probe_BT = probe_of(held_out)
         trained = engine.trained()
         del model, engine, groups  # the checkpoint is loaded once more below

@@ -1,12 +1,14 @@
 """Packing loses nothing and lets no token see another document."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mansard.errors import BadInput
-from mansard.training.packing import IGNORED, check_window, labels_of, mask_of, pack
+from mansard.training.packing import IGNORED, check_fits, labels_of, mask_of, pack
 
 BOS = 0
 documents = st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=30), min_size=1, max_size=12)
@@ -45,11 +47,19 @@ def test_labels_are_the_next_token_of_the_same_segment() -> None:
     assert labels_BT.tolist() == [[5, 6, 7, IGNORED, 8, 9, IGNORED]]
 
 
-def test_a_window_shorter_than_a_row_is_refused() -> None:
-    check_window(None, 256)
-    check_window(256, 256)
-    with pytest.raises(BadInput, match=r"data\.sequence_tokens 256 is longer than the model's sliding window of 128"):
-        check_window(128, 256)
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"sliding_window": 128}, r"data\.sequence_tokens 256 is longer than the model's sliding_window of 128"),
+        ({"max_position_embeddings": 64}, r"data\.sequence_tokens 256 is longer than .* max_position_embeddings of 64"),
+        ({"vocab_size": 50}, r"the tokenizer gives token 99, the model's vocabulary has 50"),
+    ],
+)
+def test_rows_that_do_not_fit_the_model_are_refused(config: dict[str, int], message: str) -> None:
+    fitting = {"sliding_window": None, "max_position_embeddings": 256, "vocab_size": 100}
+    check_fits(SimpleNamespace(**fitting), 256, 99)
+    with pytest.raises(BadInput, match=message):
+        check_fits(SimpleNamespace(**(fitting | config)), 256, 99)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import load
@@ -22,8 +23,10 @@ from mansard.models.loading import load_model
 from mansard.models.probe import are_bit_equal, forward_logits
 from mansard.records import SnapshotId
 from mansard.site import Site
+from mansard.specs import Data
 from mansard.store import Store
 from mansard.training import stage
+from mansard.training.data import Mixture, Packed
 from mansard.training.state import Checkpoints
 from mansard.worker import Channel, StageContext
 
@@ -163,6 +166,18 @@ def test_a_source_without_a_snapshot_is_refused(store: Store, fill: Fill) -> Non
     del inputs["data.prose.held_out"]
     with pytest.raises(BadInput, match=r"data\.prose\.held_out: no such input"):
         run(store, inputs, slice_())
+
+
+def test_a_mixture_below_the_domain_fraction_is_refused() -> None:
+    data = Data.model_validate(slice_()["data"])
+    rows = numpy.zeros((8, 4), dtype=numpy.int32)
+    mixture = Mixture([Packed(n, rows, rows, 3.0) for n in ("code", "prose")], [0.6, 0.4], 4, 0)
+    assert stage.achieved_fractions(mixture, data, 10) == {"code": 0.6, "prose": 0.4}
+    strict = data.model_copy(update={"min_domain_fraction": 0.9})
+    with pytest.raises(
+        BadInput, match=r"takes 24 of 40 rows from domain data, data\.min_domain_fraction asks for 0\.9"
+    ):
+        stage.achieved_fractions(mixture, strict, 10)
 
 
 def test_a_killed_training_ends_in_the_same_snapshot(tmp_path: Path, fill: Fill) -> None:
