@@ -45,10 +45,11 @@ BASE: dict[str, Any] = {
     "sequence_tokens": 256,
     "train": {
         "tokens": 1_000_000,
-        "batch_sequences": 16,
-        "learning_rates": {"new_blocks": 0.0, "base": 3e-3},
+        "batch_sequences": 4,
+        "learning_rates": {"new_blocks": 0.0, "base": 2e-3},
         "precision": "fp32",
-        "checkpoint_every_steps": 50,
+        "evaluate_every_steps": 250,
+        "checkpoint_every_steps": 100,
     },
 }
 MANSARD = [sys.executable, "-m", "flows.cli"]

@@ -36,9 +36,9 @@ BASE: dict[str, Any] = {
     "model": {"vocabulary": 2048, "hidden": 128, "intermediate": 384, "blocks": 4, "heads": 2, "max_tokens": 1024},
     "sequence_tokens": 256,
     "train": {
-        "tokens": 160_000,
-        "batch_sequences": 8,
-        "learning_rates": {"new_blocks": 0.0, "base": 3e-3},
+        "tokens": 150_000,
+        "batch_sequences": 2,
+        "learning_rates": {"new_blocks": 0.0, "base": 2e-3},
         "precision": "fp32",
         "evaluate_every_steps": 1000,
     },
@@ -127,17 +127,25 @@ def write_specs(folder: Path) -> None:
         spec["quantize"]["samples"] = 32
         spec["gate"]["suites"] = [s for s in spec["gate"]["suites"] if "next-line" not in s["suite"]]
         spec["cost"] = {"prompts": 4, "concurrency": 2, "prompt_tokens": 32, "output_tokens": 16}
-    upgrade["train"] |= {"tokens": 100_000, "batch_sequences": 8, "checkpoint_every_steps": 10}
+    upgrade["train"] |= {"tokens": 60_000, "batch_sequences": 2, "evaluate_every_steps": 1000}
+    upgrade["train"]["learning_rates"] = {"new_blocks": 4e-3, "base": 0.0}
+    weigh(upgrade, code=0.4)
     upgrade["release"]["steps"] = [
         {"weight_percent": 25, "bake_seconds": 3, "min_requests": 10, "deadline_seconds": 600},
         {"weight_percent": 100, "bake_seconds": 3, "min_requests": 10, "deadline_seconds": 600},
     ]
     harmful = json.loads(json.dumps(upgrade))
-    harmful["train"] |= {"tokens": 30_000, "learning_rates": {"new_blocks": 2e-3, "base": 2e-2}}
-    harmful["data"]["sources"][0]["weight"] = 0.99
-    harmful["data"]["sources"][1]["weight"] = 0.01
+    harmful["train"] |= {"tokens": 20_000, "learning_rates": {"new_blocks": 2e-3, "base": 1e-2}}
+    weigh(harmful, code=0.9)
     for name, spec in (("adopt/test", adopt), ("upgrade/test", upgrade), ("upgrade/harmful", harmful)):
         (folder / f"configs/{name}.yaml").write_text(yaml.safe_dump(spec, sort_keys=False))
+
+
+def weigh(spec: dict[str, Any], code: float) -> None:
+    """The share of code in the training mixture; docstrings are the rest."""
+    weights = {"code": code, "docstrings": 1 - code}
+    for source in spec["data"]["sources"]:
+        source["weight"] = weights[source["name"]]
 
 
 def free_ports(count: int) -> list[int]:

@@ -21,7 +21,7 @@ SITE = (ROOT / "configs/site/local.yaml").read_text()
         ("positions: even", "positions: [0, 1, 1, 2]", "names a block twice"),
         ("positions: even", "positions: [0, 1]", "positions lists 2 blocks, but blocks is 4"),
         ("positions: even", "positions: [0, 1, 2, -1]", "Input should be greater than or equal to 0"),
-        ("tokens: 600000", "tokens: many", "train.tokens: 'many': Input should be a valid integer"),
+        ("tokens: 400000", "tokens: many", "train.tokens: 'many': Input should be a valid integer"),
         ("min_domain_fraction: 0.3", "min_domain_fraction: 0.6", "the mixture holds 0.50 domain data"),
         ("  version: 1   ", "  path: x\n  version: 1 ", "name exactly one of path, hub, version"),
         ("source: docstrings", "source: poems", "quantize.source 'poems' is not one of data.sources"),
