@@ -24,7 +24,10 @@ POLL_SECONDS = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """`port` is None for a program without one; `port_key` is where the site names it. `stop_seconds`: TERM to KILL."""
+    """`port` is None for a program without one; `port_key` is where the site names it. `stop_seconds`: TERM to KILL.
+
+    `start_seconds` is generous: a shared machine needed 96 s for what an idle one does in 35 (2026-11-22).
+    """
 
     name: str
     command: tuple[str, ...]
@@ -35,7 +38,7 @@ class Program:
     port: int | None = None
     port_key: str = ""
     url: str = ""
-    start_seconds: float = 300.0
+    start_seconds: float = 900.0
     stop_seconds: float = 20.0
 
 

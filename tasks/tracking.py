@@ -134,7 +134,7 @@ class StageRun:
 def stage_run(
     parent: UpgradeRun, stage: str, title: str, recipe: str, clock: Callable[[], float] = time.monotonic
 ) -> Iterator[StageRun]:
-    """The child run of one derivation, found by its recipe. It ends FAILED when the block raises."""
+    """The child run of one derivation, found by its recipe. It ends FAILED or KILLED when the block raises."""
     client = MlflowClient()
     with mlflow_errors():
         child = _child(client, parent, recipe)
@@ -150,7 +150,7 @@ def stage_run(
         if not running.is_finished:
             with contextlib.suppress(MlflowException):
                 client.set_tag(running.run_id, "mansard_error", str(error)[:4000])
-                client.set_terminated(running.run_id, "FAILED")
+                client.set_terminated(running.run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
         raise
 
 
