@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from flows import stack
 from flows.person import person
 from mansard.site import Site, find_site, load_site
-from mansard.specs import AdoptSpec, UpgradeSpec, load_spec, load_suites
+from mansard.specs import AdoptSpec, UpgradeSpec
+from tasks.intake import read_order
 
 if TYPE_CHECKING:
     from flows.outcome import Outcome
@@ -59,12 +60,11 @@ def release(args: argparse.Namespace) -> int:
 
 
 def _ready(args: argparse.Namespace, kind: type[AdoptSpec] | type[UpgradeSpec] | None) -> Site:
-    """Everything that can be wrong in the files is found before anything starts."""
+    """Everything that can be wrong in spec, site and files is found before anything starts."""
     site = load_site(find_site(args.site))
     site.model_named(args.model)
     if kind is not None:
-        path = Path(args.spec)
-        load_suites(load_spec(kind, path), path)
+        read_order(kind, Path(args.spec), site.path, args.model, _author())
     if not stack.is_up(site):
         stack.up(site)
     stack.use_servers(site)

@@ -104,7 +104,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
 
 
 def write_site(folder: Path) -> Path:
-    """The shipped site with free ports, a folder of its own and one schedule."""
+    """The shipped site with free ports and a folder of its own."""
     path = folder / "configs/site/test.yaml"
     tree = yaml.safe_load((ROOT / "configs/site/local.yaml").read_text())
     prefect, mlflow, router, engines = free_ports(4)
@@ -112,9 +112,6 @@ def write_site(folder: Path) -> Path:
     for environment in tree["environments"].values():
         for key in ("python", "lock"):
             environment[key] = str(Path(os.path.normpath(ROOT / "configs/site" / environment[key])))
-    tree["schedules"] = [
-        {"name": "nightly", "spec": "../upgrade/test.yaml", "cron": "* * * * *", "author": "ada"}
-    ]
     path.write_text(yaml.safe_dump(tree, sort_keys=False))
     return path
 

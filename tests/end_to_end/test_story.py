@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.end_to_end.conftest import COMMAND_TIMEOUT_SECONDS, Story
 
@@ -58,6 +59,12 @@ def engine_of(story: Story, version: int) -> dict[str, Any]:
     told = story.json("status")
     artifact = next(v["artifact"] for v in told["models"]["demo"]["versions"] if v["version"] == version)
     found: dict[str, Any] = next(e for e in told["host"]["engines"] if e["artifact"] == artifact)
+    return found
+
+
+def process_of(story: Story, name: str) -> dict[str, Any]:
+    """One program of the local stack."""
+    found: dict[str, Any] = next(p for p in story.json("status")["processes"] if p["name"] == name)
     return found
 
 
@@ -146,6 +153,7 @@ print(json.dumps({{"stable": version.tags, "two": two.tags, "aliases": list(two.
 
 
 def test_scheduled_upgrade_runs_by_cron_and_finds_everything_made(story: Story) -> None:
+    schedule_every_minute(story, "nightly", "../upgrade/test.yaml")
     code = f"""
 import json, urllib.request
 body = json.dumps({{"deployments": {{"name": {{"any_": ["nightly"]}}}}, "limit": 50}}).encode()
@@ -163,6 +171,16 @@ print(sum(r["state_type"] == "COMPLETED" and r["auto_scheduled"] for r in runs))
     assert [e["version"] for e in story.json("history") if e["kind"] == "registered"] == [1, 2]
 
 
+def schedule_every_minute(story: Story, name: str, spec: str) -> None:
+    """Put a cron line into the site, and have the deployments served anew by it."""
+    tree = yaml.safe_load(story.site.path.read_text())
+    tree["schedules"] = [{"name": name, "spec": spec, "cron": "* * * * *", "author": "ada"}]
+    story.site.path.write_text(yaml.safe_dump(tree, sort_keys=False))
+    os.kill(process_of(story, "deployments")["pid"], signal.SIGTERM)
+    wait_for(lambda: process_of(story, "deployments")["state"] == "stopped", "the deployments process ended")
+    story.run("up")
+
+
 def test_harmful_upgrade_is_stopped_by_the_guard_and_cannot_be_approved(story: Story) -> None:
     harmful = story.json("upgrade", "configs/upgrade/harmful.yaml", status=3)
     assert harmful["verdict"] == "fail"
@@ -176,8 +194,7 @@ def test_rollback_works_with_every_server_down(story: Story) -> None:
     story.run("approve", 2, "--as", "grace", "--reason", "the drill went well")
     story.run("release", 2, "--as", "ada")
     for name in ("prefect", "mlflow", "host"):
-        process = next(p for p in story.json("status")["processes"] if p["name"] == name)
-        os.kill(process["pid"], signal.SIGKILL)
+        os.kill(process_of(story, name)["pid"], signal.SIGKILL)
     rolled = story.json("rollback", "--as", "grace", "--from", 2, "--why", "everything is down")
     assert (rolled["changed"], rolled["stable"]) == (True, 1)
     kinds = [e["kind"] for e in story.json("history")]
