@@ -124,7 +124,7 @@ def write_specs(folder: Path) -> None:
         spec["quantize"]["samples"] = 32
         spec["gate"]["suites"] = [s for s in spec["gate"]["suites"] if "next-line" not in s["suite"]]
         spec["cost"] = {"prompts": 4, "concurrency": 2, "prompt_tokens": 32, "output_tokens": 16}
-    upgrade["train"] |= {"tokens": 60_000, "batch_sequences": 2, "evaluate_every_steps": 1000}
+    upgrade["train"] |= {"tokens": 60_000, "batch_sequences": 2, "checkpoint_every_steps": 10}
     upgrade["train"]["learning_rates"] = {"new_blocks": 4e-3, "base": 0.0}
     weigh(upgrade, code=0.4)
     upgrade["release"]["steps"] = [
