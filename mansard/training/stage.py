@@ -35,7 +35,7 @@ from mansard.training.state import Checkpoints
 if TYPE_CHECKING:
     from mansard.worker import StageContext
 
-CODE_VERSION = 2
+CODE_VERSION = 3
 PACKAGES = ("numpy", "safetensors", "tokenizers", "torch", "transformers")
 
 PROBE_ROWS = 2
