@@ -70,10 +70,15 @@ def process_of(story: Story, name: str) -> dict[str, Any]:
 
 def kill_in_training(story: Story, spec: str) -> None:
     """Start the upgrade and `kill -9` the command while its training works; the worker ends with it."""
-    begun = subprocess.Popen(story.command("upgrade", spec), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = story.folder / "killed.log"
+    with log.open("wb") as output:
+        begun = subprocess.Popen(story.command("upgrade", spec), cwd=story.folder, stdout=output, stderr=output)
     work = story.site.store / "work"
     known = set(work.glob("*/*.safetensors"))
-    wait_for(lambda: set(work.glob("*/*.safetensors")) - known, "a checkpoint is there")
+    wait_for(
+        lambda: begun.poll() is not None or set(work.glob("*/*.safetensors")) - known, "a checkpoint is there"
+    )
+    assert begun.poll() is None, log.read_text()
     begun.kill()
     begun.wait()
 
@@ -149,27 +154,45 @@ def test_release_and_rollback_under_traffic_lose_nothing(story: Story) -> None:
     story.run("verify", "--journal")
 
 
-def test_mlflow_leads_from_the_alias_to_the_base(story: Story) -> None:
-    code = f"""
-import json, mlflow
-client = mlflow.MlflowClient("http://127.0.0.1:{story.site.ports.mlflow}")
-version = client.get_model_version_by_alias("demo", "stable")
-two = [v for v in client.search_model_versions("name='demo'") if v.tags["mansard_version"] == "2"][0]
-print(json.dumps({{"stable": version.tags, "two": two.tags, "aliases": list(two.aliases)}}))
+WALK = """
+import json, sys, mlflow
+client = mlflow.MlflowClient(sys.argv[1])
+stable = client.get_model_version_by_alias("demo", "stable")
+two = next(v for v in client.search_model_versions("name='demo'") if v.tags["mansard_version"] == "2")
+snapshots, data, waiting = {}, set(), [two.model_id]
+while waiting:
+    model = client.get_logged_model(waiting.pop())
+    if model.model_id not in snapshots:
+        snapshots[model.model_id] = model.tags["mansard_snapshot"]
+        inputs = client.get_run(model.source_run_id).inputs
+        waiting += [m.model_id for m in inputs.model_inputs]
+        data |= {d.dataset.digest for d in inputs.dataset_inputs}
+parent = client.get_run(client.get_run(two.run_id).data.tags["mlflow.parentRunId"])
+print(json.dumps({
+    "stable": stable.tags,
+    "snapshots": sorted(snapshots.values()),
+    "data": sorted(data),
+    "artifacts": [a.path for a in client.list_artifacts(parent.info.run_id, "verdict")],
+    "metrics": parent.data.metrics,
+}))
 """
-    story.json("history")
 
-    def mirrored() -> dict[str, Any] | None:
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+def test_mlflow_leads_from_the_version_to_the_base(story: Story) -> None:
+    def walked() -> dict[str, Any] | None:
+        url = f"http://127.0.0.1:{story.site.ports.mlflow}"
+        done = subprocess.run([sys.executable, "-c", WALK, url], capture_output=True, text=True)
         if done.returncode:
             return None
         found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return found if found["stable"].get("mansard_version") == "1" else None
 
-    found = wait_for(mirrored, "the mirror wrote alias stable to version 1")
-    why = json.dumps(story.json("why", 2))
-    assert found["two"]["mansard_artifact"] in why
-    assert found["stable"]["mansard_model"] in why
+    found = wait_for(walked, "the mirror wrote alias stable to version 1")
+    assert found["stable"]["mansard_model"] in found["snapshots"]
+    assert len(found["data"]) >= 4
+    assert {"verdict/chart.png", "verdict/report.md"} <= set(found["artifacts"])
+    assert found["metrics"]["code-bits.after"] < found["metrics"]["code-bits.before"]
+    assert found["stable"]["mansard_artifact"] in json.dumps(story.json("why", 2))
 
 
 def test_rollback_works_with_every_server_down(story: Story) -> None:
