@@ -31,7 +31,7 @@ TICK_SECONDS = 0.5
 LEASE_SECONDS = 1.0
 """Router workers take the canary to 0 % when the lease has stood still for 10 s."""
 PROBE_SECONDS = 5.0
-PROBE_TIMEOUT_SECONDS = 60.0
+PROBE_TIMEOUT_SECONDS = 180.0
 WORKERS_SECONDS = 30.0
 """A worker that did not take a step by then ends the rollout; until it takes it, it sends the canary nothing more."""
 HOST = "host"
