@@ -26,6 +26,7 @@ from mansard.launch import Request, derive
 from mansard.records import Derivation
 from mansard.release.events import PROMOTED
 from mansard.release.journal import Journal
+from mansard.serving.host_client import HostClient
 from mansard.site import Site, find_site, load_site
 from mansard.store import Store
 from tasks.terminal import stage_progress
@@ -70,6 +71,10 @@ def main() -> int:
         return error.exit_code
     Path("demo-summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     show(summary, time.monotonic() - began)
+    counts = summary["traffic"]
+    if counts["failed"] or counts["broken_streams"]:
+        console.print(f"[red]demo: requests were lost: {counts['first_failures']}[/red]")
+        return 1
     return 0
 
 
@@ -87,6 +92,7 @@ def tell(site: Site) -> dict[str, Any]:
     upgraded = mansard_json(site, "upgrade", ROOT / "configs/upgrade/demo.yaml")
     version = upgraded["version"]
     mansard(site, "review", version)
+    wait_until_served(site)
     with traffic(site) as counts_file:
         if stable_version(site) != version:
             approve(site, version, "code improves, docstrings hold")
@@ -104,7 +110,7 @@ def tell(site: Site) -> dict[str, Any]:
         "verdict": upgraded["verdict"],
         "version": version,
         "chart": upgraded["chart"],
-        "traffic": {k: counts[k] for k in ("requests", "streams", "failed", "broken_streams", "versions")},
+        "traffic": counts,
         "rollback_ms": rollback_ms,
         "urls": upgraded["urls"],
     }
@@ -180,6 +186,17 @@ def traffic(site: Site) -> Iterator[Path]:
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(timeout=300)
+
+
+def wait_until_served(site: Site, deadline_seconds: float = 1800) -> None:
+    """After `mansard up` the host starts stable's engine; users come when it answers."""
+    deadline = time.monotonic() + deadline_seconds
+    while time.monotonic() < deadline:
+        told = HostClient(site.host_socket).call("GET", "/status")["models"]["demo"]
+        if told["versions"].get(str(told["stable"]), {}).get("state") == "ready":
+            return
+        time.sleep(0.5)
+    raise MansardError(f"the stable version does not answer after {deadline_seconds:.0f} s; see mansard status")
 
 
 def wait_for_requests(counts: Path, number: int, deadline_seconds: float = 600) -> None:

@@ -43,6 +43,12 @@ class Counts:
         self.versions[version] = self.versions.get(version, 0) + 1
 
 
+def is_whole_stream(text: str) -> bool:
+    """Whether server-sent events ended with `[DONE]` and none of them is an error (a token may well be "error")."""
+    events = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
+    return bool(events) and events[-1] == "[DONE]" and all("choices" in json.loads(e) for e in events[:-1])
+
+
 async def send(
     session: aiohttp.ClientSession, url: str, model: str, user: str, is_stream: bool, counts: Counts
 ) -> None:
@@ -53,7 +59,7 @@ async def send(
         async with session.post(f"{url}/v1/completions", json=body, headers={"x-user-id": user}) as answer:
             version = answer.headers.get("x-mansard-version", "none")
             text = await answer.text()
-            whole = "[DONE]" in text and '"error"' not in text if is_stream else '"choices"' in text
+            whole = is_whole_stream(text) if is_stream else '"choices"' in text
             if answer.status != 200 or not whole:
                 fault = f"{answer.status}: {text[-200:]}"
     except (aiohttp.ClientError, TimeoutError) as error:

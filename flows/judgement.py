@@ -29,6 +29,7 @@ def recorded_outcome(work: Work, order: Order[Spec], candidate: Candidate, suite
     if found is None:
         return None
     version, registration = found
+    publish(work, version, registration)  # again: an earlier run may have been killed between the two
     ours = {d.recipe for d in candidate.derivations}
     known = [Derivation(s, i, r, True, 0.0, "") for s, r, i in registration.stages if r not in ours]
     return outcome_of(work, version, registration, (*candidate.derivations, *known))

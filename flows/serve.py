@@ -86,6 +86,7 @@ def _show_life(site: Site, names: Sequence[str]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m flows.serve", description=__doc__)
     parser.add_argument("--site", required=True, type=Path)
+    parser.add_argument("--schedules", default="", help="their digest; `mansard up` compares it")
     serve(load_site(parser.parse_args(arguments).site))
     return 0
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from flows import stack_process
 from flows.stack_process import Program
+from mansard.canonical import sha256_json
 from mansard.errors import BadInput, MansardError
 from mansard.serving.host_client import HostClient
 from mansard.site import Site
@@ -39,9 +40,14 @@ def up(site: Site, say: Say | None = None) -> dict[str, str]:
     tell = say or _print_line
     with _stack_lock(site, tell):
         waves = _programs(site)
+        for program in waves[-1]:
+            if program.name == "deployments" and stack_process.is_outdated(program):
+                tell("deployments: the site's schedules changed")
+                stack_process.stop(program)
         missing = [p for wave in waves for p in wave if stack_process.running_pid(p) is None]
         for program in missing:
-            if program.port is not None and not stack_process.port_is_free(program.port):
+            stack_process.end_leftovers(program)
+            if program.port is not None and not stack_process.wait_for_port(program.port):
                 raise BadInput(
                     f"{site.path}: {program.port_key}: port {program.port} is taken by another program; "
                     "end that one or name a free port"
@@ -195,10 +201,12 @@ def _mirror(site: Site) -> Program:
 
 
 def _deployments(site: Site) -> Program:
+    """Its command names the schedules' digest, so that `up` sees when they changed."""
+    schedules = sha256_json([[s.name, str(s.spec), s.cron, s.author] for s in site.schedules])[:12]
     return _program(
         site,
         "deployments",
-        ("-m", "flows.serve", "--site", str(site.path)),
+        ("-m", "flows.serve", "--site", str(site.path), "--schedules", schedules),
         lambda: _is_fresh(site.run / "deployments.json"),
         stop_seconds=60.0,  # it ends the flow runs that it started
     )

@@ -20,6 +20,8 @@ from mansard.canonical import write_atomically
 from mansard.errors import MansardError
 
 POLL_SECONDS = 0.1
+PORT_SECONDS = 10.0
+"""A server that was ended gives its port back at once, as a rule."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,13 @@ def running_pid(program: Program) -> int | None:
         return None
     pid = int(record["pid"])
     return pid if _start_ticks(pid) == record["start_ticks"] else None
+
+
+def is_outdated(program: Program) -> bool:
+    """Whether it runs, but was started with another command than it would be now."""
+    if running_pid(program) is None:
+        return False
+    return bool(json.loads(program.pid_file.read_text())["command"] != list(program.command))
 
 
 def start(program: Program, folder: Path) -> None:
@@ -92,7 +101,9 @@ def wait_until_ready(program: Program, say: Callable[[str], None]) -> None:
 def stop(program: Program) -> bool:
     """End the program and its process group and wait until it is gone. False when it did not run."""
     pid = running_pid(program)
-    if pid is not None:
+    if pid is None:
+        end_leftovers(program)
+    else:
         _signal_group(pid, signal.SIGTERM)
         if not _gone_within(program, program.stop_seconds):
             _signal_group(pid, signal.SIGKILL)
@@ -100,6 +111,14 @@ def stop(program: Program) -> bool:
         _signal_group(pid, signal.SIGKILL)  # what the leader left behind in its group
     program.pid_file.unlink(missing_ok=True)
     return pid is not None
+
+
+def end_leftovers(program: Program) -> None:
+    """End the children of a leader that was killed: its pid stays reserved while its group has members."""
+    with contextlib.suppress(FileNotFoundError):
+        pid = int(json.loads(program.pid_file.read_text())["pid"])
+        if _start_ticks(pid) is None:
+            _signal_group(pid, signal.SIGKILL)
 
 
 def port_is_free(port: int) -> bool:
@@ -110,6 +129,16 @@ def port_is_free(port: int) -> bool:
             probe.bind(("127.0.0.1", port))
         except OSError:
             return False
+    return True
+
+
+def wait_for_port(port: int) -> bool:
+    """Whether the port is free, or becomes free soon."""
+    deadline = time.monotonic() + PORT_SECONDS
+    while not port_is_free(port):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(POLL_SECONDS)
     return True
 
 

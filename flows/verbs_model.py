@@ -3,18 +3,22 @@
 import argparse
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from flows import stack
 from flows.person import person
+from mansard.errors import MansardError
 from mansard.site import Site, find_site, load_site
-from mansard.specs import AdoptSpec, UpgradeSpec, load_spec, load_suites
+from mansard.specs import AdoptSpec, UpgradeSpec
+from tasks.intake import read_order
 
 if TYPE_CHECKING:
     from flows.outcome import Outcome
 
+T = TypeVar("T")
 EXIT_OF_VERDICT = {"pass": 0, "baseline": 0, "fail": 3, "inconclusive": 3}
 
 
@@ -23,7 +27,7 @@ def adopt(args: argparse.Namespace) -> int:
     site = _ready(args, AdoptSpec)
     from flows.adopt import adopt as flow  # prefect and mlflow read their settings when they are imported
 
-    return _tell(args, flow(str(Path(args.spec).resolve()), str(site.path), _author(), args.model))
+    return _tell(args, _followed(flow, str(Path(args.spec).resolve()), str(site.path), _author(), args.model))
 
 
 def upgrade(args: argparse.Namespace) -> int:
@@ -31,7 +35,7 @@ def upgrade(args: argparse.Namespace) -> int:
     site = _ready(args, UpgradeSpec)
     from flows.upgrade import upgrade as flow
 
-    return _tell(args, flow(str(Path(args.spec).resolve()), str(site.path), _author(), args.model))
+    return _tell(args, _followed(flow, str(Path(args.spec).resolve()), str(site.path), _author(), args.model))
 
 
 def gate(args: argparse.Namespace) -> int:
@@ -39,7 +43,7 @@ def gate(args: argparse.Namespace) -> int:
     site = _ready(args, None)
     from flows.gate import gate as flow
 
-    return _tell(args, flow(args.version, str(site.path), args.model))
+    return _tell(args, _followed(flow, args.version, str(site.path), args.model))
 
 
 def release(args: argparse.Namespace) -> int:
@@ -48,7 +52,7 @@ def release(args: argparse.Namespace) -> int:
     who = person(args)
     from flows.release import release as flow
 
-    done = flow(args.version, str(site.path), who, args.model)
+    done = _followed(flow, args.version, str(site.path), who, args.model)
     is_promoted = done.state == "promoted"
     if args.json:
         print(json.dumps({"format": 1, "version": args.version, "state": done.state, "reason": done.reason}))
@@ -59,16 +63,27 @@ def release(args: argparse.Namespace) -> int:
 
 
 def _ready(args: argparse.Namespace, kind: type[AdoptSpec] | type[UpgradeSpec] | None) -> Site:
-    """Everything that can be wrong in the files is found before anything starts."""
+    """Everything that can be wrong in spec, site and files is found before anything starts."""
     site = load_site(find_site(args.site))
     site.model_named(args.model)
     if kind is not None:
-        path = Path(args.spec)
-        load_suites(load_spec(kind, path), path)
+        read_order(kind, Path(args.spec), site.path, args.model, _author())
     if not stack.is_up(site):
         stack.up(site)
     stack.use_servers(site)
     return site
+
+
+def _followed(flow: Callable[..., T], *arguments: object) -> T:
+    """The flow's result; a Prefect server that went away meanwhile is one line."""
+    import httpx
+    from prefect.exceptions import PrefectException
+
+    try:
+        return flow(*arguments)
+    except (httpx.HTTPError, PrefectException) as error:
+        what = " ".join(str(error).split())[:200] or type(error).__name__
+        raise MansardError(f"Prefect's server: {what}; mansard up, then the same command goes on") from error
 
 
 def _author() -> str | None:

@@ -10,6 +10,7 @@ import os
 import time
 from typing import Any
 
+from mansard.errors import MansardError
 from mansard.release import oncall
 from mansard.release.oncall_text import history_text, status_text, why_text
 from mansard.serving.host_client import HostClient, HostDown
@@ -18,7 +19,8 @@ from mansard.site import Site, find_site, load_site
 
 ROLLBACK_TIMEOUT_SECONDS = 1800.0
 """A cold previous version is started first while stable goes on serving."""
-HOST_TIMEOUT_SECONDS = 5.0
+HOST_TIMEOUT_SECONDS = 10.0
+"""A host that hangs is taken for down after this; terms and compare-and-swap make that safe."""
 
 
 def status(args: argparse.Namespace) -> int:
@@ -39,7 +41,7 @@ def status(args: argparse.Namespace) -> int:
 def _host_status(site: Site) -> dict[str, Any] | None:
     try:
         return HostClient(site.host_socket).call("GET", "/status", timeout_seconds=HOST_TIMEOUT_SECONDS)
-    except HostDown:
+    except MansardError:  # down, or it hangs
         return None
 
 
@@ -77,10 +79,10 @@ def rollback(args: argparse.Namespace) -> int:
         "who": who,
         "why": args.reason,
     }
-    try:
-        done = HostClient(site.host_socket).call("POST", "/rollback", body, timeout_seconds=ROLLBACK_TIMEOUT_SECONDS)
-    except HostDown:
+    if _host_status(site) is None:
         done = _without_host(site, model, args, who)
+    else:
+        done = _through_host(site, model, args, who, body)
     if args.json:
         print(json.dumps(done))
         return 0
@@ -92,6 +94,15 @@ def rollback(args: argparse.Namespace) -> int:
         print(f"pointer and split moved in {done['milliseconds']:.0f} ms, everything in {total_ms:.0f} ms")
     print("next: mansard history")
     return 0
+
+
+def _through_host(
+    site: Site, model: str, args: argparse.Namespace, who: str, body: dict[str, Any]
+) -> dict[str, Any]:
+    try:
+        return HostClient(site.host_socket).call("POST", "/rollback", body, timeout_seconds=ROLLBACK_TIMEOUT_SECONDS)
+    except HostDown:  # it died meanwhile
+        return _without_host(site, model, args, who)
 
 
 def _without_host(site: Site, model: str, args: argparse.Namespace, who: str) -> dict[str, Any]:

@@ -40,10 +40,10 @@ elif ! $pip install --quiet --no-deps "$torch" 2>/dev/null; then
 fi
 
 # uv reads none of pip's settings, so they are passed on.
-$pip install -qq uv || stop "pip cannot install uv; check pip's index settings"
+$pip install -qq "$(grep -E '^uv==' infra/constraints/main.txt)" || stop "pip cannot install uv; check pip's index settings"
 uv="$folder/bin/uv"
 setting() { $pip config get "global.$1" 2>/dev/null || true; }
-export UV_FIND_LINKS=${PIP_FIND_LINKS:-$(setting find-links | tr ' ' ',')}
+export UV_FIND_LINKS=$(printf '%s' "${PIP_FIND_LINKS:-$(setting find-links)}" | tr -s ' \n' ',')
 index=${PIP_INDEX_URL:-$(setting index-url)}
 extra=${PIP_EXTRA_INDEX_URL:-$(setting extra-index-url)}
 certificates=${PIP_CERT:-$(setting cert)}
@@ -57,7 +57,7 @@ trap 'rm -f "$rest"' EXIT
 grep -vE '^torch==' "$lock" > "$rest"
 "$uv" pip install --quiet --python "$folder/bin/python" --no-deps -r "$rest" || stop "uv could not install $lock; see the lines above"
 if [ "$name" = main ]; then
-  "$uv" pip install --quiet --python "$folder/bin/python" --no-deps -e . || stop "the editable install of mansard failed"
+  "$uv" pip install --quiet --python "$folder/bin/python" --no-deps --no-build-isolation -e . || stop "the editable install of mansard failed"
 fi
 date -u > "$folder/.ready"
 say "setup: $folder is ready"

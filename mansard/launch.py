@@ -45,7 +45,11 @@ class Request:
 
 def locked_versions(lock: Path, packages: Sequence[str]) -> dict[str, str]:
     """The versions that a lock file (name==version lines) pins for `packages`."""
-    pins = dict(re.findall(r"^([A-Za-z0-9._-]+)==([^\s;]+)", lock.read_text(), flags=re.MULTILINE))
+    try:
+        text = lock.read_text()
+    except OSError as error:
+        raise BadInput(f"{lock}: cannot read the lock: {error.strerror}; the site's environments name it") from error
+    pins = dict(re.findall(r"^([A-Za-z0-9._-]+)==([^\s;]+)", text, flags=re.MULTILINE))
     normal = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in pins.items()}
     missing = [p for p in packages if p not in normal]
     if missing:
@@ -127,15 +131,18 @@ def _run_worker(
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
     with log.open("wb") as log_file:
-        process = subprocess.Popen(
-            [str(environment.python), "-m", "mansard.worker", stage, str(request_file)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log_file,
-            env=variables,
-            cwd=str(site.home),
-            start_new_session=True,
-        )
+        try:
+            process = subprocess.Popen(
+                [str(environment.python), "-m", "mansard.worker", stage, str(request_file)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log_file,
+                env=variables,
+                cwd=str(site.home),
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise StageFailed(f"{environment.python}: cannot start: {error.strerror}; run: make setup") from error
     try:
         results = _follow(process, stage, log, site.stage_timeout_seconds, progress)
     finally:

@@ -10,6 +10,8 @@ from mansard.digest import digest_json
 from mansard.errors import BadInput, MansardError
 from mansard.evaluation.suites import take_suite
 from mansard.launch import Progress
+from mansard.models.families import family_of
+from mansard.models.model_files import model_config
 from mansard.models.widths import check_widths
 from mansard.records import Derivation, SnapshotId
 from mansard.release.journal import Journal
@@ -48,7 +50,7 @@ class TakenData:
 def take_base(work: Work, order: Order[Spec], version: int | None) -> BaseModel:
     """The base in the store. `version` is what `resolve_version` found; a base from outside is checked and taken.
 
-    A width that AWQ's group does not divide is refused here, before any training.
+    An unsupported family, or a width that AWQ's group does not divide, is refused here, before any work.
     """
     begun = time.monotonic()
     if version is not None:
@@ -61,6 +63,7 @@ def take_base(work: Work, order: Order[Spec], version: int | None) -> BaseModel:
         with stage_progress() as report:
             snapshot = work.store.snapshot(tree, _bytes_to(report))
         is_known = snapshot in known
+    family_of(model_config(work.store, snapshot))
     check_widths(work.store.manifest(snapshot), order.spec.quantize.group_size)
     recipe = digest_json({"stage": "snapshot", "snapshot": snapshot})
     seconds = 0.0 if is_known else time.monotonic() - begun

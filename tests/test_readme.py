@@ -45,6 +45,10 @@ def test_every_command_in_the_readme_parses() -> None:
         parser().parse_args(words)
 
 
+def test_readme_shows_a_real_run() -> None:
+    assert "rollback  " in README and "DEMO_OUTPUT" not in README
+
+
 def test_every_verb_is_in_the_readme() -> None:
     assert [v for v in VERBS if f"mansard {v}" not in README] == []
 

@@ -168,7 +168,6 @@ class Journal:
                 item_records=known.item_records,
                 baseline_version=known.baseline_version,
                 anchor_version=known.anchor_version,
-                author=known.author,
             )
             if same != known:
                 raise BadInput(f"{model} version {version}: a new verdict may not change the candidate; register it")

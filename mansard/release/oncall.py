@@ -129,7 +129,8 @@ def rollback_directly(
 
 
 def target_warnings(site: Site, journal: Journal, model: str, version: int, hard: bool) -> list[str]:
-    """Check the digests of a version to move back to; never approvals, only report who signed and is gone.
+    """Check a version to move back to: the manifest's digest and every object's size (`mansard verify` reads bytes).
+    Never approvals; only who signed and is gone is reported.
 
     Raises Corrupt for damaged or missing content; with `hard` that is a warning too.
     """

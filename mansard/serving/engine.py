@@ -14,15 +14,15 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import aiohttp
 
 from mansard.canonical import canonical_json, sha256_json, write_atomically
-from mansard.errors import MansardError
+from mansard.errors import MansardError, StageFailed
 from mansard.records import SnapshotId
 from mansard.serving import engine_http
 from mansard.serving.process import ProcessIdentity, identify, kill_group, send, wait_for_end
@@ -163,7 +163,7 @@ class Engine:
             if not lost_port:
                 break
             avoid.add(self.port)  # somebody took it between our look and vLLM's bind
-        raise MansardError(self.problem)
+        raise StageFailed(self.problem)
 
     @staticmethod
     def adopt(record_file: Path, site: Site, session: aiohttp.ClientSession) -> "Engine | None":
@@ -195,7 +195,7 @@ class Engine:
         if self.state == "starting":
             deadline = max(deadline, self.begun_at + self._site.engine.start_timeout_seconds)
         if not await self._is_ready_by(deadline):
-            raise MansardError(self.problem)
+            raise StageFailed(self.problem)
 
     async def wait_for_end(self) -> str:
         """Wait until the process ends; the reason when nobody asked it to, else an empty string."""
@@ -227,14 +227,11 @@ class Engine:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.record_file.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("wb") as log_file:
-            self._child = subprocess.Popen(
+            self._child = _popen(
                 command(self.identity, tree, self.port, self._site),
-                stdin=subprocess.DEVNULL,
-                stdout=log_file,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **variables(self._site, self.cores)},
-                cwd=self.record_file.parent,
-                start_new_session=True,
+                log_file,
+                {**os.environ, **variables(self._site, self.cores)},
+                self.record_file.parent,
             )
         self.pid, self.state, self.problem = self._child.pid, "starting", ""
         self._process = identify(self.pid)
@@ -324,3 +321,21 @@ def _tail(log: Path, num_lines: int) -> str:
         return "\n".join(log.read_text(errors="replace").splitlines()[-num_lines:])
     except OSError:
         return ""
+
+
+def _popen(
+    words: Sequence[str], log_file: BinaryIO, environment: dict[str, str], folder: Path
+) -> "subprocess.Popen[bytes]":
+    """Start it in a session of its own; StageFailed in one line where the interpreter is not there."""
+    try:
+        return subprocess.Popen(
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=log_file,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            cwd=folder,
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise StageFailed(f"{words[0]}: cannot start an engine: {error.strerror}; run: make setup") from error

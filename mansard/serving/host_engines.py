@@ -16,7 +16,7 @@ from typing import Any
 import aiohttp
 
 from mansard.canonical import canonical_json, write_atomically
-from mansard.errors import BadInput, MansardError
+from mansard.errors import BadInput, MansardError, StageFailed
 from mansard.serving import engine_http
 from mansard.serving.engine import SHUTDOWN_SECONDS, Engine, EngineIdentity, last_words
 from mansard.serving.process import ProcessIdentity, group_of, send, wait_for_end, with_output_below
@@ -170,7 +170,7 @@ class Engines:
             )
         except MansardError as error:
             words = last_words(engine.log)
-            raise MansardError(f"{error}; the engine's last lines: {words}; its log: {engine.log}") from error
+            raise StageFailed(f"{error}; the engine's last lines: {words}; its log: {engine.log}") from error
 
     async def _resume(self, engine: Engine) -> Engine:
         try:

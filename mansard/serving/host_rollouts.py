@@ -235,8 +235,8 @@ class Rollouts:
         """Journal, then split, then see that every worker took it; the step's clock and counters begin after that."""
         assert walk.engine is not None, "a canary has an engine"
         reports = await read_reports(self._site)
-        if walk.state.is_over or walk.problem:
-            return
+        if walk.state.is_over or walk.problem or any(report.term is None for report in reports.values()):
+            return  # a worker that did not tell its counts now would make them look like the step's; next tick again
         facts = walk.describe()
         term = self._journal.step(
             walk.model, walk.version, following.weight_percent, HOST, following.reason, walk.pointers, facts
@@ -271,7 +271,7 @@ class Rollouts:
             walk.engine = engine
             await engine_http.complete_one_token(self._session, engine.endpoint, walk.model, PROBE_TIMEOUT_SECONDS)
             change = await self._find_fingerprint_change(walk.model, walk.version, engine)
-        except MansardError as error:
+        except (MansardError, OSError) as error:
             walk.problem = str(error)
             return
         if change:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from mansard.errors import BadInput, MansardError
+from mansard.errors import BadInput, StageFailed
 from mansard.specs import Train
 from mansard.training.data import Mixture, Packed
 from mansard.training.engines import LocalEngine, Loss
@@ -104,10 +104,10 @@ def _one_step(
 ) -> tuple[Loss, float]:
     loss = engine.gradients(mixture.batch(step))
     if not math.isfinite(loss.nats):
-        raise MansardError(_stopped("the loss", loss.mean, step, checkpoints))
+        raise StageFailed(_stopped("the loss", loss.mean, step, checkpoints))
     norm = engine.step(factor)
     if not math.isfinite(norm):
-        raise MansardError(_stopped("the gradient's norm", norm, step, checkpoints))
+        raise StageFailed(_stopped("the gradient's norm", norm, step, checkpoints))
     return loss, norm
 
 
@@ -130,6 +130,6 @@ def _bits_per_byte(
         rows = sorted({i * count // EVALUATION_ROWS for i in range(EVALUATION_ROWS)})
         loss = engine.evaluate([source.batch(rows[i : i + 16]) for i in range(0, len(rows), 16)])
         if not math.isfinite(loss.nats):
-            raise MansardError(_stopped(f"the loss on held-out {source.name}", loss.mean, step, checkpoints))
+            raise StageFailed(_stopped(f"the loss on held-out {source.name}", loss.mean, step, checkpoints))
         bits[source.name] = loss.mean / math.log(2) / source.bytes_per_token
     return bits

@@ -36,7 +36,7 @@ from mansard.training.state import Checkpoints
 if TYPE_CHECKING:
     from mansard.worker import StageContext
 
-CODE_VERSION = 3
+CODE_VERSION = 4
 PACKAGES = ("numpy", "safetensors", "tokenizers", "torch", "transformers")
 
 PROBE_ROWS = 2

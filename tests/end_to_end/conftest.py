@@ -104,7 +104,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
 
 
 def write_site(folder: Path) -> Path:
-    """The shipped site with free ports, a folder of its own and one schedule."""
+    """The shipped site with free ports and a folder of its own."""
     path = folder / "configs/site/test.yaml"
     tree = yaml.safe_load((ROOT / "configs/site/local.yaml").read_text())
     prefect, mlflow, router, engines = free_ports(4)
@@ -112,9 +112,6 @@ def write_site(folder: Path) -> Path:
     for environment in tree["environments"].values():
         for key in ("python", "lock"):
             environment[key] = str(Path(os.path.normpath(ROOT / "configs/site" / environment[key])))
-    tree["schedules"] = [
-        {"name": "nightly", "spec": "../upgrade/test.yaml", "cron": "* * * * *", "author": "ada"}
-    ]
     path.write_text(yaml.safe_dump(tree, sort_keys=False))
     return path
 
@@ -127,7 +124,7 @@ def write_specs(folder: Path) -> None:
         spec["quantize"]["samples"] = 32
         spec["gate"]["suites"] = [s for s in spec["gate"]["suites"] if "next-line" not in s["suite"]]
         spec["cost"] = {"prompts": 4, "concurrency": 2, "prompt_tokens": 32, "output_tokens": 16}
-    upgrade["train"] |= {"tokens": 60_000, "batch_sequences": 2, "evaluate_every_steps": 1000}
+    upgrade["train"] |= {"tokens": 60_000, "batch_sequences": 2, "checkpoint_every_steps": 10}
     upgrade["train"]["learning_rates"] = {"new_blocks": 4e-3, "base": 0.0}
     weigh(upgrade, code=0.4)
     upgrade["release"]["steps"] = [

@@ -1,7 +1,7 @@
 """One model's life on real parts: adopted, upgraded, approved, released, rolled back; a harmful upgrade is stopped.
 
 The tests of this file are one story and run in order. Engines started: version 1, version 2, version 2 again after it
-was killed, the harmful candidate.
+was killed, the harmful candidate: four, with room for one more.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.end_to_end.conftest import COMMAND_TIMEOUT_SECONDS, Story
 
@@ -61,6 +62,35 @@ def engine_of(story: Story, version: int) -> dict[str, Any]:
     return found
 
 
+def process_of(story: Story, name: str) -> dict[str, Any]:
+    """One program of the local stack."""
+    found: dict[str, Any] = next(p for p in story.json("status")["processes"] if p["name"] == name)
+    return found
+
+
+def kill_in_training(story: Story, spec: str) -> None:
+    """Start the upgrade and `kill -9` the command while its training works; the worker ends with it."""
+    log = story.folder / "killed.log"
+    with log.open("wb") as output:
+        begun = subprocess.Popen(story.command("upgrade", spec), cwd=story.folder, stdout=output, stderr=output)
+    work = story.site.store / "work"
+    known = set(work.glob("*/*.safetensors"))
+    wait_for(
+        lambda: begun.poll() is not None or set(work.glob("*/*.safetensors")) - known, "a checkpoint is there"
+    )
+    assert begun.poll() is None, log.read_text()
+    begun.kill()
+    begun.wait()
+
+
+def schedule_every_minute(story: Story, name: str, spec: str) -> None:
+    """Put a cron line into the site; `mansard up` takes it over."""
+    tree = yaml.safe_load(story.site.path.read_text())
+    tree["schedules"] = [{"name": name, "spec": spec, "cron": "* * * * *", "author": "ada"}]
+    story.site.path.write_text(yaml.safe_dump(tree, sort_keys=False))
+    story.run("up")
+
+
 def test_adopted_base_is_version_1_and_serves_after_approval(story: Story) -> None:
     adopted = story.json("adopt", "configs/adopt/test.yaml")
     assert (adopted["version"], adopted["verdict"]) == (1, "baseline")
@@ -74,13 +104,14 @@ def test_adopted_base_is_version_1_and_serves_after_approval(story: Story) -> No
 
 
 def test_upgrade_improves_the_target_and_spares_the_guard(story: Story) -> None:
+    kill_in_training(story, "configs/upgrade/test.yaml")
     upgraded = story.json("upgrade", "configs/upgrade/test.yaml")
     assert (upgraded["version"], upgraded["verdict"]) == (2, "pass")
     suites = {s["suite"]: s for s in upgraded["suites"]}
     assert suites["code-bits"]["after"] < suites["code-bits"]["before"]
     assert suites["docstrings-bits"]["interval"][1] < 0.02
     assert Path(upgraded["chart"]).read_bytes().startswith(b"\x89PNG")
-    assert not any(s["reused"] for s in upgraded["stages"] if s["name"] in ("expand", "train", "fuse", "quantize"))
+    assert not any(s["reused"] for s in upgraded["stages"] if s["name"] in ("train", "fuse", "quantize"))
 
 
 def test_same_upgrade_again_does_no_work_and_is_the_same_version(story: Story) -> None:
@@ -92,11 +123,12 @@ def test_same_upgrade_again_does_no_work_and_is_the_same_version(story: Story) -
 def test_killed_canary_engine_aborts_the_rollout_and_loses_no_request(story: Story) -> None:
     story.run("approve", 2, "--as", "grace", "--reason", "code improves, docstrings hold")
     with traffic(story) as counts:
+        engine = engine_of(story, 2)
         release = subprocess.Popen(
             story.command("release", 2, "--as", "ada"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         wait_for(lambda: counts()["versions"].get("2", 0) >= 2, "version 2 answers users")
-        os.kill(engine_of(story, 2)["pid"], signal.SIGKILL)
+        os.kill(engine["pid"], signal.SIGKILL)
         output, _ = release.communicate(timeout=COMMAND_TIMEOUT_SECONDS)
         assert release.returncode == 4, output
         seen = counts()["requests"]
@@ -122,30 +154,77 @@ def test_release_and_rollback_under_traffic_lose_nothing(story: Story) -> None:
     story.run("verify", "--journal")
 
 
-def test_mlflow_leads_from_the_alias_to_the_base(story: Story) -> None:
-    code = f"""
-import json, mlflow
-client = mlflow.MlflowClient("http://127.0.0.1:{story.site.ports.mlflow}")
-version = client.get_model_version_by_alias("demo", "stable")
-two = [v for v in client.search_model_versions("name='demo'") if v.tags["mansard_version"] == "2"][0]
-print(json.dumps({{"stable": version.tags, "two": two.tags, "aliases": list(two.aliases)}}))
+WALK = """
+import json, sys, mlflow
+client = mlflow.MlflowClient(sys.argv[1])
+stable = client.get_model_version_by_alias("demo", "stable")
+two = next(v for v in client.search_model_versions("name='demo'") if v.tags["mansard_version"] == "2")
+snapshots, data, waiting = {}, set(), [two.source.removeprefix("models:/")]
+while waiting:
+    model = client.get_logged_model(waiting.pop())
+    if model.model_id not in snapshots:
+        snapshots[model.model_id] = model.tags["mansard_snapshot"]
+        inputs = client.get_run(model.source_run_id).inputs
+        waiting += [m.model_id for m in inputs.model_inputs]
+        data |= {d.dataset.digest for d in inputs.dataset_inputs}
+parent = client.get_run(client.get_run(two.run_id).data.tags["mlflow.parentRunId"])
+print(json.dumps({
+    "stable": stable.tags,
+    "snapshots": sorted(snapshots.values()),
+    "data": sorted(data),
+    "artifacts": [a.path for a in client.list_artifacts(parent.info.run_id, "verdict")],
+    "metrics": parent.data.metrics,
+}))
 """
-    story.json("history")
 
-    def mirrored() -> dict[str, Any] | None:
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        if done.returncode:
-            return None
+
+def test_mlflow_leads_from_the_version_to_the_base(story: Story) -> None:
+    def walked() -> dict[str, Any] | None:
+        url = f"http://127.0.0.1:{story.site.ports.mlflow}"
+        done = subprocess.run([sys.executable, "-c", WALK, url], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
         found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return found if found["stable"].get("mansard_version") == "1" else None
 
-    found = wait_for(mirrored, "the mirror wrote alias stable to version 1")
-    why = json.dumps(story.json("why", 2))
-    assert found["two"]["mansard_artifact"] in why
-    assert found["stable"]["mansard_model"] in why
+    found = wait_for(walked, "the mirror wrote alias stable to version 1")
+    assert found["stable"]["mansard_model"] in found["snapshots"]
+    assert len(found["data"]) >= 4
+    assert {"verdict/chart.png", "verdict/report.md"} <= set(found["artifacts"])
+    assert found["metrics"]["code-bits.after"] < found["metrics"]["code-bits.before"]
+    assert found["stable"]["mansard_artifact"] in json.dumps(story.json("why", 2))
+
+
+def test_rollback_works_with_every_server_down(story: Story) -> None:
+    story.run("approve", 2, "--as", "grace", "--reason", "the drill went well")
+    with traffic(story):
+        story.run("release", 2, "--as", "ada")
+    for name in ("prefect", "mlflow", "host"):
+        os.killpg(process_of(story, name)["pid"], signal.SIGKILL)
+    rolled = story.json("rollback", "--as", "grace", "--from", 2, "--why", "everything is down")
+    assert (rolled["changed"], rolled["stable"]) == (True, 1)
+    kinds = [e["kind"] for e in story.json("history")]
+    assert kinds[-1] == "rolled_back"
+    story.run("up")
+    assert story.stable() == 1
+
+
+def test_harmful_upgrade_is_stopped_by_the_guard_and_cannot_be_approved(story: Story) -> None:
+    harmful = story.json("upgrade", "configs/upgrade/harmful.yaml", status=3)
+    assert harmful["verdict"] == "fail"
+    guard = next(s for s in harmful["suites"] if s["role"] == "guard")
+    assert guard["interval"][0] > 0.02
+    story.run("approve", harmful["version"], "--as", "grace", "--reason", "looks fine to me", status=5)
+    story.run("release", harmful["version"], "--as", "ada", status=5)
+
+
+def test_gate_judges_a_version_again_against_what_is_stable_now(story: Story) -> None:
+    again = story.json("gate", 2)
+    assert (again["version"], again["verdict"]) == (2, "pass")
 
 
 def test_scheduled_upgrade_runs_by_cron_and_finds_everything_made(story: Story) -> None:
+    registered = [e["version"] for e in story.json("history") if e["kind"] == "registered"]
+    schedule_every_minute(story, "nightly", "../upgrade/test.yaml")
     code = f"""
 import json, urllib.request
 body = json.dumps({{"deployments": {{"name": {{"any_": ["nightly"]}}}}, "limit": 50}}).encode()
@@ -160,27 +239,4 @@ print(sum(r["state_type"] == "COMPLETED" and r["auto_scheduled"] for r in runs))
         return int(done.stdout) > 0
 
     wait_for(completed, "a scheduled run completed")
-    assert [e["version"] for e in story.json("history") if e["kind"] == "registered"] == [1, 2]
-
-
-def test_harmful_upgrade_is_stopped_by_the_guard_and_cannot_be_approved(story: Story) -> None:
-    harmful = story.json("upgrade", "configs/upgrade/harmful.yaml", status=3)
-    assert harmful["verdict"] == "fail"
-    guard = next(s for s in harmful["suites"] if s["role"] == "guard")
-    assert guard["interval"][0] > 0.02
-    story.run("approve", harmful["version"], "--as", "grace", "--reason", "looks fine to me", status=5)
-    story.run("release", harmful["version"], "--as", "ada", status=5)
-
-
-def test_rollback_works_with_every_server_down(story: Story) -> None:
-    story.run("approve", 2, "--as", "grace", "--reason", "the drill went well")
-    story.run("release", 2, "--as", "ada")
-    for name in ("prefect", "mlflow", "host"):
-        process = next(p for p in story.json("status")["processes"] if p["name"] == name)
-        os.kill(process["pid"], signal.SIGKILL)
-    rolled = story.json("rollback", "--as", "grace", "--from", 2, "--why", "everything is down")
-    assert (rolled["changed"], rolled["stable"]) == (True, 1)
-    kinds = [e["kind"] for e in story.json("history")]
-    assert kinds[-1] == "rolled_back"
-    story.run("up")
-    assert story.stable() == 1
+    assert [e["version"] for e in story.json("history") if e["kind"] == "registered"] == registered

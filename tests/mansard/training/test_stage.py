@@ -90,9 +90,7 @@ def tensors_of(store: Store, snapshot: SnapshotId, file: str) -> dict[str, torch
 
 
 def models_in_memory() -> list[torch.nn.Module]:
-    """Those that still have their tensors: quantization leaves husks behind."""
-    found = [o for o in gc.get_objects() if type(o).__name__ == "LlamaForCausalLM"]
-    return [model for model in found if dict(model.named_parameters())]
+    return [o for o in gc.get_objects() if type(o).__name__ == "LlamaForCausalLM"]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -141,8 +139,10 @@ def test_a_frozen_tensor_that_changes_fails_the_stage(store: Store, fill: Fill) 
     def flip(progress: dict[str, Any]) -> None:
         if progress["done"] == 2 * ROW_TOKENS * BATCH_ROWS:
             for model in models_in_memory():
+                weights = dict(model.named_parameters())
                 with torch.no_grad():
-                    model.get_parameter("model.norm.weight")[3] += 1.0
+                    if "model.norm.weight" in weights:  # another test's model may have let go of its tensors
+                        weights["model.norm.weight"][3] += 1.0
 
     with pytest.raises(StageFailed, match=r"1 frozen tensors changed during training, e\.g\. model\.norm\.weight"):
         run(store, fill(store), slice_(), Spoken(flip))

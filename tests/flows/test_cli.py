@@ -1,0 +1,141 @@
+"""Bad input through the command: one line on standard error, the documented exit code, nothing lost."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flows.cli import main
+from mansard.site import Site, load_site
+from mansard.store import Store
+
+ROOT = Path(__file__).resolve().parents[2]
+LINE = '{"text": "some text", "file": "a.py"}\n'
+ITEM = '{"id": "1", "file": "a.py", "text": "some text"}\n'
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    """A site with keys, text, suites and a base that is not there yet; nothing runs."""
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    path = tmp_path / "configs/site/local.yaml"
+    tree = yaml.safe_load(path.read_text())
+    tree["environments"]["main"]["lock"] = str(ROOT / "infra/constraints/main.txt")
+    path.write_text(yaml.safe_dump(tree))
+    made = load_site(path)
+    for name in ("ada", "grace"):
+        assert main(["keygen", name, "--site", str(path)]) == 0
+    corpus = made.data / "corpus"
+    corpus.mkdir(parents=True)
+    for name in ("code", "docstrings"):
+        for part in ("train", "held-out"):
+            (corpus / f"{name}.{part}.jsonl").write_text(LINE)
+        (corpus / f"{name}-bits.jsonl").write_text(ITEM)
+        choice = '"context": "x", "choices": ["a", "b", "c", "d"], "answer": 0'
+        (corpus / f"{name}-next-line.jsonl").write_text(ITEM.replace('"text": "some text"', choice))
+    return made
+
+
+def no_pickle(site: Site) -> None:
+    base = site.data / "base"
+    base.mkdir()
+    (base / "config.json").write_text("{}")
+    (base / "pytorch_model.bin").write_bytes(b"x")
+
+
+def no_code(site: Site) -> None:
+    base = site.data / "base"
+    base.mkdir()
+    (base / "config.json").write_text('{"auto_map": {"AutoModel": "m.M"}}')
+    (base / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+
+
+def misspelt(site: Site) -> None:
+    edit(site, "quantize:", "quantise:")
+
+
+def unknown_source(site: Site) -> None:
+    edit(site, "source: docstrings", "source: poems")
+
+
+def no_data(site: Site) -> None:
+    (site.data / "corpus/docstrings.train.jsonl").unlink()
+
+
+def empty_data(site: Site) -> None:
+    (site.data / "corpus/docstrings.train.jsonl").write_text("")
+
+
+def not_utf8(site: Site) -> None:
+    (site.data / "corpus/docstrings.train.jsonl").write_bytes(LINE.encode() + b"\xff\xfe\n")
+
+
+def no_items(site: Site) -> None:
+    (site.data / "corpus/code-bits.jsonl").write_text("")
+
+
+def edit(site: Site, old: str, new: str) -> None:
+    spec = site.path.parent.parent / "adopt/demo.yaml"
+    assert old in spec.read_text()
+    spec.write_text(spec.read_text().replace(old, new, 1))
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (misspelt, "unknown key 'quantise'; did you mean 'quantize'?"),
+        (unknown_source, "quantize.source 'poems' is not one of data.sources"),
+        (no_data, "docstrings.train.jsonl"),
+        (empty_data, "docstrings.train.jsonl is empty"),
+        (not_utf8, "is not UTF-8"),
+        (no_items, "code-bits.jsonl"),
+        (lambda site: None, "base"),
+        (no_pickle, "pytorch_model.bin"),
+        (no_code, "auto_map"),
+    ],
+    ids=["misspelt", "source", "no-data", "empty", "utf8", "no-items", "no-base", "pickle", "auto-map"],
+)
+def test_bad_input_of_adopt_is_one_line_and_exit_2(
+    site: Site, capsys: pytest.CaptureFixture[str], harm: Callable[[Site], None], words: str
+) -> None:
+    harm(site)
+    spec = site.path.parent.parent / "adopt/demo.yaml"
+    assert main(["adopt", str(spec), "--site", str(site.path)]) == 2
+    told = capsys.readouterr().err.strip()
+    assert words in told
+    assert told.startswith("mansard adopt: ")
+    assert "\n" not in told
+    assert not site.journal.exists() or not Store(site.store).snapshots()
+
+
+def test_a_flipped_bit_is_named_and_is_exit_6(
+    site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "tree"
+    folder.mkdir()
+    (folder / "a.txt").write_text("some content")
+    assert main(["snapshot", str(folder), "--site", str(site.path)]) == 0
+    taken = capsys.readouterr().out.split()[0]
+    assert main(["restore", taken[:8], str(tmp_path / "back"), "--site", str(site.path)]) == 0
+    assert (tmp_path / "back/a.txt").read_text() == "some content"
+    assert main(["verify", "--site", str(site.path)]) == 0
+    stored = next(p for p in (site.store / "objects").rglob("*") if p.is_file())
+    stored.chmod(0o644)
+    stored.write_text("some kontent")
+    capsys.readouterr()
+    assert main(["verify", taken, "--site", str(site.path)]) == 6
+    assert "a.txt" in capsys.readouterr().err
+
+
+def test_on_call_verbs_on_a_site_where_nothing_happened(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    where = ["--site", str(site.path)]
+    assert main(["status", *where]) == 0
+    assert main(["history", *where]) == 0
+    assert main(["rollback", "--as", "grace", *where]) == 7
+    assert main(["why", "1", *where]) == 2
+    assert main(["review", "1", *where]) == 2
+    assert main(["approve", "1", "--as", "grace", "--reason", "x", *where]) == 2
+    assert main(["rollback", "--model", "other", *where]) == 2
+    assert main(["status", "--site", "nowhere.yaml"]) == 2
