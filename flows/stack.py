@@ -46,12 +46,7 @@ def up(site: Site, say: Say | None = None) -> dict[str, str]:
                 stack_process.stop(program)
         missing = [p for wave in waves for p in wave if stack_process.running_pid(p) is None]
         for program in missing:
-            stack_process.end_leftovers(program)
-            if program.port is not None and not stack_process.wait_for_port(program.port):
-                raise BadInput(
-                    f"{site.path}: {program.port_key}: port {program.port} is taken by another program; "
-                    "end that one or name a free port"
-                )
+            _make_way(site, program)
         if any(p.name == "mlflow" for p in missing):
             _migrate_mlflow(site, tell)
         for wave in waves:
@@ -227,19 +222,40 @@ def _program(
     )
 
 
+def _make_way(site: Site, program: Program) -> None:
+    """End what a killed leader left behind, and wait for its port. Raises BadInput when somebody else has the port."""
+    stack_process.end_leftovers(program)
+    if program.port is not None and not stack_process.wait_for_port(program.port):
+        raise BadInput(
+            f"{site.path}: {program.port_key}: port {program.port} is taken by another program; "
+            "end that one or name a free port"
+        )
+
+
 def _start_wave(site: Site, missing: list[Program], wave: tuple[Program, ...], tell: Say) -> None:
-    for program in missing:
+    begun = time.monotonic()
+
+    def start(program: Program) -> None:
         tell(f"{program.name}: starting")
         (site.run / f"{program.name}.json").unlink(missing_ok=True)  # an old sign of life
         stack_process.start(program, site.home)
-    begun = time.monotonic()
 
     def follow(program: Program) -> None:
-        stack_process.wait_until_ready(program, tell)
+        try:
+            stack_process.wait_until_ready(program, tell)
+        except stack_process.EndedEarly:
+            if program in missing:
+                raise
+            _make_way(site, program)  # it was ending when we looked: a killed process lives on for a moment
+            missing.append(program)
+            start(program)
+            stack_process.wait_until_ready(program, tell)
         if program in missing:
             where = f" at {program.url}" if program.url else ""
             tell(f"{program.name}: ready{where} after {time.monotonic() - begun:.0f} s")
 
+    for program in missing:
+        start(program)
     with ThreadPoolExecutor(len(wave)) as pool:
         for done in [pool.submit(follow, program) for program in wave]:
             done.result()

@@ -24,6 +24,10 @@ PORT_SECONDS = 10.0
 """A server that was ended gives its port back at once, as a rule."""
 
 
+class EndedEarly(MansardError):
+    """A program ended before it answered."""
+
+
 @dataclass(frozen=True, slots=True)
 class Program:
     """`port` is None for a program without one; `port_key` is where the site names it. `stop_seconds`: TERM to KILL.
@@ -80,13 +84,13 @@ def start(program: Program, folder: Path) -> None:
 
 
 def wait_until_ready(program: Program, say: Callable[[str], None]) -> None:
-    """Wait for its first answer; raises MansardError with the log's last line when it ends or stays silent."""
+    """Wait for its first answer; raises with the log's last line: EndedEarly, or MansardError when it stays silent."""
     begun = time.monotonic()
     told = begun
     while not (running_pid(program) and program.answers()):
         now = time.monotonic()
         if running_pid(program) is None:
-            raise MansardError(f"{program.name} ended while it started: {last_line(program.log)}; log: {program.log}")
+            raise EndedEarly(f"{program.name} ended while it started: {last_line(program.log)}; log: {program.log}")
         if now - begun > program.start_seconds:
             raise MansardError(
                 f"{program.name} did not answer within {program.start_seconds:.0f} s: {last_line(program.log)}; "
