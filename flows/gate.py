@@ -16,7 +16,7 @@ from mansard.digest import digest_json
 from mansard.errors import Conflict
 from mansard.site import load_site
 from tasks.derivation import recorded
-from tasks.evaluations import Subject, evaluate, judge, recorded_evidence
+from tasks.evaluations import Background, Subject, evaluate, judge, recorded_evidence
 from tasks.registration import count_attempts, read_registration, register_judgement, standing
 from tasks.reports import publish, verdict_of
 
@@ -40,19 +40,21 @@ def gate(version: int, site_path: str, model: str | None = None) -> Outcome:
         }
         evaluated = {w: evaluate(work, s, evidence.suites, evidence.snapshots) for w, s in subjects.items()}
         records = tuple(pair for who, made in evaluated.items() for pair in named(who, evidence.suites, made))
-        attempt = count_attempts(site, name, registration.artifact, tuple(s.name for s in evidence.suites))
-        verdict = judge(work, records, evidence.gate, evidence.suites, attempt)
-        judged = replace(
-            registration,
-            verdict=verdict_of(work.store, verdict.snapshot),
-            verdict_record=verdict.snapshot,
-            item_records=tuple(
-                (s.name, d.snapshot) for s, d in zip(evidence.suites, evaluated["candidate"], strict=True)
-            ),
-            baseline_version=against.stable,
-            anchor_version=against.anchor,
-        )
-        register_judgement(site, version, judged, f"the baseline is version {against.stable} now")
+        background = Background(registration.base_version, evidence.snapshots, registration.stages)
+        with work.store.lock(f"attempts-{name}"):  # two judgements at once are two attempts
+            attempt = count_attempts(site, name, tuple(s.name for s in evidence.suites), registration.artifact)
+            verdict = judge(work, records, evidence.gate, evidence.suites, attempt, background)
+            judged = replace(
+                registration,
+                verdict=verdict_of(work.store, verdict.snapshot),
+                verdict_record=verdict.snapshot,
+                item_records=tuple(
+                    (s.name, d.snapshot) for s, d in zip(evidence.suites, evaluated["candidate"], strict=True)
+                ),
+                baseline_version=against.stable,
+                anchor_version=against.anchor,
+            )
+            register_judgement(site, version, judged, f"the baseline is version {against.stable} now")
         publish(work, version, judged)
         derivations = (*(d for made in evaluated.values() for d in made), verdict)
         return outcome_of(work, version, judged, derivations)

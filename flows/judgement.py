@@ -7,7 +7,7 @@ from flows.outcome import Outcome, outcome_of
 from mansard.records import Derivation, Registration, SnapshotId
 from mansard.specs import Spec, Suite
 from tasks.derivation import Work
-from tasks.evaluations import Subject, SuiteSnapshots, evaluate, judge, measure_cost, take_fingerprint
+from tasks.evaluations import Background, Subject, SuiteSnapshots, evaluate, judge, measure_cost, take_fingerprint
 from tasks.intake import Order, asked_for
 from tasks.registration import Standing, count_attempts, find_recorded, register
 from tasks.reports import publish, verdict_of
@@ -51,11 +51,32 @@ def judge_and_register(
         records += named("baseline", order.suites, evaluate(work, stable, order.suites, suites))
         records += named("anchor", order.suites, evaluate(work, anchor, order.suites, suites))
         cost = (measure_cost(work, subject, stable, spec.cost),)
-    attempt = count_attempts(work.site, name, candidate.artifact, tuple(s.name for s in order.suites))
-    verdict = judge(work, records, spec.gate, order.suites, attempt)
-    derivations = (*candidate.derivations, *evaluated, fingerprint, *cost, verdict)
-    registration = Registration(
-        model_name=name,
+    made = (*candidate.derivations, *evaluated, fingerprint, *cost)
+    background = Background(candidate.base_version, suites, tuple((d.stage, d.recipe, d.snapshot) for d in made))
+    with work.store.lock(f"attempts-{name}"):  # two upgrades at once are two attempts
+        attempt = count_attempts(work.site, name, tuple(s.name for s in order.suites), candidate.artifact)
+        verdict = judge(work, records, spec.gate, order.suites, attempt, background)
+        derivations = (*made, verdict)
+        registration = registration_of(work, order, candidate, suites, against, evaluated, derivations)
+        version = register(work.site, registration)
+    publish(work, version, registration)
+    return outcome_of(work, version, registration, derivations)
+
+
+def registration_of(
+    work: Work,
+    order: Order[Spec],
+    candidate: Candidate,
+    suites: SuiteSnapshots,
+    against: Standing | None,
+    evaluated: Sequence[Derivation],
+    derivations: tuple[Derivation, ...],
+) -> Registration:
+    """What the author signs; the last derivation is the verdict."""
+    spec, verdict = order.spec, derivations[-1]
+    fingerprint = next(d for d in derivations if d.stage == "fingerprint")
+    return Registration(
+        model_name=order.model_name,
         model=candidate.model,
         artifact=candidate.artifact,
         verdict=verdict_of(work.store, verdict.snapshot),
@@ -72,9 +93,6 @@ def judge_and_register(
         release=spec.release.model_dump(mode="json"),
         stages=tuple((d.stage, d.recipe, d.snapshot) for d in derivations),
     )
-    version = register(work.site, registration)
-    publish(work, version, registration)
-    return outcome_of(work, version, registration, derivations)
 
 
 def named(who: str, suites: Sequence[Suite], records: Sequence[Derivation]) -> SuiteSnapshots:

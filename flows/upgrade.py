@@ -11,11 +11,12 @@ from flows.outcome import Outcome
 from mansard.digest import digest_json
 from mansard.specs import UpgradeSpec
 from tasks.derivation import recorded
+from tasks.evaluations import look_for_contamination
 from tasks.expansion import expand, prove
 from tasks.fusion import fuse
-from tasks.intake import asked_for, read_order
+from tasks.intake import asked_for, check_power, read_order
 from tasks.quantization import quantize
-from tasks.registration import standing
+from tasks.registration import count_attempts, standing
 from tasks.snapshots import resolve_version, take_base, take_data, take_suites
 from tasks.training import train
 
@@ -27,17 +28,20 @@ def upgrade(spec_path: str, site_path: str, as_person: str | None = None, model:
     spec, version = order.spec, resolve_version(order)
     against = standing(order.site, order.model_name, spec.gate.anchor_version)
     suites = take_suites(order)
-    key = digest_json({"verb": "upgrade", "asked": asked_for(order, suites), "base": version})
+    asked = asked_for(order, suites)
+    check_power(order, suites, count_attempts(order.site, order.model_name, tuple(name for name, _ in suites), spec_digest=asked))
+    key = digest_json({"verb": "upgrade", "asked": asked, "base": version})
     tags = {"mansard_author": order.author, "mansard_base_version": str(version)}
     with recorded(order.site, order.model_name, f"upgrade {spec.name}", key, tags) as work:
         base = take_base(work, order, version)
         data = take_data(work, spec.data)
+        clean = look_for_contamination(work, spec.gate, suites, data)
         expansion = expand(work, base.snapshot, spec.expand)
         proof = prove.submit(work, base.snapshot, expansion.snapshot)
         trained = train(work, expansion.snapshot, data, spec.data, spec.train)
         fused = fuse(work, expansion.snapshot, trained.snapshot, spec.fuse)
         artifact = quantize(work, fused.snapshot, data, spec.quantize)
-        made = (base.derivation, expansion, proof.result(), trained, fused, artifact)
+        made = (base.derivation, clean, expansion, proof.result(), trained, fused, artifact)
         candidate = Candidate(fused.snapshot, artifact.snapshot, version, made)
         known = recorded_outcome(work, order, candidate, suites)
         return known or judge_and_register(work, order, candidate, suites, against)

@@ -20,6 +20,7 @@ STAGES = {
     "evaluate": "mansard.evaluation.evaluate_stage",
     "fingerprint": "mansard.evaluation.fingerprint_stage",
     "cost": "mansard.evaluation.cost_stage",
+    "contamination": "mansard.evaluation.contamination_stage",
     "judge": "mansard.evaluation.judge_stage",
 }
 

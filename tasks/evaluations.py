@@ -3,11 +3,12 @@
 An engine is started only where something is not remembered: a repeat needs none.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mansard.errors import Corrupt
+from mansard.errors import BadInput, Corrupt
 from mansard.launch import Request
 from mansard.records import Derivation, Registration, SnapshotId
 from mansard.site import Site
@@ -16,6 +17,7 @@ from mansard.store import Store
 from tasks import policy
 from tasks.derivation import Asked, Work, derive_many, derive_one, is_remembered
 from tasks.serving import engine_release, ensure_engine
+from tasks.snapshots import TakenData
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,19 @@ class Subject:
 
 
 SuiteSnapshots = tuple[tuple[str, SnapshotId], ...]
+TOLD = ("cost", "contamination")
+"""Stages whose results the report shows."""
+UNTOLD = ("judge", "cost")
+"""Stages that the lineage in the report leaves out: a measurement and the verdict itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Background:
+    """What a report tells beside the figures: suites' items, and the (stage, recipe, snapshot) of a candidate."""
+
+    base_version: int | None
+    suites: SuiteSnapshots
+    stages: tuple[tuple[str, str, SnapshotId], ...]
 
 
 @policy.derivation
@@ -91,6 +106,7 @@ def judge(
     gate: Gate,
     suites: tuple[Suite, ...],
     attempt: int,
+    background: Background,
 ) -> Derivation:
     """The verdict record. `records` are ("candidate.SUITE" | "baseline.SUITE" | "anchor.SUITE", snapshot) pairs;
     `attempt` is this candidate's number on these suites since the last promotion."""
@@ -98,8 +114,44 @@ def judge(
         "gate": gate.model_dump(mode="json"),
         "suites": [suite.model_dump(mode="json") for suite in suites],
         "attempts": {"number": attempt},
+        "provenance": provenance(work.store, background),
     }
-    return derive_one(work, Asked(Request("judge", dict(records), slices), "judge"))
+    told = {stage: snapshot for stage, _, snapshot in background.stages if stage in TOLD}
+    items = {f"suite.{name}": snapshot for name, snapshot in background.suites}
+    return derive_one(work, Asked(Request("judge", {**dict(records), **items, **told}, slices), "judge"))
+
+
+def provenance(store: Store, background: Background) -> dict[str, Any]:
+    """What a report tells of a candidate beside its figures: base, training mixture, stages with what they made."""
+    found: dict[str, Any] = {
+        "base_version": background.base_version,
+        "stages": [list(s) for s in background.stages if s[0] not in UNTOLD],
+    }
+    for stage, recipe, snapshot in background.stages:
+        if stage == "train":
+            made = [m for m in store.lineage(snapshot) if m["recipe"] == recipe]
+            found |= {"sources": m["spec"]["data"]["sources"] for m in made} | {"train": m["spec"]["train"] for m in made}
+    return found
+
+
+@policy.derivation
+def look_for_contamination(
+    work: Work, gate: Gate, suites: SuiteSnapshots, data: tuple[TakenData, ...]
+) -> Derivation:
+    """Suite items that share 13-grams with training text; BadInput where a suite has more than the spec allows."""
+    inputs = {f"suite.{name}": s for name, s in suites} | {f"data.{source.name}.train": source.train for source in data}
+    asked = Asked(Request("contamination", inputs, {}), "contamination", frozenset(inputs))
+    made = derive_one(work, asked)
+    found = json.loads(work.store.read_file(made.snapshot, "contamination.json"))["suites"]
+    for name, suite in found.items():
+        if suite["shared_fraction"] > gate.max_shared_fraction:
+            items = ", ".join(i["item"] for i in suite["listed"][:3])
+            raise BadInput(
+                f"suite {name}: {suite['num_shared']} of {suite['num_items']} items share 13 words in a row with training "
+                f"text ({items} ...), gate.max_shared_fraction allows {gate.max_shared_fraction:g}; take that text out "
+                "of the training files, or other items"
+            )
+    return made
 
 
 @dataclass(frozen=True, slots=True)

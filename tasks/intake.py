@@ -12,12 +12,15 @@ from typing import Generic, TypeVar
 
 from mansard.digest import digest_json
 from mansard.errors import BadInput
+from mansard.evaluation import power
+from mansard.evaluation.power import alpha_of_attempt
 from mansard.evaluation.suites import suite_files
 from mansard.release import keys
 from mansard.release.journal import Journal
 from mansard.site import Site, load_site
 from mansard.snapshot import check_model_tree
 from mansard.specs import Spec, Suite, load_spec, load_suites
+from mansard.store import Store
 
 S = TypeVar("S", bound=Spec)
 S_co = TypeVar("S_co", bound=Spec, covariant=True)
@@ -101,6 +104,14 @@ def check_data_file(path: Path, where: str) -> None:
         raise BadInput(f"{where}: {path}:1: not JSON; one object with text and file a line is expected") from error
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
         raise BadInput(f"{where}: {path}:1: no text in it; one object with text and file a line is expected")
+
+
+def check_power(order: Order[Spec], suites: tuple[tuple[str, str], ...], attempt: int) -> None:
+    """BadInput for a guard that could hardly pass at this attempt's level; `suites` are (name, snapshot) pairs."""
+    level = alpha_of_attempt(order.spec.gate.alpha, attempt)
+    for role, suite, (_, snapshot) in zip(order.spec.gate.suites, order.suites, suites, strict=True):
+        taken = json.loads(Store(order.site.store).read_file(snapshot, "suite.json"))
+        power.check_power(role, suite, taken["num_items"], taken["num_files"], level)
 
 
 def asked_for(order: Order[Spec], suites: tuple[tuple[str, str], ...]) -> str:

@@ -12,7 +12,7 @@ from mansard.store import Store
 from tasks import policy, tracking
 from tasks.derivation import Work
 
-FILES = ("verdict.json", "report.md", "chart.png")
+FILES = ("verdict.json", "report.md", "report.html", "chart.png")
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,8 @@ def draw(judgement: Judgement) -> bytes:
     figure.subplots_adjust(left=0.24, right=0.975, top=1 - 1.15 * inch, bottom=0.42 * inch)
     color = OUTCOMES.get(judgement.verdict, AFTER)
     figure.text(LABEL_LEFT, 1 - 0.38 * inch, f"Verdict: {judgement.verdict}", fontsize=15, weight="bold", color=color)
-    level = level_text(judgement.alpha)
+    levels = {level_text(s.evidence.level) for s in judgement.suites}
+    level = levels.pop() if len(levels) == 1 else "each suite's own"
     heads = [f"before (grey) and after (blue), {level} intervals" if has_baseline else f"value, {level} interval"]
     heads += [f"change, {level} interval; shaded: where it must not reach"] if has_baseline else []
     for axis, text in zip(axes[0], heads, strict=True):

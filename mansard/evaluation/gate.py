@@ -3,10 +3,12 @@
 A guard passes when its interval shows that no more than `margin` was lost, against the baseline and against the anchor;
 a target passes when its interval shows that more than `margin` was gained over the baseline. Where the whole interval
 lies on the wrong side of that bound the suite fails. Anything else is inconclusive, and inconclusive never promotes.
-Right/wrong suites gate only where the baseline stands at least 15 points above chance. No data is never a pass.
+Each guard is judged at alpha and all must pass (each is a claim of its own: intersection-union); targets share alpha by
+Holm's method, and all must improve or any, as the spec says. Right/wrong suites gate only where the baseline stands at
+least 15 points above chance. No data is never a pass.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,7 +25,8 @@ HIGHER_IS_BETTER = {"bits_per_byte": False, "accuracy": True}
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What is known of one suite. `chance` matters for accuracy only. A comparison is None where records are absent."""
+    """What is known of one suite. `chance` matters for accuracy only. A comparison is None where records are absent.
+    `level` is the one-sided level of its bounds."""
 
     suite: str
     measure: str
@@ -32,6 +35,7 @@ class Evidence:
     chance: float
     baseline: Comparison | None
     anchor: Comparison | None
+    level: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,28 +73,71 @@ def rule(evidence: Evidence) -> Ruling:
     return Ruling(evidence.suite, True, worst, "; ".join(reason for _, reason in rulings))
 
 
-def decide(rulings: Sequence[Ruling], evidence: Sequence[Evidence]) -> tuple[Verdict, str]:
+def decide(
+    rulings: Sequence[Ruling], evidence: Sequence[Evidence], targets: Literal["all", "any"] = "all"
+) -> tuple[Verdict, str]:
     """The verdict over all suites, and why; `rulings` and `evidence` are in the same order."""
     if not evidence:
         return "inconclusive", "no suite was evaluated"
     gating = [r for r in rulings if r.gates]
-    worst = worst_of([r.verdict for r in gating]) if gating else "inconclusive"
-    if worst == "fail":
-        return "fail", "failed: " + ", ".join(r.suite for r in gating if r.verdict == "fail")
     if not gating:
         return "inconclusive", "no suite gates, so nothing is shown"
-    if worst == "inconclusive":
-        return "inconclusive", "not known well enough: " + ", ".join(r.suite for r in gating if r.verdict == worst)
-    targets = [r for r, e in zip(rulings, evidence, strict=True) if e.role == "target"]
-    if targets and not any(r.gates for r in targets):
+    roles = {e.suite: e.role for e in evidence}
+    aims = [r for r in rulings if roles[r.suite] == "target"]
+    counted = [r for r in gating if roles[r.suite] == "guard"]
+    if targets == "all" or not any(r.gates for r in aims):
+        counted += [r for r in aims if r.gates]
+    else:
+        best = best_of([r.verdict for r in aims if r.gates])
+        counted += [r for r in aims if r.gates and r.verdict == best]
+    worst = worst_of([r.verdict for r in counted]) if counted else "inconclusive"
+    named = [r.suite for r in gating if r.suite in {c.suite for c in counted if c.verdict == worst}]
+    if worst == "fail":
+        return "fail", "failed: " + ", ".join(named)
+    if worst == "inconclusive" and named:
+        return "inconclusive", "not known well enough: " + ", ".join(named)
+    if aims and not any(r.gates for r in aims):
         return "inconclusive", "the spec has targets, but none of them can gate"
+    if targets == "all" and not all(r.gates for r in aims):
+        return "inconclusive", "all targets must improve, but one cannot gate: " + ", ".join(
+            r.suite for r in aims if not r.gates
+        )
+    if targets == "any" and aims and len(counted) < len(gating):
+        return "pass", "all guards passed, and of the targets " + ", ".join(
+            r.suite for r in aims if r.gates and r.verdict == "pass"
+        )
     return "pass", f"all {len(gating)} gating suites passed"
+
+
+def holm_levels(passes: Sequence[Callable[[float], bool]], alpha: float) -> list[float]:
+    """The level that each target is judged at: alpha over how many are still open when its turn comes (Holm 1979).
+
+    `passes[i]` says whether target i passes at a level; what passes at one level passes at every higher one.
+    """
+    levels = [alpha] * len(passes)
+    still_open = list(range(len(passes)))
+    while still_open:
+        level = alpha / len(still_open)
+        shown = [i for i in still_open if passes[i](level)]
+        for i in still_open:
+            levels[i] = level
+        if not shown:
+            break
+        still_open = [i for i in still_open if i not in shown]
+    return levels
+
+
+_ORDER: tuple[Verdict, ...] = ("fail", "inconclusive", "pass")
 
 
 def worst_of(verdicts: Sequence[Verdict]) -> Verdict:
     """fail before inconclusive before pass."""
-    order: tuple[Verdict, ...] = ("fail", "inconclusive", "pass")
-    return min(verdicts, key=order.index)
+    return min(verdicts, key=_ORDER.index)
+
+
+def best_of(verdicts: Sequence[Verdict]) -> Verdict:
+    """pass before inconclusive before fail."""
+    return max(verdicts, key=_ORDER.index)
 
 
 def gain_interval(comparison: Comparison, measure: str) -> tuple[float, float] | None:

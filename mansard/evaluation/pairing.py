@@ -1,12 +1,22 @@
 """Two artifacts' item records on one suite, put side by side."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mansard.errors import StageFailed
 from mansard.evaluation.item_records import Record, measure_of
-from mansard.evaluation.statistics import Comparison, Estimate, compare, describe
+from mansard.evaluation.statistics import (
+    Comparison,
+    Estimate,
+    compare_answers,
+    compare_means,
+    describe_answers,
+    describe_means,
+)
+from mansard.evaluation.suites import Item
 
+TEXT_SHOWN = 160
+"""Characters of an item or an answer that a report shows."""
 _SAME = ("id", "cluster", "bytes", "answer", "options")
 """What belongs to the item and not to the artifact."""
 
@@ -22,13 +32,15 @@ class Bootstrap:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One item's answers before and after. `gain` is in the suite's unit, turned so that more is better."""
+    """One item's answers before and after. `gain` is in the suite's unit, turned so that more is better; `text` is
+    where the item begins (its question's end), empty where the item is not at hand."""
 
     item: str
     cluster: str
     gain: float
     before: str
     after: str
+    text: str
 
 
 def check_paired(suite: str, against: str, before: Sequence[Record], after: Sequence[Record]) -> None:
@@ -46,47 +58,49 @@ def check_paired(suite: str, against: str, before: Sequence[Record], after: Sequ
 def compare_records(before: Sequence[Record], after: Sequence[Record], bootstrap: Bootstrap) -> Comparison:
     """The paired comparison; `before` and `after` hold the same items (`check_paired`)."""
     amount, sizes = _columns(after)
-    return compare(
-        [r[amount] for r in before],
-        [r[amount] for r in after],
-        sizes,
-        [r["cluster"] for r in after],
-        bootstrap.alpha,
-        bootstrap.resamples,
-        bootstrap.seed,
-    )
+    was, now, clusters = [r[amount] for r in before], [r[amount] for r in after], [r["cluster"] for r in after]
+    if amount == "correct" and _is_right_or_wrong([*before, *after]):
+        return compare_answers(was, now, clusters, bootstrap.alpha)
+    return compare_means(was, now, sizes, clusters, bootstrap.alpha, bootstrap.resamples, bootstrap.seed)
 
 
 def describe_records(records: Sequence[Record], bootstrap: Bootstrap) -> Estimate:
     """One artifact's value with its interval."""
     amount, sizes = _columns(records)
-    return describe(
-        [r[amount] for r in records],
-        sizes,
-        [r["cluster"] for r in records],
-        bootstrap.alpha,
-        bootstrap.resamples,
-        bootstrap.seed,
-    )
+    values, clusters = [r[amount] for r in records], [r["cluster"] for r in records]
+    if amount == "correct" and _is_right_or_wrong(records):
+        return describe_answers(values, clusters, bootstrap.alpha)
+    return describe_means(values, sizes, clusters, bootstrap.alpha, bootstrap.resamples, bootstrap.seed)
 
 
-def changes(before: Sequence[Record], after: Sequence[Record]) -> list[Change]:
-    """Every item whose answer changed, the greatest loss first; equal changes by id."""
-    found = [_change(b, a) for b, a in zip(before, after, strict=True)]
+def changes(before: Sequence[Record], after: Sequence[Record], items: Mapping[str, Item]) -> list[Change]:
+    """Every item whose answer changed, the greatest loss first; equal changes by id. `items` are known by their ids."""
+    found = [_change(b, a, items.get(a["id"], {})) for b, a in zip(before, after, strict=True)]
     return sorted((c for c in found if c.gain != 0), key=lambda c: (c.gain, c.item))
 
 
-def _change(before: Record, after: Record) -> Change:
+def _change(before: Record, after: Record, item: Item) -> Change:
     if "bits" in after:
         was, now = before["bits"] / before["bytes"], after["bits"] / after["bytes"]
-        return Change(after["id"], after["cluster"], was - now, f"{was:.3f}", f"{now:.3f}")
+        text = str(item.get("text", ""))[:TEXT_SHOWN]
+        return Change(after["id"], after["cluster"], was - now, f"{was:.3f}", f"{now:.3f}", text)
     gain = float(after["correct"]) - float(before["correct"])
-    return Change(after["id"], after["cluster"], gain, _answer(before), _answer(after))
+    text = str(item.get("context", ""))[-TEXT_SHOWN:]
+    return Change(after["id"], after["cluster"], gain, _answer(before, item), _answer(after, item), text)
 
 
-def _answer(record: Record) -> str:
+def _answer(record: Record, item: Item) -> str:
     right = {0: "wrong", 1: "right"}.get(record["correct"], f"{record['correct']:g}")
-    return f"{right} (choice {record['chosen']})" if "chosen" in record else right
+    if "chosen" not in record:
+        return right
+    if "choices" not in item:
+        return f"{right} (choice {record['chosen']})"
+    return f"{right}: {item['choices'][record['chosen']].strip()[:TEXT_SHOWN]}"
+
+
+def _is_right_or_wrong(records: Sequence[Record]) -> bool:
+    """Built-in tasks may grade answers between 0 and 1; then their mean is what is compared."""
+    return all(r["correct"] in (0, 1) for r in records)
 
 
 def _columns(records: Sequence[Record]) -> tuple[str, list[float]]:

@@ -1,14 +1,14 @@
 """Paired comparison of two artifacts' answers to the same items; pure, numpy only.
 
 A suite's value is a ratio of sums: bits over bytes, or right answers over answers. Items of one source file are not
-independent, so whole files (clusters) are drawn with replacement: a paired cluster bootstrap (Efron and Tibshirani
-1993, chapter 8), with percentile intervals, two-sided at 1 - 2 alpha. Percentile intervals are too narrow where
-clusters are few; below MIN_CLUSTERS none is given.
+independent, so the file is the unit. Bits per byte and graded answers: bootstrap-t over files (bootstrap.py). Right or
+wrong answers: Tango's score interval, with the counts divided by the design effect of the files (score_interval.py).
+Every bound is one-sided at `alpha`, so an interval is two-sided at 1 - 2 alpha.
 
 The smallest detectable effect is (z[1 - alpha] + z[0.8]) * standard error: a true difference of that size is told from
 none with probability 0.8 by a one-sided test at alpha.
 
-The same numbers in any order give the same result: clusters are sorted by name, the generator is seeded, sums use no
+The same numbers in any order give the same result: files are sorted by name, the generator is seeded, sums use no
 BLAS, and results are rounded to 6 decimals.
 """
 
@@ -20,12 +20,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mansard.evaluation.bootstrap import Resampled, resample
+from mansard.evaluation.score_interval import design_effect, tango_interval, wilson_interval
+
 MIN_CLUSTERS = 10
-"""Below ten clusters a resample often leaves out a tenth of the data or more, and percentiles mean nothing."""
+"""Below ten files neither a spread nor a design effect is known well enough for any interval."""
 
 POWER = 0.8
 DECIMALS = 6
-_DRAWS_AT_ONCE = 1 << 21
 
 Floats = NDArray[np.float64]
 
@@ -40,6 +42,16 @@ class Estimate:
 
 
 @dataclass(frozen=True, slots=True)
+class Spread:
+    """What the spec's expectation is compared with. `standard_deviation` is that of the paired difference of a file;
+    `discordance` the share of items that one artifact has right and the other wrong, None for means."""
+
+    standard_deviation: float | None
+    discordance: float | None
+    design_effect: float
+
+
+@dataclass(frozen=True, slots=True)
 class Comparison:
     """Two artifacts on one suite. `effect` is after - before, in the suite's own unit and direction."""
 
@@ -49,19 +61,23 @@ class Comparison:
     after: Estimate
     effect: Estimate
     detectable: float | None
+    spread: Spread | None = None
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def describe(
+def describe_means(
     amounts: Sequence[float], sizes: Sequence[float], clusters: Sequence[str], alpha: float, resamples: int, seed: int
 ) -> Estimate:
     """Sum of `amounts` over sum of `sizes` (one of each per item), with its interval."""
-    return compare(amounts, amounts, sizes, clusters, alpha, resamples, seed).after
+    sums, sums_size = cluster_sums([amounts, sizes], clusters)
+    if len(sums_size) < MIN_CLUSTERS:
+        return Estimate(_rounded(sums.sum() / sums_size.sum()), None, None)
+    return _estimate(resample(sums, sums_size, resamples, seed), alpha)
 
 
-def compare(
+def compare_means(
     before: Sequence[float],
     after: Sequence[float],
     sizes: Sequence[float],
@@ -72,20 +88,49 @@ def compare(
 ) -> Comparison:
     """Paired, item by item: amounts before and after, their common sizes, and the cluster each item belongs to."""
     sums_before, sums_after, sums_size = cluster_sums([before, after, sizes], clusters)
-    value_before = float(sums_before.sum() / sums_size.sum())
-    value_after = float(sums_after.sum() / sums_size.sum())
-    point = (value_before, value_after, value_after - value_before)
+    columns = (sums_before, sums_after, sums_after - sums_before)
     if len(sums_size) < MIN_CLUSTERS:
-        estimates = [Estimate(_rounded(v), None, None) for v in point]
-        return Comparison(len(sizes), len(sums_size), estimates[0], estimates[1], estimates[2], None)
-    drawn_before, drawn_after = resampled_ratios(sums_before, sums_after, sums_size, resamples, seed)
-    drawn = (drawn_before, drawn_after, drawn_after - drawn_before)
-    estimates = [
-        Estimate(_rounded(v), *(_rounded(q) for q in np.quantile(d, [alpha, 1 - alpha])))
-        for v, d in zip(point, drawn, strict=True)
-    ]
-    detectable = _rounded(detectable_effect(float(drawn[2].std(ddof=1)), alpha))
-    return Comparison(len(sizes), len(sums_size), estimates[0], estimates[1], estimates[2], detectable)
+        bare = [Estimate(_rounded(c.sum() / sums_size.sum()), None, None) for c in columns]
+        return Comparison(len(sizes), len(sums_size), bare[0], bare[1], bare[2], None)
+    drawn = [resample(c, sums_size, resamples, seed) for c in columns]
+    estimates = [_estimate(d, alpha) for d in drawn]
+    error = drawn[2].standard_error
+    spread = Spread(_rounded(error * len(sums_size) ** 0.5), None, 1.0)
+    detectable = _rounded(detectable_effect(error, alpha))
+    return Comparison(len(sizes), len(sums_size), *estimates, detectable, spread)
+
+
+def describe_answers(correct: Sequence[float], clusters: Sequence[str], alpha: float) -> Estimate:
+    """The share of right answers (each 0 or 1), with its interval."""
+    sums, counts = cluster_sums([correct, [1.0] * len(correct)], clusters)
+    share = float(sums.sum() / counts.sum())
+    if len(counts) < MIN_CLUSTERS:
+        return Estimate(_rounded(share), None, None)
+    size = len(correct) / float(design_effect(sums, counts, sums.sum()))
+    low, high = wilson_interval(share, size, alpha)
+    return Estimate(_rounded(share), _rounded(low), _rounded(high))
+
+
+def compare_answers(
+    before: Sequence[float], after: Sequence[float], clusters: Sequence[str], alpha: float
+) -> Comparison:
+    """Paired right (1) and wrong (0) answers, and the cluster each item belongs to."""
+    gains = [float(a > b) for b, a in zip(before, after, strict=True)]
+    losses = [float(a < b) for b, a in zip(before, after, strict=True)]
+    sums_gain, sums_loss, counts = cluster_sums([gains, losses, [1.0] * len(gains)], clusters)
+    gained, lost, number = float(sums_gain.sum()), float(sums_loss.sum()), float(counts.sum())
+    effect = Estimate(_rounded((gained - lost) / number), None, None)
+    was, now = (describe_answers(c, clusters, alpha) for c in (before, after))
+    if len(counts) < MIN_CLUSTERS:
+        return Comparison(len(gains), len(counts), was, now, effect, None)
+    inflation = float(design_effect(sums_gain - sums_loss, counts, np.float64(gained + lost)))
+    scaled = [np.array([c / inflation]) for c in (gained, lost, number)]
+    low, high = tango_interval(scaled[0], scaled[1], scaled[2], alpha)
+    effect = Estimate(effect.value, _rounded(low[0]), _rounded(high[0]))
+    # Half an answer added: none seen to change is not the same as none that can.
+    error = float(np.sqrt((gained + lost + 0.5) / (number + 1) * inflation / number))
+    spread = Spread(None, _rounded((gained + lost) / number), _rounded(inflation))
+    return Comparison(len(gains), len(counts), was, now, effect, _rounded(detectable_effect(error, alpha)), spread)
 
 
 def cluster_sums(columns: Sequence[Sequence[float]], clusters: Sequence[str]) -> list[Floats]:
@@ -95,23 +140,18 @@ def cluster_sums(columns: Sequence[Sequence[float]], clusters: Sequence[str]) ->
     return [s.astype(np.float64) for s in sums]
 
 
-def resampled_ratios(before: Floats, after: Floats, sizes: Floats, resamples: int, seed: int) -> tuple[Floats, Floats]:
-    """Both ratios in each resample, from the same drawn clusters; memory is bounded whatever their number."""
-    generator = np.random.default_rng(seed)
-    at_once = max(1, _DRAWS_AT_ONCE // len(sizes))
-    parts: list[tuple[Floats, Floats]] = []
-    for start in range(0, resamples, at_once):
-        drawn = generator.integers(0, len(sizes), size=(min(at_once, resamples - start), len(sizes)))
-        size = sizes[drawn].sum(axis=1)
-        parts.append((before[drawn].sum(axis=1) / size, after[drawn].sum(axis=1) / size))
-    return np.concatenate([b for b, _ in parts]), np.concatenate([a for _, a in parts])
-
-
 def detectable_effect(standard_error: float, alpha: float) -> float:
     """See the formula above."""
     normal = NormalDist()
     return (normal.inv_cdf(1 - alpha) + normal.inv_cdf(POWER)) * standard_error
 
 
-def _rounded(value: float) -> float:
+def _estimate(drawn: Resampled, alpha: float) -> Estimate:
+    interval = drawn.interval(alpha)
+    if interval is None:
+        return Estimate(_rounded(drawn.value), None, None)
+    return Estimate(_rounded(drawn.value), _rounded(interval[0]), _rounded(interval[1]))
+
+
+def _rounded(value: float | np.float64) -> float:
     return round(float(value), DECIMALS) + 0.0  # no negative zero
