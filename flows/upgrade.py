@@ -29,7 +29,8 @@ def upgrade(spec_path: str, site_path: str, as_person: str | None = None, model:
     against = standing(order.site, order.model_name, spec.gate.anchor_version)
     suites = take_suites(order)
     asked = asked_for(order, suites)
-    check_power(order, suites, count_attempts(order.site, order.model_name, tuple(name for name, _ in suites), spec_digest=asked))
+    attempt = count_attempts(order.site, order.model_name, tuple(dict(suites)), spec_digest=asked)
+    check_power(order, suites, attempt)
     key = digest_json({"verb": "upgrade", "asked": asked, "base": version})
     tags = {"mansard_author": order.author, "mansard_base_version": str(version)}
     with recorded(order.site, order.model_name, f"upgrade {spec.name}", key, tags) as work:

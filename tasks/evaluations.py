@@ -129,8 +129,9 @@ def provenance(store: Store, background: Background) -> dict[str, Any]:
     }
     for stage, recipe, snapshot in background.stages:
         if stage == "train":
-            made = [m for m in store.lineage(snapshot) if m["recipe"] == recipe]
-            found |= {"sources": m["spec"]["data"]["sources"] for m in made} | {"train": m["spec"]["train"] for m in made}
+            for made in store.lineage(snapshot):
+                if made["recipe"] == recipe:
+                    found["sources"], found["train"] = made["spec"]["data"]["sources"], made["spec"]["train"]
     return found
 
 
@@ -147,9 +148,9 @@ def look_for_contamination(
         if suite["shared_fraction"] > gate.max_shared_fraction:
             items = ", ".join(i["item"] for i in suite["listed"][:3])
             raise BadInput(
-                f"suite {name}: {suite['num_shared']} of {suite['num_items']} items share 13 words in a row with training "
-                f"text ({items} ...), gate.max_shared_fraction allows {gate.max_shared_fraction:g}; take that text out "
-                "of the training files, or other items"
+                f"suite {name}: {suite['num_shared']} of {suite['num_items']} items share 13 words in a row with "
+                f"training text ({items} ...), gate.max_shared_fraction allows {gate.max_shared_fraction:g}; "
+                "take that text out of the training files, or take other items"
             )
     return made
 

@@ -10,7 +10,6 @@ from mansard.release.journal import Journal
 from mansard.site import Site
 from tasks import policy
 
-
 BASELINE = "baseline"
 """The verdict that compares nothing: no try at a promotion over another version."""
 

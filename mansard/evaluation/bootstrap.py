@@ -1,8 +1,8 @@
 """Bootstrap-t intervals of a ratio of sums, with whole source files resampled; pure, numpy only.
 
 The value is the sum of amounts over the sum of sizes. Each resample's deviation is divided by its own standard error
-(Efron and Tibshirani 1993, chapter 12), so that few and skewed files do not make the interval too narrow, as percentiles
-of the plain resamples do: those missed by 9 to 10 % on a side at a level of 5 % with 30 to 60 skewed files
+(Efron and Tibshirani 1993, chapter 12), so that few and skewed files do not make the interval too narrow, as
+percentiles of the plain resamples do: those missed by 9 to 10 % on a side at a level of 5 % with 30 to 60 skewed files
 (`make bench-gate` prints what this one does).
 """
 
@@ -71,5 +71,5 @@ def deviations(shift: Floats, sum_of_squares: Floats, size: Floats, number: int)
     """Each resample's deviation from the value in its own standard errors; infinite where it has none."""
     error = np.sqrt(number / (number - 1) * np.maximum(sum_of_squares, 0.0)) / size
     is_flat = error <= _NOISE * np.abs(shift)
-    result: Floats = np.where(is_flat, np.sign(shift) * np.inf, shift / np.where(is_flat, 1.0, error))
+    result: Floats = np.where(is_flat, np.copysign(np.inf, shift), shift / np.where(is_flat, 1.0, error))
     return np.where(shift == 0, 0.0, result)

@@ -9,7 +9,7 @@ built-in tasks are not in the store and so not looked at.
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -55,7 +55,8 @@ class Index:
     def __init__(self, suites: Mapping[str, Sequence[Item]]) -> None:
         self._suites = suites
         self._numbers: dict[str, int] = {}
-        self._factors = np.random.default_rng(0).integers(1, 1 << 63, NGRAM_WORDS, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+        drawn = np.random.default_rng(0).integers(1, 1 << 63, NGRAM_WORDS, dtype=np.uint64)
+        self._factors = drawn * np.uint64(2) + np.uint64(1)  # odd: no bit is lost
         keys = [self._keys(self._learn(text_of(item))) for items in suites.values() for item in items]
         self._wanted: Keys = np.unique(np.concatenate(keys)) if keys else np.zeros(0, np.uint64)
 
@@ -129,10 +130,7 @@ def as_json(found: Mapping[str, Found]) -> dict[str, Any]:
                 "num_items": f.num_items,
                 "num_shared": len(f.shared),
                 "shared_fraction": round(f.shared_fraction, 6),
-                "listed": [
-                    {"item": s.item, "file": s.cluster, "fraction": s.fraction, "sources": list(s.sources), "passage": s.passage}
-                    for s in f.shared[:ITEMS_LISTED]
-                ],
+                "listed": [{**asdict(s), "sources": list(s.sources)} for s in f.shared[:ITEMS_LISTED]],
             }
             for name, f in found.items()
         },

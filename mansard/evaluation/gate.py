@@ -82,29 +82,25 @@ def decide(
     gating = [r for r in rulings if r.gates]
     if not gating:
         return "inconclusive", "no suite gates, so nothing is shown"
-    roles = {e.suite: e.role for e in evidence}
-    aims = [r for r in rulings if roles[r.suite] == "target"]
-    counted = [r for r in gating if roles[r.suite] == "guard"]
-    if targets == "all" or not any(r.gates for r in aims):
-        counted += [r for r in aims if r.gates]
-    else:
-        best = best_of([r.verdict for r in aims if r.gates])
-        counted += [r for r in aims if r.gates and r.verdict == best]
-    worst = worst_of([r.verdict for r in counted]) if counted else "inconclusive"
-    named = [r.suite for r in gating if r.suite in {c.suite for c in counted if c.verdict == worst}]
+    aims = [r for r, e in zip(rulings, evidence, strict=True) if e.role == "target"]
+    counted = [r for r, e in zip(rulings, evidence, strict=True) if r.gates and e.role != "target"]
+    aiming = [r for r in aims if r.gates]
+    best = best_of([r.verdict for r in aiming]) if aiming else "inconclusive"
+    counted += aiming if targets == "all" else [r for r in aiming if r.verdict == best]
+    worst = worst_of([r.verdict for r in counted])
+    named = ", ".join(r.suite for r in counted if r.verdict == worst)
     if worst == "fail":
-        return "fail", "failed: " + ", ".join(named)
-    if worst == "inconclusive" and named:
-        return "inconclusive", "not known well enough: " + ", ".join(named)
-    if aims and not any(r.gates for r in aims):
+        return "fail", f"failed: {named}"
+    if worst == "inconclusive":
+        return "inconclusive", f"not known well enough: {named}"
+    if aims and not aiming:
         return "inconclusive", "the spec has targets, but none of them can gate"
-    if targets == "all" and not all(r.gates for r in aims):
-        return "inconclusive", "all targets must improve, but one cannot gate: " + ", ".join(
-            r.suite for r in aims if not r.gates
-        )
-    if targets == "any" and aims and len(counted) < len(gating):
-        return "pass", "all guards passed, and of the targets " + ", ".join(
-            r.suite for r in aims if r.gates and r.verdict == "pass"
+    if targets == "all" and len(aiming) < len(aims):
+        mute = ", ".join(r.suite for r in aims if not r.gates)
+        return "inconclusive", f"all targets must improve, but not every one can gate: {mute}"
+    if len(counted) < len(gating):
+        return "pass", "every guard passed, and of the targets " + ", ".join(
+            r.suite for r in aiming if r.verdict == best
         )
     return "pass", f"all {len(gating)} gating suites passed"
 

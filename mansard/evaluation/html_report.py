@@ -44,11 +44,12 @@ def render_html(judgement: Judgement, chart: bytes) -> str:
     parts = [
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Verdict: {judgement.verdict}</title>',
         f"<style>{STYLE}</style></head><body>",
-        f'<h1>Verdict: <span style="color:{_color(judgement.verdict)}">{judgement.verdict}</span></h1><p>{escape(told)}</p>',
+        f'<h1>Verdict: <span style="color:{_color(judgement.verdict)}">{judgement.verdict}</span></h1>',
+        f"<p>{escape(told)}</p>",
         "<ul>" + "".join(f"<li>{_bold(headline(s))}</li>" for s in judgement.suites) + "</ul>",
         *[f'<p class="note">{escape(n)}</p>' for n in notes],
         f"<p>{escape(attempts_text(judgement))}</p>",
-        f'<img alt="Each suite before and after, and the change with its interval" src="data:image/png;base64,{picture}">',
+        f'<img alt="Each suite before and after, and the change" src="data:image/png;base64,{picture}">',
         *[_section(s) for s in judgement.suites],
         *_background(judgement),
         "</body></html>\n",
@@ -75,7 +76,8 @@ def interval_svg(result: SuiteResult) -> str:
     if evidence.role != "report" and bound:
         dashed = f'<line x1="{at(bound)}" x2="{at(bound)}" y1="10" y2="50" stroke="#cf222e" stroke-dasharray="5 3"/>'
         marks.append(dashed + _label(at(bound), 80, f"margin {change_text(sign * bound, evidence.measure)}"))
-    bar = f'<line x1="{at(ends[0])}" x2="{at(ends[1])}" y1="30" y2="30" stroke="{color}" stroke-width="7" opacity=".45"/>'
+    stroke = f'stroke="{color}" stroke-width="7" opacity=".45"'
+    bar = f'<line x1="{at(ends[0])}" x2="{at(ends[1])}" y1="30" y2="30" {stroke}/>'
     dot = f'<circle cx="{at(sign * effect.value)}" cy="30" r="6" fill="{color}"/>'
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" role="img">{"".join(marks)}{bar}{dot}</svg>'
 

@@ -2,7 +2,7 @@
 
 Inputs: candidate.SUITE for every suite; baseline.SUITE and anchor.SUITE where there is a version in service; and, where
 they are at hand, for the report only, suite.SUITE (the items), cost and contamination. Spec: {"gate": specs.Gate,
-"suites": [specs.Suite] in the gate's order, "attempts": {"number": k}, "provenance": {...} (free facts for the report)}.
+"suites": [specs.Suite] in the gate's order, "attempts": {"number": k}, "provenance": {...} (facts for the report)}.
 Makes verdict.json (canonical JSON), report.md, report.html and chart.png. Attempt k is judged at 6 alpha / (pi^2 k^2).
 Without any baseline record the verdict is `baseline`.
 """

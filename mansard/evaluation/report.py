@@ -311,7 +311,7 @@ def background_rows(background: Background) -> list[tuple[str, list[list[str]]]]
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())
+    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
 
 
 def _inputs(judgement: Judgement) -> str:

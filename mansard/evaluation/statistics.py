@@ -93,11 +93,11 @@ def compare_means(
         bare = [Estimate(_rounded(c.sum() / sums_size.sum()), None, None) for c in columns]
         return Comparison(len(sizes), len(sums_size), bare[0], bare[1], bare[2], None)
     drawn = [resample(c, sums_size, resamples, seed) for c in columns]
-    estimates = [_estimate(d, alpha) for d in drawn]
+    was, now, effect = (_estimate(d, alpha) for d in drawn)
     error = drawn[2].standard_error
     spread = Spread(_rounded(error * len(sums_size) ** 0.5), None, 1.0)
     detectable = _rounded(detectable_effect(error, alpha))
-    return Comparison(len(sizes), len(sums_size), *estimates, detectable, spread)
+    return Comparison(len(sizes), len(sums_size), was, now, effect, detectable, spread)
 
 
 def describe_answers(correct: Sequence[float], clusters: Sequence[str], alpha: float) -> Estimate:
@@ -106,7 +106,7 @@ def describe_answers(correct: Sequence[float], clusters: Sequence[str], alpha: f
     share = float(sums.sum() / counts.sum())
     if len(counts) < MIN_CLUSTERS:
         return Estimate(_rounded(share), None, None)
-    size = len(correct) / float(design_effect(sums, counts, sums.sum()))
+    size = len(correct) / float(design_effect(sums, counts, np.asarray(sums.sum())))
     low, high = wilson_interval(share, size, alpha)
     return Estimate(_rounded(share), _rounded(low), _rounded(high))
 
@@ -123,7 +123,7 @@ def compare_answers(
     was, now = (describe_answers(c, clusters, alpha) for c in (before, after))
     if len(counts) < MIN_CLUSTERS:
         return Comparison(len(gains), len(counts), was, now, effect, None)
-    inflation = float(design_effect(sums_gain - sums_loss, counts, np.float64(gained + lost)))
+    inflation = float(design_effect(sums_gain - sums_loss, counts, np.asarray(gained + lost)))
     scaled = [np.array([c / inflation]) for c in (gained, lost, number)]
     low, high = tango_interval(scaled[0], scaled[1], scaled[2], alpha)
     effect = Estimate(effect.value, _rounded(low[0]), _rounded(high[0]))

@@ -6,10 +6,12 @@ import pytest
 import yaml
 
 from mansard.errors import BadInput, NotAllowed
+from mansard.evaluation.suites import take_suite
 from mansard.release import keys
 from mansard.site import load_site
 from mansard.specs import UpgradeSpec
-from tasks.intake import asked_for, check_data_file, read_order
+from mansard.store import Store
+from tasks.intake import asked_for, check_data_file, check_power, read_order
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -126,3 +128,20 @@ def test_a_suite_without_items_is_refused(folder: Path) -> None:
     (folder / ".mansard/data/corpus/code-bits.jsonl").write_text("\n")
     with pytest.raises(BadInput, match="no items"):
         read(folder)
+
+
+def test_a_suite_that_could_not_see_its_margin_is_refused_before_training(folder: Path) -> None:
+    def checked(files: int, attempt: int) -> None:
+        lines = [f'{{"id": "{n}", "file": "{n}.py", "text": "x = 1"}}' for n in range(files)]
+        (folder / ".mansard/data/corpus/docstrings-bits.jsonl").write_text("\n".join(lines) + "\n")
+        order = read(folder)
+        store = Store(order.site.store)
+        check_power(order, tuple((s.name, take_suite(store, s, order.site.data)) for s in order.suites), attempt)
+
+    checked(120, attempt=1)
+    checked(120, attempt=10)
+    checked(60, attempt=1)
+    with pytest.raises(BadInput, match="docstrings-bits: with 30 source files"):
+        checked(30, attempt=1)
+    with pytest.raises(BadInput, match="docstrings-bits: with 60 source files"):
+        checked(60, attempt=5)

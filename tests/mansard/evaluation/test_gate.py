@@ -1,10 +1,13 @@
 """The gate's truth table, and the laws that hold whatever the numbers."""
 
+from dataclasses import replace
+from typing import Literal
+
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from mansard.evaluation.gate import Evidence, Role, Verdict, decide, rule
+from mansard.evaluation.gate import Evidence, Role, Verdict, best_of, decide, holm_levels, rule
 from mansard.evaluation.statistics import Comparison, Estimate
 
 ORDER: list[Verdict] = ["fail", "inconclusive", "pass"]
@@ -25,7 +28,7 @@ def evidence(
     before: float = 2.0,
 ) -> Evidence:
     against = comparison(*interval, before=before)
-    return Evidence("s", measure, role, margin, 0.25, against, comparison(*(anchor or interval), before=before))
+    return Evidence("s", measure, role, margin, 0.25, against, comparison(*(anchor or interval), before=before), 0.05)
 
 
 @pytest.mark.parametrize(
@@ -74,12 +77,12 @@ def test_guard_must_hold_against_the_anchor_too() -> None:
 
 def test_guard_without_anchor_records_is_inconclusive() -> None:
     known = evidence("guard", (0.0, 0.01), 0.02)
-    unknown = Evidence("s", known.measure, "guard", 0.02, 0.25, known.baseline, None)
+    unknown = Evidence("s", known.measure, "guard", 0.02, 0.25, known.baseline, None, 0.05)
     assert rule(unknown).verdict == "inconclusive"
 
 
 def test_suite_without_baseline_records_is_inconclusive() -> None:
-    ruling = rule(Evidence("s", "bits_per_byte", "guard", 0.02, 0.25, None, None))
+    ruling = rule(Evidence("s", "bits_per_byte", "guard", 0.02, 0.25, None, None, 0.05))
     assert ruling.gates and ruling.verdict == "inconclusive"
 
 
@@ -108,6 +111,48 @@ def test_targets_that_cannot_gate_leave_the_verdict_open() -> None:
         "inconclusive",
         "the spec has targets, but none of them can gate",
     )
+
+
+def named(name: str, one: Evidence) -> Evidence:
+    return replace(one, suite=name)
+
+
+def decided(rows: list[Evidence], targets: Literal["all", "any"]) -> str:
+    return decide([rule(e) for e in rows], rows, targets)[0]
+
+
+def test_all_targets_or_any_as_the_spec_says() -> None:
+    good, bad = named("good", evidence("target", (-0.3, -0.1))), named("bad", evidence("target", (0.1, 0.3)))
+    open_ = named("open", evidence("target", (-0.1, 0.1)))
+    guard = named("guard", evidence("guard", (-0.01, 0.01), 0.02))
+    assert [decided([good, bad, guard], t) for t in ("all", "any")] == ["fail", "pass"]
+    assert [decided([good, open_, guard], t) for t in ("all", "any")] == ["inconclusive", "pass"]
+    assert [decided([bad, open_, guard], t) for t in ("all", "any")] == ["fail", "inconclusive"]
+    assert [decided([bad, guard], t) for t in ("all", "any")] == ["fail", "fail"]
+
+
+def test_a_good_target_never_excuses_a_guard() -> None:
+    good, guard = named("good", evidence("target", (-0.3, -0.1))), named("guard", evidence("guard", (0.03, 0.05), 0.02))
+    assert [decided([good, guard], t) for t in ("all", "any")] == ["fail", "fail"]
+
+
+def test_all_targets_means_also_those_that_cannot_gate() -> None:
+    near_chance = named("near", evidence("target", (0.1, 0.2), 0.0, "accuracy", before=0.26))
+    good = named("good", evidence("target", (-0.3, -0.1)))
+    guard = named("guard", evidence("guard", (-0.01, 0.01), 0.02))
+    assert [decided([good, near_chance, guard], t) for t in ("all", "any")] == ["inconclusive", "pass"]
+
+
+@given(st.lists(st.floats(0.0001, 1), min_size=1, max_size=6), st.floats(0.001, 0.2))
+def test_holm_passes_the_targets_that_the_step_down_over_p_values_passes(values: list[float], alpha: float) -> None:
+    levels = holm_levels([lambda level, p=p: p <= level for p in values], alpha)  # type: ignore[misc]
+    passed = {i for i, p in enumerate(values) if p <= levels[i]}
+    wanted: set[int] = set()
+    for step, i in enumerate(sorted(range(len(values)), key=values.__getitem__)):
+        if values[i] > alpha / (len(values) - step):
+            break
+        wanted.add(i)
+    assert passed == wanted
 
 
 effects = st.floats(-1, 1)
@@ -151,10 +196,16 @@ def test_a_larger_margin_helps_guards_and_hinders_targets(
 def test_overall_verdict_is_the_worst_and_order_does_not_matter(
     rows: list[tuple[Role, float, float, float]], random: object
 ) -> None:
-    found = [evidence(role, (min(a, b), max(a, b)), margin) for role, a, b, margin in rows]
+    found = [
+        named(str(i), evidence(role, (min(a, b), max(a, b)), margin)) for i, (role, a, b, margin) in enumerate(rows)
+    ]
     rulings = [rule(e) for e in found]
     verdict = decide(rulings, found)[0]
     assert ORDER.index(verdict) == min(ORDER.index(r.verdict) for r in rulings)
     shuffled = list(found)
     random.shuffle(shuffled)  # type: ignore[attr-defined]
     assert decide([rule(e) for e in shuffled], shuffled)[0] == verdict
+    for_any = decide(rulings, found, "any")[0]
+    parts = {r: [x.verdict for x, e in zip(rulings, found, strict=True) if e.role == r] for r in ("guard", "target")}
+    best = [best_of(parts["target"])] if parts["target"] else []
+    assert ORDER.index(for_any) == min(ORDER.index(v) for v in [*parts["guard"], *best])

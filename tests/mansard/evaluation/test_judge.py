@@ -2,6 +2,8 @@
 
 import io
 import json
+import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +23,7 @@ SUITES = [
     {"format": 1, "name": "docs-bits", "kind": "bits_per_byte", "items": "b.jsonl"},
     {"format": 1, "name": "next-line", "kind": "multiple_choice", "items": "c.jsonl"},
 ]
+FILES = ("verdict.json", "report.md", "report.html", "chart.png")
 GATE = {
     "resamples": 500,
     "suites": [
@@ -67,9 +70,9 @@ def artifact(store: Store, who: str, code: float, docs: float, right: int, engin
 def judged(store: Store, inputs: Mapping[str, str]) -> tuple[dict[str, Any], str, bytes]:
     spec = {"gate": GATE, "suites": SUITES, "attempts": {"number": 2}}
     snapshot = run(Context(store, inputs, spec))  # type: ignore[arg-type]
-    files = {name: store.read_file(snapshot, name) for name in ("verdict.json", "report.md", "chart.png")}
+    files = {name: store.read_file(snapshot, name) for name in FILES}
     verdict = json.loads(files["verdict.json"])
-    assert verdict["files"] == {n: digest_bytes(files[n]) for n in ("report.md", "chart.png")}
+    assert verdict["files"] == {n: digest_bytes(files[n]) for n in FILES[1:]}
     return verdict, files["report.md"].decode(), files["chart.png"]
 
 
@@ -82,7 +85,8 @@ def test_gain_without_harm_passes(store: Store) -> None:
     verdict, report, chart = judged(store, against(store, artifact(store, "candidate", -0.3, 0.001, 20)))
     assert verdict["verdict"] == "pass"
     assert [s["verdict"] for s in verdict["suites"]] == ["pass", "pass", "reported"]
-    assert verdict["suites"][0]["baseline"]["effect"]["value"] < 0 and verdict["alpha_spent"] == 0.05
+    assert verdict["suites"][0]["baseline"]["effect"]["value"] < 0
+    assert verdict["alpha_spent"] == pytest.approx(6 * 0.05 / (math.pi**2 * 2**2))
     assert report.startswith("# Verdict: pass\n") and "Attempt 2" in report
     assert matplotlib.image.imread(io.BytesIO(chart)).shape[1] > 1000
 
@@ -136,6 +140,74 @@ def test_missing_anchor_records_are_no_pass(store: Store) -> None:
     inputs = against(store, artifact(store, "candidate", -0.3, 0.0, 20))
     inputs = {k: v for k, v in inputs.items() if not k.startswith("anchor.")}
     assert judged(store, inputs)[0]["verdict"] == "inconclusive"
+
+
+def test_a_later_attempt_needs_more(store: Store) -> None:
+    """The same answers: what the first attempt shows at 3 %, the fifth does not at 0.1 %."""
+    noisy = [bits_record(f"i{n}", f"file{n % 20}", -(200 + n % 7 - 1.3 + 2 * (-1) ** n), 100) for n in range(60)]
+    inputs = against(store, artifact(store, "candidate", -0.3, 0.001, 20))
+    inputs["candidate.code-bits"] = take(store, "code-bits", noisy)
+    verdicts = []
+    for number in (1, 5):
+        spec = {"gate": GATE, "suites": SUITES, "attempts": {"number": number}}
+        made = run(Context(store, inputs, spec))  # type: ignore[arg-type]
+        verdicts.append(json.loads(store.read_file(made, "verdict.json"))["verdict"])
+    assert verdicts == ["pass", "inconclusive"]
+
+
+def test_targets_share_alpha_and_guards_do_not(store: Store) -> None:
+    gate = {**GATE, "suites": [*GATE["suites"][:1], {"suite": "b.yaml", "role": "target"}, GATE["suites"][2]]}
+    inputs = against(store, artifact(store, "candidate", -0.3, 0.5, 20))
+    spec = {"gate": gate, "suites": SUITES, "attempts": {"number": 1}}
+    verdict = json.loads(store.read_file(run(Context(store, inputs, spec)), "verdict.json"))  # type: ignore[arg-type]
+    levels = [round(s["level"] / verdict["alpha_spent"], 6) for s in verdict["suites"]]
+    assert levels == [0.5, 1.0, 1.0]  # the first passed at a half, so the second was judged at the whole
+    assert [s["verdict"] for s in verdict["suites"]] == ["pass", "fail", "reported"]
+
+
+def test_report_tells_items_cost_contamination_mixture_and_lineage(store: Store) -> None:
+    items = [{"id": f"i{n}", "file": f"file{n % 20}", "text": f"<b>text {n}</b> | more"} for n in range(60)]
+    shared = {"num_items": 60, "num_shared": 1, "shared_fraction": 0.0167, "listed": []}
+    found = {"suites": {"docs-bits": shared}}
+    cost = {"candidate": {"memory_mb": 5.0}, "baseline": {"memory_mb": 4.0}, "ratio": {"memory_mb": 1.25}}
+    inputs = {
+        **against(store, artifact(store, "candidate", -0.3, 0.5, 20)),
+        "suite.docs-bits": store.put_files({"items.jsonl": b"".join(json.dumps(i).encode() + b"\n" for i in items)}),
+        "cost": store.put_files({"cost.json": json.dumps(cost).encode()}),
+        "contamination": store.put_files({"contamination.json": json.dumps(found).encode()}),
+    }
+    provenance = {
+        "base_version": 4,
+        "stages": [["train", "ab" * 32, "cd" * 32]],
+        "sources": [{"name": "code", "weight": 1.0, "is_domain": True, "train": "code.jsonl"}],
+    }
+    spec = {"gate": GATE, "suites": SUITES, "attempts": {"number": 3}, "provenance": provenance}
+    made = run(Context(store, inputs, spec))  # type: ignore[arg-type]
+    page = store.read_file(made, "report.html").decode()
+    report = store.read_file(made, "report.md").decode()
+    for told in (report, page):
+        for words in ("Attempt 3", "1.25", "code.jsonl", "built on version 4", "abababababab", "1 (1.7 %)"):
+            assert words in told
+    assert "&lt;b>text 0&lt;/b> \\| more" in report and "&lt;b&gt;text 0&lt;/b&gt; | more" in page
+    assert len(re.findall(r"^\| i\d", report, re.MULTILINE)) == 20  # code only better, docs only worse: ten of each
+
+
+def test_html_report_needs_nothing_from_elsewhere(store: Store) -> None:
+    inputs = against(store, artifact(store, "candidate", -0.3, 0.001, 20))
+    made = run(Context(store, inputs, {"gate": GATE, "suites": SUITES, "attempts": {"number": 1}}))  # type: ignore[arg-type]
+    page = store.read_file(made, "report.html").decode()
+    assert "<script" not in page and "<link" not in page and "http" not in page and "url(" not in page
+    assert page.index("Verdict: ") < page.index("code-bits") < page.index("<h2>")
+    assert page.count("<svg") == 3 and page.count('src="data:image/png;base64,') == page.count("src=") == 1
+
+
+def test_a_guard_that_spread_wider_than_expected_is_noted(store: Store) -> None:
+    wide = [bits_record(f"i{n}", f"file{n % 20}", -(200 + n % 7 + 30 * (-1) ** (n % 20)), 100) for n in range(60)]
+    inputs = against(store, artifact(store, "candidate", -0.3, 0.001, 20))
+    inputs["candidate.docs-bits"] = take(store, "docs-bits", wide)
+    verdict, report, _ = judged(store, inputs)
+    assert "docs-bits: the answers spread wider" in report and verdict["verdict"] == "inconclusive"
+    assert verdict["suites"][1]["baseline"]["spread"]["standard_deviation"] > 0.05
 
 
 def test_records_of_different_engines_are_noted(store: Store) -> None:
