@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -35,6 +36,7 @@ def review(args: argparse.Namespace) -> int:
         "verdict": verdict,
         "cost": cost,
         "report": str(evidence / "report.md"),
+        "page": _page(evidence),
         "chart": str(evidence / "chart.png"),
         "decisions": [{"kind": e.kind, "who": e.who, "at": e.at, "why": e.why} for e in decisions],
     }
@@ -62,13 +64,33 @@ def _show(facts: dict[str, Any], registration: Registration) -> None:
     out.print(table)
     if facts["cost"] is not None:
         out.print(_cost_table(facts["cost"]))
+    for line in _asides(facts["verdict"]):
+        out.print(line, soft_wrap=True)
     for decision in facts["decisions"]:
         out.print(f"{decision['kind']} by {decision['who']} at {decision['at']}: {decision['why']}", soft_wrap=True)
-    out.print(f"report: {facts['report']}\nchart:  {facts['chart']}", soft_wrap=True)
+    page = facts["page"] or facts["report"]
+    out.print(f"report: {page}\nchart:  {facts['chart']}", soft_wrap=True)
     if registration.verdict in ("pass", "baseline"):
         out.print(f'next: mansard approve {facts["version"]} --as NAME --reason "..."', soft_wrap=True)
     else:
         out.print("next: mend the upgrade; a version that did not pass cannot be approved")
+
+
+def _page(evidence: Path) -> str | None:
+    """The one-page report; records from before there was one have none."""
+    page = evidence / "report.html"
+    return str(page) if page.exists() else None
+
+
+def _asides(verdict: dict[str, Any]) -> list[str]:
+    """Reason, attempt, and what suites share with training text."""
+    number = verdict["attempts"].get("number", 1)
+    lines = [f"why: {verdict['reason']}", f"attempt {number}, judged at {verdict['alpha_spent']:.4g} one-sided"]
+    for name, found in (verdict.get("contamination") or {}).items():
+        if found["num_shared"]:
+            shared = f"{found['num_shared']} of {found['num_items']} items"
+            lines.append(f"{name}: {shared} share 13 words in a row with training text")
+    return lines
 
 
 def _row(suite: dict[str, Any]) -> list[str]:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mansard.errors import BadInput, Corrupt
+from mansard.errors import Corrupt
+from mansard.evaluation.contamination import check_shared
 from mansard.launch import Request
 from mansard.records import Derivation, Registration, SnapshotId
 from mansard.site import Site
@@ -31,8 +32,8 @@ class Subject:
 
 
 SuiteSnapshots = tuple[tuple[str, SnapshotId], ...]
-TOLD = ("cost", "contamination")
-"""Stages whose results the report shows."""
+TOLD = ("contamination",)
+"""Stages whose results the report shows. Cost is a measurement: a repeat would be another verdict record."""
 UNTOLD = ("judge", "cost")
 """Stages that the lineage in the report leaves out: a measurement and the verdict itself."""
 
@@ -143,15 +144,7 @@ def look_for_contamination(
     inputs = {f"suite.{name}": s for name, s in suites} | {f"data.{source.name}.train": source.train for source in data}
     asked = Asked(Request("contamination", inputs, {}), "contamination", frozenset(inputs))
     made = derive_one(work, asked)
-    found = json.loads(work.store.read_file(made.snapshot, "contamination.json"))["suites"]
-    for name, suite in found.items():
-        if suite["shared_fraction"] > gate.max_shared_fraction:
-            items = ", ".join(i["item"] for i in suite["listed"][:3])
-            raise BadInput(
-                f"suite {name}: {suite['num_shared']} of {suite['num_items']} items share 13 words in a row with "
-                f"training text ({items} ...), gate.max_shared_fraction allows {gate.max_shared_fraction:g}; "
-                "take that text out of the training files, or take other items"
-            )
+    check_shared(json.loads(work.store.read_file(made.snapshot, "contamination.json")), gate.max_shared_fraction)
     return made
 
 

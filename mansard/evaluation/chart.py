@@ -8,8 +8,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from mansard.evaluation.gate import HIGHER_IS_BETTER
-from mansard.evaluation.report import Judgement, SuiteResult, level_text, outcome_of, unit_of
+from mansard.evaluation.judgement import Judgement, SuiteResult, outcome_of
 from mansard.evaluation.statistics import Estimate
+from mansard.evaluation.wording import level_text, unit_of
 
 INK, PALE, BEFORE, AFTER = "#24292f", "#d0d7de", "#8c959f", "#0969da"
 OUTCOMES = {"pass": "#1a7f37", "fail": "#cf222e", "inconclusive": "#9a6700", "reported": "#6e7781"}

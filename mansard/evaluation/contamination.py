@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mansard.errors import BadInput
 from mansard.evaluation.suites import Item
 
 NGRAM_WORDS = 13
@@ -118,6 +119,18 @@ def texts_of(data: bytes) -> Iterator[str]:
     for line in data.split(b"\n"):
         if line.strip():
             yield str(json.loads(line)["text"])
+
+
+def check_shared(found: Mapping[str, Any], max_fraction: float) -> None:
+    """BadInput for the first suite of contamination.json with more shared items than `max_fraction` of all."""
+    for name, suite in found["suites"].items():
+        if suite["shared_fraction"] > max_fraction:
+            items = ", ".join(i["item"] for i in suite["listed"][:3])
+            raise BadInput(
+                f"suite {name}: {suite['num_shared']} of {suite['num_items']} items share {NGRAM_WORDS} words in a row "
+                f"with training text (most: {items}), gate.max_shared_fraction allows {max_fraction:g}; take that text "
+                "out of the training files, or take other items"
+            )
 
 
 def as_json(found: Mapping[str, Found]) -> dict[str, Any]:

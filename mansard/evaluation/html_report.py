@@ -4,14 +4,15 @@ Every word from outside (items, answers, file names) is escaped. The same result
 """
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
+from typing import Any
 
 from mansard.evaluation.gate import HIGHER_IS_BETTER
+from mansard.evaluation.judgement import Judgement, SuiteResult, outcome_of
 from mansard.evaluation.pairing import Change
-from mansard.evaluation.report import (
-    Judgement,
-    SuiteResult,
+from mansard.evaluation.wording import (
+    COST_ELSEWHERE,
     attempts_text,
     background_rows,
     change_text,
@@ -19,7 +20,6 @@ from mansard.evaluation.report import (
     comparison_texts,
     headline,
     most_changed,
-    outcome_of,
     ruling_text,
     surprises,
     unit_of,
@@ -55,6 +55,13 @@ def render_html(judgement: Judgement, chart: bytes) -> str:
         "</body></html>\n",
     ]
     return "\n".join(parts)
+
+
+def html_with_cost(page: str, cost: Mapping[str, Any]) -> str:
+    """The same page with cost.json in its place."""
+    columns = [c for c in ("baseline", "candidate", "ratio") if c in cost]
+    rows = [[k, *(f"{cost[c][k]:,.2f}" if k in cost[c] else "-" for c in columns)] for k in cost["candidate"]]
+    return page.replace(f"<p>{escape(COST_ELSEWHERE)}</p>", _table([["figure", *columns], *rows]))
 
 
 def interval_svg(result: SuiteResult) -> str:
@@ -109,13 +116,8 @@ def _changes(which: str, changed: Sequence[Change]) -> str:
 
 
 def _background(judgement: Judgement) -> list[str]:
-    background, parts = judgement.background, []
-    if background.cost is not None:
-        cost = background.cost
-        columns = [c for c in ("baseline", "candidate", "ratio") if c in cost]
-        rows = [[k, *(f"{cost[c][k]:,.2f}" if k in cost[c] else "-" for c in columns)] for k in cost["candidate"]]
-        parts.append("<h2>Cost</h2>" + _table([["figure", *columns], *rows]))
-    parts += [f"<h2>{escape(title)}</h2>{_table(rows)}" for title, rows in background_rows(background)]
+    parts = [f"<h2>Cost</h2><p>{escape(COST_ELSEWHERE)}</p>"]
+    parts += [f"<h2>{escape(title)}</h2>{_table(rows)}" for title, rows in background_rows(judgement.background)]
     names = [r.evidence.suite for r in judgement.suites]
     who = [w for w, suites in judgement.inputs.items() if suites]
     rows = [[n, *(judgement.inputs[w].get(n, "-")[:12] for w in who)] for n in names]

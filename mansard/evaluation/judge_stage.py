@@ -1,13 +1,14 @@
 """Stage `judge`: from item records to a verdict record and a report.
 
 Inputs: candidate.SUITE for every suite; baseline.SUITE and anchor.SUITE where there is a version in service; and, where
-they are at hand, for the report only, suite.SUITE (the items), cost and contamination. Spec: {"gate": specs.Gate,
+they are at hand, for the report only, suite.SUITE (the items) and contamination. Spec: {"gate": specs.Gate,
 "suites": [specs.Suite] in the gate's order, "attempts": {"number": k}, "provenance": {...} (facts for the report)}.
 Makes verdict.json (canonical JSON), report.md, report.html and chart.png. Attempt k is judged at 6 alpha / (pi^2 k^2).
 Without any baseline record the verdict is `baseline`.
 """
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -17,9 +18,10 @@ from mansard.digest import digest_bytes
 from mansard.errors import StageFailed
 from mansard.evaluation.gate import Evidence, Ruling, decide, holm_levels, rule
 from mansard.evaluation.item_records import Record, chance_of, measure_of, parse_lines
+from mansard.evaluation.judgement import Background, Judgement, SuiteResult, outcome_of
 from mansard.evaluation.pairing import Bootstrap, changes, check_paired, compare_records, describe_records
 from mansard.evaluation.power import alpha_of_attempt, plan_guard
-from mansard.evaluation.report import Background, Judgement, SuiteResult, outcome_of, render
+from mansard.evaluation.report import render
 from mansard.evaluation.statistics import Comparison
 from mansard.evaluation.suites import Item, parse_items
 from mansard.records import SnapshotId
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 
 CODE_VERSION = 2
 PACKAGES = ("numpy", "matplotlib")
+RESAMPLES_BEYOND = 20
+"""A bound at a late attempt's level needs some resamples beyond it, whatever the spec asks for."""
 ARTIFACTS = ("candidate", "baseline", "anchor")
 
 RecordsOf = dict[str, list[Record] | None]
@@ -69,7 +73,7 @@ def judge(
     answered: list[RecordsOf] = [{w: records[w].get(s.name) for w in ARTIFACTS} for s in suites]
     levels = _levels(gate, suites, answered, alpha)
     results = [
-        _judge_suite(role, suite, of, Bootstrap(level, gate.resamples, gate.seed), has_baseline, background)
+        _judge_suite(role, suite, of, _bootstrap(gate, level), has_baseline, background)
         for role, suite, of, level in zip(gate.suites, suites, answered, levels, strict=True)
     ]
     verdict, reason = decide([r.ruling for r in results], [r.evidence for r in results], gate.targets)
@@ -104,19 +108,23 @@ def _levels(gate: Gate, suites: list[Suite], answered: list[RecordsOf], alpha: f
 
     def passes_of(role: SuiteRole, suite: Suite, of: RecordsOf) -> Callable[[float], bool]:
         def passes(level: float) -> bool:
-            return _ruled(role, suite, of, Bootstrap(level, gate.resamples, gate.seed)).verdict == "pass"
+            return _ruled(role, suite, of, _bootstrap(gate, level)).verdict == "pass"
 
         return passes
 
     targets = [
         i
         for i, (role, suite, of) in enumerate(zip(gate.suites, suites, answered, strict=True))
-        if role.role == "target" and _ruled(role, suite, of, Bootstrap(alpha, gate.resamples, gate.seed)).gates
+        if role.role == "target" and _ruled(role, suite, of, _bootstrap(gate, alpha)).gates
     ]
     found = holm_levels([passes_of(gate.suites[i], suites[i], answered[i]) for i in targets], alpha)
     for place, level in zip(targets, found, strict=True):
         levels[place] = level
     return levels
+
+
+def _bootstrap(gate: Gate, level: float) -> Bootstrap:
+    return Bootstrap(level, max(gate.resamples, math.ceil(RESAMPLES_BEYOND / level)), gate.seed)
 
 
 def _ruled(role: SuiteRole, suite: Suite, records: RecordsOf, bootstrap: Bootstrap) -> Ruling:
@@ -201,7 +209,6 @@ def _background(context: "StageContext", suites: list[Suite]) -> Background:
     """What a reader should know although it decides nothing."""
     return Background(
         items={s.name: _items(context, f"suite.{s.name}") for s in suites},
-        cost=_read(context, "cost"),
         contamination=_read(context, "contamination"),
         provenance=dict(context.spec.get("provenance", {})),
         notes=_notes(context),

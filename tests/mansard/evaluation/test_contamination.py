@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mansard.evaluation.contamination import NGRAM_WORDS, Index, text_of, words_of
+from mansard.errors import BadInput
+from mansard.evaluation.contamination import NGRAM_WORDS, Index, check_shared, text_of, words_of
 from mansard.evaluation.contamination_stage import run
 from mansard.store import Store
 
@@ -78,6 +79,9 @@ def test_stage_counts_and_lists_by_suite_with_the_source(store: Store) -> None:
     inputs = {"suite.bits": suite, "data.code.train": training("clean"), "data.docs.train": training(texts[3][:80])}
     found = json.loads(store.read_file(run(Context(store, inputs)), "contamination.json"))["suites"]["bits"]  # type: ignore[arg-type]
     assert (found["num_items"], found["num_shared"], found["shared_fraction"]) == (5, 1, 0.2)
+    check_shared({"suites": {"bits": found}}, 0.2)
+    with pytest.raises(BadInput, match=r"suite bits: 1 of 5 items share 13 words in a row .*i3.*max_shared_fraction"):
+        check_shared({"suites": {"bits": found}}, 0.1)
     listed = found["listed"][0]
     assert (listed["item"], listed["sources"]) == ("i3", ["docs"])
     assert listed["fraction"] == pytest.approx(28 / 48, abs=0.001) and listed["passage"] == texts[3][:25]

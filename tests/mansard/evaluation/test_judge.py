@@ -14,8 +14,10 @@ import pytest
 
 from mansard.digest import digest_bytes
 from mansard.errors import StageFailed
+from mansard.evaluation.html_report import html_with_cost
 from mansard.evaluation.item_records import Record, bits_record, choice_record, summary_of, to_lines
 from mansard.evaluation.judge_stage import run
+from mansard.evaluation.report import with_cost
 from mansard.store import Store
 
 SUITES = [
@@ -165,15 +167,13 @@ def test_targets_share_alpha_and_guards_do_not(store: Store) -> None:
     assert [s["verdict"] for s in verdict["suites"]] == ["pass", "fail", "reported"]
 
 
-def test_report_tells_items_cost_contamination_mixture_and_lineage(store: Store) -> None:
+def test_report_tells_items_contamination_mixture_and_lineage(store: Store) -> None:
     items = [{"id": f"i{n}", "file": f"file{n % 20}", "text": f"<b>text {n}</b> | more"} for n in range(60)]
     shared = {"num_items": 60, "num_shared": 1, "shared_fraction": 0.0167, "listed": []}
     found = {"suites": {"docs-bits": shared}}
-    cost = {"candidate": {"memory_mb": 5.0}, "baseline": {"memory_mb": 4.0}, "ratio": {"memory_mb": 1.25}}
     inputs = {
         **against(store, artifact(store, "candidate", -0.3, 0.5, 20)),
         "suite.docs-bits": store.put_files({"items.jsonl": b"".join(json.dumps(i).encode() + b"\n" for i in items)}),
-        "cost": store.put_files({"cost.json": json.dumps(cost).encode()}),
         "contamination": store.put_files({"contamination.json": json.dumps(found).encode()}),
     }
     provenance = {
@@ -186,10 +186,20 @@ def test_report_tells_items_cost_contamination_mixture_and_lineage(store: Store)
     page = store.read_file(made, "report.html").decode()
     report = store.read_file(made, "report.md").decode()
     for told in (report, page):
-        for words in ("Attempt 3", "1.25", "code.jsonl", "built on version 4", "abababababab", "1 (1.7 %)"):
+        for words in ("Attempt 3", "code.jsonl", "built on version 4", "abababababab", "1 (1.7 %)"):
             assert words in told
     assert "&lt;b>text 0&lt;/b> \\| more" in report and "&lt;b&gt;text 0&lt;/b&gt; | more" in page
     assert len(re.findall(r"^\| i\d", report, re.MULTILINE)) == 20  # code only better, docs only worse: ten of each
+
+
+def test_cost_is_measured_beside_the_record_and_takes_its_place_in_the_reports(store: Store) -> None:
+    inputs = against(store, artifact(store, "candidate", -0.3, 0.5, 20))
+    made = run(Context(store, inputs, {"gate": GATE, "suites": SUITES, "attempts": {"number": 1}}))  # type: ignore[arg-type]
+    report, page = (store.read_file(made, f"report.{kind}").decode() for kind in ("md", "html"))
+    cost = {"candidate": {"memory_mb": 5.0}, "baseline": {"memory_mb": 4.0}, "ratio": {"memory_mb": 1.25}}
+    assert "| memory_mb | 4.00 | 5.00 | 1.25 |" in with_cost(report, cost)
+    assert "<td>memory_mb</td><td>4.00</td><td>5.00</td><td>1.25</td>" in html_with_cost(page, cost)
+    assert "mansard review" in report and "mansard review" not in with_cost(report, cost) + html_with_cost(page, cost)
 
 
 def test_html_report_needs_nothing_from_elsewhere(store: Store) -> None:

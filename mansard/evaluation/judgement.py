@@ -1,0 +1,57 @@
+"""A judgement: what the gate said of each suite, and what a reader wants to see beside it. Plain records."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mansard.evaluation.gate import Evidence, Ruling, Verdict
+from mansard.evaluation.pairing import Change
+from mansard.evaluation.power import Plan
+from mansard.evaluation.statistics import Estimate
+from mansard.evaluation.suites import Item
+from mansard.specs import SuiteRole
+
+
+@dataclass(frozen=True, slots=True)
+class Background:
+    """What a reader wants beside the figures: items by suite and id, contamination.json, notes, and where the
+    candidate came from (`provenance`: base_version, sources, train, stages). Cost is a measurement: see report.py."""
+
+    items: Mapping[str, Mapping[str, Item]]
+    contamination: dict[str, Any] | None
+    provenance: Mapping[str, Any]
+    notes: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class SuiteResult:
+    """All that is known of one suite. `changes` are against the baseline, the greatest loss first; `plan` is the power
+    that `expected` promised a guard with these items."""
+
+    evidence: Evidence
+    ruling: Ruling
+    after: Estimate
+    num_items: int
+    num_clusters: int
+    expected: SuiteRole
+    plan: Plan
+    changes: Sequence[Change]
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """The verdict and what it rests on. `alpha` is the one-sided level that this attempt spent of `budget`."""
+
+    verdict: Verdict
+    reason: str
+    budget: float
+    alpha: float
+    attempts: Mapping[str, Any]
+    suites: Sequence[SuiteResult]
+    inputs: Mapping[str, Mapping[str, str]]
+    background: Background
+
+
+def outcome_of(result: SuiteResult) -> str:
+    """The word in the verdict column."""
+    return result.ruling.verdict if result.ruling.gates or result.ruling.verdict == "baseline" else "reported"
