@@ -91,9 +91,11 @@ class Data(Part):
 
 
 class LearningRates(Part):
-    """Peak rates per group. `base` above 0 unfreezes the base; then nothing is called frozen."""
+    """Peak rates per group. `base` above 0 unfreezes the base; then nothing is called frozen. `post_norms` are those of
+    Gemma's new blocks, which start at a scale of 0; without it they take ten times `new_blocks`."""
 
     new_blocks: Annotated[float, Field(ge=0)]
+    post_norms: Annotated[float, Field(gt=0)] | None = None
     base: Annotated[float, Field(ge=0)] = 0.0
 
 

@@ -1,78 +1,24 @@
 """Expansion: Pro blocks inserted into a model's manifest. No tensor is read, only headers and small files.
 
-`plan` is pure; `apply` renames the base's tensors, repeats the digests of the copied blocks, puts zeros where the
-family's blocks reach the residual stream, and writes config.json, the index and `mansard_expansion.json`. That the
-result computes the base's function is proved by a stage of its own (`prove`).
+`plan` is pure; `apply` renames the base's tensors, repeats the digests of the copied blocks, puts the family's silent
+values where its blocks reach the residual stream, and writes config.json, the index and `mansard_expansion.json`. That
+the result computes the base's function is proved by a stage of its own (`prove`).
 """
 
-import json
-import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
-from mansard.canonical import canonical_json
 from mansard.errors import BadInput
-from mansard.models.families import Config, Family, check_tensor_names, depth_of, family_of, rebuilt_config
+from mansard.models.checkpoint import check_once, check_tensors
+from mansard.models.constants import Constants
+from mansard.models.families import Config, Family, depth_of, family_of
+from mansard.models.model_files import model_config, pretty_json, rebuilt_index, weight_files
+from mansard.models.rebuilding import rebuilt_config
+from mansard.models.storeys import EXPANSION_FILE, Expansion, NewBlock, Storey, read_expansion
 from mansard.records import SnapshotId
 from mansard.safetensors_header import compose_header, header_metadata, header_prefix
 from mansard.snapshot import CONFIG_FILE, INDEX_FILE, Blob, Manifest, TensorFile, check_weight_files, read_json_object
 from mansard.specs import Expand
 from mansard.store import Store
-
-EXPANSION_FILE = "mansard_expansion.json"
-
-
-@dataclass(frozen=True, slots=True)
-class NewBlock:
-    """A Pro block: its index in the expansion and the index, in the base, of the block it copies."""
-
-    index: int
-    source: int
-
-
-@dataclass(frozen=True, slots=True)
-class Storey:
-    """The Pro blocks of one upgrade, on a base of `depth_before` blocks. Each `index` is the present model's."""
-
-    depth_before: int
-    new_blocks: tuple[NewBlock, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Expansion:
-    """`mansard_expansion.json`: the storeys of a model, oldest first. The newest one is what an upgrade trains."""
-
-    depth: int
-    storeys: tuple[Storey, ...]
-
-    @property
-    def new_blocks(self) -> tuple[NewBlock, ...]:
-        return self.storeys[-1].new_blocks
-
-    def to_bytes(self) -> bytes:
-        new_blocks = [asdict(b) for b in self.new_blocks]
-        return canonical_json({"format": 1, **asdict(self), "new_blocks": new_blocks})
-
-    @staticmethod
-    def from_bytes(data: bytes, where: str) -> "Expansion":
-        tree = read_json_object(data, where)
-        if tree.get("format") != 1:
-            raise BadInput(f"{where}: format {tree.get('format')!r}; this Mansard reads format 1: use a newer one")
-        try:
-            depth = _count(tree["depth"])
-            storeys = tuple(
-                Storey(
-                    _count(s["depth_before"]),
-                    tuple(NewBlock(_count(b["index"], depth), _count(b["source"])) for b in s["new_blocks"]),
-                )
-                for s in tree["storeys"]
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise BadInput(f"{where}: not what an expansion writes ({error!r:.80}); remove it") from error
-        if not storeys:
-            raise BadInput(f"{where}: no storeys in it; remove it")
-        return Expansion(depth, storeys)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +29,6 @@ class ExpansionPlan:
     depth_before: int
     sources: tuple[int, ...]
     new_blocks: tuple[NewBlock, ...]
-    zeroed: tuple[str, ...]
 
     @property
     def depth(self) -> int:
@@ -124,7 +69,7 @@ def plan(config: Config, expand: Expand) -> ExpansionPlan:
         if block in copied:
             new_blocks.append(NewBlock(len(sources), block))
             sources.append(block)
-    return ExpansionPlan(family, depth, tuple(sources), tuple(new_blocks), family.zeroed(config))
+    return ExpansionPlan(family, depth, tuple(sources), tuple(new_blocks))
 
 
 def apply(store: Store, base: SnapshotId, plan: ExpansionPlan) -> SnapshotId:
@@ -133,49 +78,24 @@ def apply(store: Store, base: SnapshotId, plan: ExpansionPlan) -> SnapshotId:
     config = model_config(store, base)
     assert depth_of(config) == plan.depth_before, "the plan is of another model"
     index = store.read_file(base, INDEX_FILE) if INDEX_FILE in manifest.files else None
-    weights = _weight_files(manifest)
+    weights = weight_files(manifest)
+    entries = {path: file.entries(path) for path, file in weights.items()}
+    check_once(entries)
     check_weight_files({p: list(f.tensors) for p, f in weights.items()}, index, f"snapshot {base}")
-    check_tensor_names(plan.family, config, [name for file in weights.values() for name in file.tensors])
-    zeros = _Zeros(store)
-    expanded = {path: _expand_file(file, plan, zeros) for path, file in weights.items()}
+    check_tensors(plan.family, config, {e.name: e for found in entries.values() for e in found})
+    constants = Constants(store)
+    expanded = {path: _expand_file(file, plan, constants) for path, file in weights.items()}
     small = {
-        CONFIG_FILE: _pretty(rebuilt_config(plan.family, config, plan.sources)),
+        CONFIG_FILE: pretty_json(rebuilt_config(plan.family, config, plan.sources)),
         EXPANSION_FILE: _expansion(store, base, manifest, plan).to_bytes(),
     }
     if index is not None:
-        small[INDEX_FILE] = _pretty(_rebuilt_index(read_json_object(index, INDEX_FILE), expanded))
+        small[INDEX_FILE] = pretty_json(rebuilt_index(read_json_object(index, INDEX_FILE), expanded))
     blobs = {path: Blob(store.put_bytes(data), len(data)) for path, data in small.items()}
     return store.put_manifest(Manifest({**manifest.files, **expanded, **blobs}))
 
 
-def model_config(store: Store, model: SnapshotId) -> dict[str, Any]:
-    """config.json of a snapshot."""
-    return read_json_object(store.read_file(model, CONFIG_FILE), f"snapshot {model}: {CONFIG_FILE}")
-
-
-def read_expansion(store: Store, model: SnapshotId) -> Expansion:
-    """The storeys of a model; BadInput where it has none."""
-    return Expansion.from_bytes(store.read_file(model, EXPANSION_FILE), f"snapshot {model}: {EXPANSION_FILE}")
-
-
-class _Zeros:
-    """Objects of zeros by size; a plan needs few sizes many times."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._digests: dict[int, str] = {}
-
-    def of(self, size_bytes: int) -> str:
-        if size_bytes not in self._digests:
-            self._digests[size_bytes] = self._store.put_zeros(size_bytes)
-        return self._digests[size_bytes]
-
-
-def _weight_files(manifest: Manifest) -> dict[str, TensorFile]:
-    return {p: f for p, f in manifest.files.items() if isinstance(f, TensorFile) and "/" not in p}
-
-
-def _expand_file(file: TensorFile, plan: ExpansionPlan, zeros: _Zeros) -> TensorFile:
+def _expand_file(file: TensorFile, plan: ExpansionPlan, constants: Constants) -> TensorFile:
     """The file with its blocks renamed and the copies of its blocks' tensors beside their sources."""
     copies = {b.source: b.index for b in plan.new_blocks}
     renames = plan.renames
@@ -192,28 +112,13 @@ def _expand_file(file: TensorFile, plan: ExpansionPlan, zeros: _Zeros) -> Tensor
         shapes[moved], digests[moved] = (entry.dtype, entry.shape), digest
         if block in copies:
             copy = plan.family.block_tensor(copies[block], name)
+            value = plan.family.silent_value(name)
             shapes[copy] = (entry.dtype, entry.shape)
-            digests[copy] = zeros.of(entry.size_bytes) if name in plan.zeroed else digest
+            digests[copy] = digest if value is None else constants.of(value, entry)
     if digests == dict(file.tensors):
         return file
     text, entries = compose_header(header_metadata(file.header), shapes)
     return TensorFile(text, digests, len(header_prefix(text)) + sum(e.size_bytes for e in entries))
-
-
-def _rebuilt_index(index: dict[str, Any], files: Mapping[str, TensorFile]) -> dict[str, Any]:
-    """The index with every tensor's file, and the totals where the old one has them."""
-    entries = {path: file.entries() for path, file in files.items()}
-    metadata = index.get("metadata") or {}
-    if not isinstance(metadata, dict):
-        raise BadInput(f"{INDEX_FILE}: metadata: {metadata!r:.80}; a mapping is expected")
-    metadata = dict(metadata)
-    every = [e for found in entries.values() for e in found]
-    if "total_size" in metadata:
-        metadata["total_size"] = sum(e.size_bytes for e in every)
-    if "total_parameters" in metadata:
-        metadata["total_parameters"] = sum(math.prod(e.shape) for e in every)
-    names = {e.name: path for path, found in entries.items() for e in found}
-    return {**index, "metadata": metadata, "weight_map": dict(sorted(names.items()))}
 
 
 def _expansion(store: Store, base: SnapshotId, manifest: Manifest, plan: ExpansionPlan) -> Expansion:
@@ -227,18 +132,7 @@ def _expansion(store: Store, base: SnapshotId, manifest: Manifest, plan: Expansi
                 f"{plan.depth_before}; remove {EXPANSION_FILE} where the model was changed by hand"
             )
         below = tuple(
-            Storey(s.depth_before, tuple(NewBlock(plan.renames[b.index], b.source) for b in s.new_blocks))
+            replace(s, new_blocks=tuple(NewBlock(plan.renames[b.index], b.source) for b in s.new_blocks))
             for s in earlier.storeys
         )
     return Expansion(plan.depth, (*below, Storey(plan.depth_before, plan.new_blocks)))
-
-
-def _count(value: object, below: int = 1 << 31) -> int:
-    if type(value) is not int or not 0 <= value < below:
-        raise ValueError(f"{value!r} is no number from 0 to {below - 1}")
-    return value
-
-
-def _pretty(tree: dict[str, Any]) -> bytes:
-    """JSON as transformers writes it, in the order of the keys that were there."""
-    return (json.dumps(tree, indent=2, ensure_ascii=False) + "\n").encode()

@@ -2,14 +2,15 @@
 
 from typing import TYPE_CHECKING
 
-from mansard.models.expand import apply, model_config, plan
+from mansard.models.expand import apply, plan
+from mansard.models.model_files import model_config
 from mansard.records import SnapshotId
 from mansard.specs import Expand
 
 if TYPE_CHECKING:
     from mansard.worker import StageContext
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 PACKAGES = ()
 
 

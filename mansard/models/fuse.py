@@ -5,9 +5,10 @@ shares every object that training left alone with its base. `mansard_expansion.j
 storey knows the ones below; loaders do not look at it.
 """
 
+from dataclasses import replace
+
 from mansard.errors import BadInput
-from mansard.models.expand import model_config, read_expansion
-from mansard.models.families import family_of
+from mansard.models.storeys import EXPANSION_FILE, Expansion, newest_tensors, read_expansion
 from mansard.records import SnapshotId
 from mansard.safetensors_header import TensorEntry
 from mansard.snapshot import Blob, Manifest, TensorFile
@@ -25,7 +26,8 @@ def fuse(store: Store, expansion: SnapshotId, trained: SnapshotId) -> SnapshotId
     manifest = store.manifest(expansion)
     new = _trained_file(store, trained)
     entries = {e.name: e for e in new.entries(TRAINED_FILE)}
-    for name in _required(store, expansion):
+    newest = newest_tensors(store, expansion)
+    for name in newest:
         if name not in entries:
             raise BadInput(f"{TRAINED_FILE}: tensor {name!r} of a new block is missing; fuse what that training made")
     files: dict[str, Blob | TensorFile] = dict(manifest.files)
@@ -42,7 +44,16 @@ def fuse(store: Store, expansion: SnapshotId, trained: SnapshotId) -> SnapshotId
         files[path] = TensorFile(file.header, tensors, file.size_bytes)
     if entries.keys() - placed:
         raise BadInput(f"{TRAINED_FILE}: tensor {min(entries.keys() - placed)!r} is not in snapshot {expansion}")
+    if entries.keys() - set(newest):
+        told = _with_trained_base(read_expansion(store, expansion)).to_bytes()
+        files[EXPANSION_FILE] = Blob(store.put_bytes(told), len(told))
     return store.put_manifest(Manifest(files))
+
+
+def _with_trained_base(expansion: Expansion) -> Expansion:
+    """The newest storey was trained together with tensors below it, so it cannot be taken away alone."""
+    newest = replace(expansion.storeys[-1], has_trained_base=True)
+    return replace(expansion, storeys=(*expansion.storeys[:-1], newest))
 
 
 def _trained_file(store: Store, trained: SnapshotId) -> TensorFile:
@@ -50,14 +61,6 @@ def _trained_file(store: Store, trained: SnapshotId) -> TensorFile:
     if not isinstance(file, TensorFile):
         raise BadInput(f"snapshot {trained}: no {TRAINED_FILE} in it; the snapshot of a training is expected")
     return file
-
-
-def _required(store: Store, expansion: SnapshotId) -> list[str]:
-    """The tensors of the newest storey."""
-    config = model_config(store, expansion)
-    family = family_of(config)
-    names = family.block_tensors(config)
-    return [family.block_tensor(b.index, n) for b in read_expansion(store, expansion).new_blocks for n in names]
 
 
 def _check_same_kind(old: TensorEntry, new: TensorEntry) -> None:

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from mansard.errors import BadInput
+from mansard.snapshot import CONFIG_FILE, read_json_object
 
 Attention = Literal["eager", "sdpa"]
 
@@ -22,18 +23,19 @@ def choose_device() -> torch.device:
 
 
 def load_model(
-    path: Path, dtype: torch.dtype | None, attention: Attention = "sdpa", device: torch.device | None = None
+    path: Path, dtype: torch.dtype | None, attention: Attention | None = None, device: torch.device | None = None
 ) -> PreTrainedModel:
     """The causal language model at `path`, in eval mode, on `device` (default: the CPU).
 
-    `dtype` None keeps the type that the checkpoint's config names. Raises BadInput when the directory is not a model
-    that transformers knows, or when tensors are missing, left over or of another shape.
+    `attention` None takes what computes the model's function (`attention_of`); `dtype` None keeps the type that the
+    checkpoint's config names. Raises BadInput when the directory is not a model that transformers knows, or when
+    tensors are missing, left over or of another shape.
     """
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
             str(path),
             dtype="auto" if dtype is None else dtype,
-            attn_implementation=attention,
+            attn_implementation=attention or attention_of(path),
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
@@ -48,6 +50,13 @@ def load_model(
             raise BadInput(f"{path}: {len(found[what])} {kind} tensors, e.g. {names}; config and weights must agree")
     model.eval()
     return model if device is None else model.to(device)
+
+
+def attention_of(path: Path) -> Attention:
+    """sdpa, or eager where the scores are capped (Gemma-2): torch's attention leaves the cap out without a word, and
+    vLLM, which serves the model, does not."""
+    config = read_json_object((path / CONFIG_FILE).read_bytes(), str(path / CONFIG_FILE))
+    return "sdpa" if config.get("attn_logit_softcapping") is None else "eager"
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:

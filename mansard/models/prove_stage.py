@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mansard.canonical import canonical_json
-from mansard.errors import StageFailed
+from mansard.errors import BadInput, StageFailed
 from mansard.models.freeze import compare, digest_tensors
 from mansard.models.loading import choose_device, load_model
 from mansard.models.probe import Answers, answers, are_bit_equal, forward_logits, max_abs_difference, random_probe
@@ -22,7 +22,7 @@ from mansard.records import SnapshotId
 if TYPE_CHECKING:
     from mansard.worker import StageContext
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 PACKAGES = ("torch", "transformers", "safetensors")
 
 PROBE_SEQUENCES = 2
@@ -68,6 +68,14 @@ def _prove(context: "StageContext", base: Path, expansion: Path, saved: Path) ->
     return types, probe_BT
 
 
+def check_finite(model: torch.nn.Module) -> None:
+    """BadInput, naming the first, where a tensor of the base holds NaN or infinity."""
+    broken = [name for name, tensor in model.named_parameters() if not tensor.isfinite().all()]
+    if broken:
+        more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
+        raise BadInput(f"the base's tensor {broken[0]!r}{more} holds NaN or infinity; finite numbers are expected")
+
+
 def compare_answers(base: Answers, expansion: Answers) -> None:
     """StageFailed, naming what differs, the type and the largest difference, unless all bytes are equal."""
     dtype = _name(base.logits_BTV.dtype)
@@ -107,6 +115,7 @@ def check_reload(path: Path, saved: Path, probe_BT: torch.Tensor) -> None:
 def _ask(path: Path, tokens: int, seed: int) -> tuple[Answers, torch.Tensor]:
     """Answers, in the checkpoint's type, to a fresh probe that fits its vocabulary and its longest context."""
     model = load_model(path, None, device=choose_device())
+    check_finite(model)
     longest = int(model.config.max_position_embeddings) - GENERATED_TOKENS
     probe_BT = random_probe(int(model.config.vocab_size), PROBE_SEQUENCES, min(tokens, longest), seed)
     return answers(model, probe_BT, GENERATED_TOKENS), probe_BT

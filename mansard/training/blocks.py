@@ -3,19 +3,24 @@
 New tensors are named exactly, by the family's adapter, never by a substring that an original block shares.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
 from mansard.errors import BadInput, StageFailed
-from mansard.models.expand import NewBlock, model_config, read_expansion
-from mansard.models.families import family_of
+from mansard.models.families import Slot, depth_of, family_of
 from mansard.models.freeze import compare, digest_tensors, freeze_except
+from mansard.models.model_files import model_config
+from mansard.models.storeys import NewBlock, newest_tensors
 from mansard.records import SnapshotId
 from mansard.specs import Data, LearningRates, Train
 from mansard.store import Store
 from mansard.training.memory import expected_bytes
 from mansard.training.optimizer import Group
+
+POST_NORM_FACTOR = 10.0
+"""Rate of Gemma's post-norms over that of their blocks. A scale starts at 0 and must reach the order of 1, while
+weights start where the copied block has them; and bf16 near -1 resolves 0.004, which 2e-4 would need many steps for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,24 +39,47 @@ class Frozen:
             )
 
 
-def new_tensor_names(store: Store, expansion: SnapshotId) -> frozenset[str]:
-    """The checkpoint's names of every tensor of the newest storey."""
+@dataclass(frozen=True, slots=True)
+class Names:
+    """The checkpoint's tensors: where transformers holds each, which are the newest storey's, and which of those are
+    post-norms that start at a scale of 0."""
+
+    slots: Mapping[str, Slot]
+    new: frozenset[str]
+    post_norms: frozenset[str]
+
+    def parameters(self, names: Set[str]) -> list[str]:
+        """The parameters that hold these tensors."""
+        return sorted({self.slots[name].parameter for name in names})
+
+
+def checkpoint_names(store: Store, expansion: SnapshotId) -> Names:
     config = model_config(store, expansion)
     family = family_of(config)
-    names = family.block_tensors(config)
-    return frozenset(
-        family.block_tensor(b.index, n) for b in read_expansion(store, expansion).new_blocks for n in names
-    )
+    blocks = range(depth_of(config))
+    every = [*family.outer_tensors(config)]
+    every += [family.block_tensor(b, n) for b in blocks for n in family.block_tensors(config, b)]
+    new = frozenset(newest_tensors(store, expansion))
+    places = {name: family.split(name) for name in new}
+    post_norms = {n for n, place in places.items() if place and family.silent_value(place[1]) not in (None, 0.0)}
+    return Names({name: family.slot(name) for name in every}, new, frozenset(post_norms))
 
 
-def train_only(model: Any, new_names: frozenset[str], rates: LearningRates) -> tuple[list[Group], Frozen]:  # noqa: ANN401
+def train_only(model: Any, names: Names, rates: LearningRates) -> tuple[list[Group], Frozen]:  # noqa: ANN401
     """Freeze all but the groups with a rate above 0; returns the groups and the digests of what is frozen."""
     if rates.new_blocks == 0.0:
         raise BadInput("train.learning_rates.new_blocks is 0, so no storey would be trained; set it above 0")
+    if rates.post_norms is not None and not names.post_norms:
+        raise BadInput("train.learning_rates.post_norms: this family's new blocks have none; remove the key")
     parameters = dict(model.named_parameters())
-    groups = [Group("new_blocks", rates.new_blocks, {n: parameters[n] for n in sorted(new_names)})]
+    new, post_norms = names.parameters(names.new), names.parameters(names.post_norms)
+    blocks = {n: parameters[n] for n in new if n not in post_norms}
+    groups = [Group("new_blocks", rates.new_blocks, blocks)]
+    if post_norms:
+        rate = rates.post_norms or POST_NORM_FACTOR * rates.new_blocks
+        groups.append(Group("post_norms", rate, {n: parameters[n] for n in post_norms}))
     if rates.base > 0.0:
-        groups.append(Group("base", rates.base, {n: p for n, p in parameters.items() if n not in new_names}))
+        groups.append(Group("base", rates.base, {n: p for n, p in parameters.items() if n not in new}))
     frozen = freeze_except(model, {name for group in groups for name in group.parameters})
     # With a base that trains, buffers alone would be left, and a frozen base is not to be claimed of them.
     return groups, Frozen({} if rates.base > 0.0 else digest_tensors(model, frozen))

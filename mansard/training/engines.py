@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from mansard.training.data import Batch
 from mansard.training.optimizer import Group, MasterAdamW
-from mansard.training.packing import IGNORED, mask_of
+from mansard.training.packing import IGNORED, masks_of
 
 CPU_THREADS = 1
 """Fixed, because sums over another number of threads round differently and resumed runs must end bit-identical. One,
@@ -60,7 +60,7 @@ class LocalEngine:
         return Loss(sum(float(nats) for nats, _ in sums), sum(labels for _, labels in sums))
 
     def trained(self) -> dict[str, torch.Tensor]:
-        """The float32 masters under checkpoint names."""
+        """The float32 masters under the names of the parameters."""
         return {name: master.detach() for name, master in self._optimizer.masters.items()}
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -82,7 +82,7 @@ class LocalEngine:
         logits_BTV = self._model(
             input_ids=batch.tokens_BT.to(device),
             position_ids=positions_BT,
-            attention_mask=mask_of(positions_BT, dtype),
+            attention_mask=masks_of(self._model.config, positions_BT, dtype),
             use_cache=False,
         ).logits
         labels_BT = batch.labels_BT.to(device)

@@ -15,7 +15,7 @@ from torch import nn
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Parameters by checkpoint name that share a peak rate."""
+    """Parameters, by their names in the model, that share a peak rate."""
 
     name: str
     peak_rate: float

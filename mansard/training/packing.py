@@ -50,23 +50,42 @@ def labels_of(tokens_BT: torch.Tensor, positions_BT: torch.Tensor) -> torch.Tens
     return labels_BT
 
 
-def mask_of(positions_BT: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """[B, 1, T, T], added to the attention scores: 0 inside a segment's past, minus infinity elsewhere."""
+def masks_of(
+    config: Any,  # noqa: ANN401 - a transformers config
+    positions_BT: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor | dict[str, torch.Tensor]:
+    """What the model takes as attention mask: one mask, or one for each kind of layer where it lists kinds."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return mask_of(positions_BT, dtype, window)
+    masks = {"full_attention": mask_of(positions_BT, dtype)}
+    if "sliding_attention" in kinds:
+        masks["sliding_attention"] = mask_of(positions_BT, dtype, window)
+    return masks
+
+
+def mask_of(positions_BT: torch.Tensor, dtype: torch.dtype, window: int | None = None) -> torch.Tensor:
+    """[B, 1, T, T], added to the attention scores: 0 inside a segment's past (the last `window` tokens of it, the
+    present one included), minus infinity elsewhere."""
     segments_BT = (positions_BT == 0).cumsum(-1)
     length = positions_BT.shape[1]
     causal_TT = torch.ones(length, length, dtype=torch.bool, device=positions_BT.device).tril()
+    if window is not None:
+        causal_TT = causal_TT.triu(1 - window)
     allowed_BTT = (segments_BT[:, :, None] == segments_BT[:, None, :]) & causal_TT
     zeros = torch.zeros(allowed_BTT.shape, dtype=dtype, device=positions_BT.device)
     return zeros.masked_fill_(~allowed_BTT, float("-inf"))[:, None]
 
 
 def check_fits(config: Any, row_tokens: int, highest_token: int) -> None:  # noqa: ANN401 - a transformers config
-    """BadInput where rows are longer than the model's context or its sliding window (one mask serves all layers), or
-    where the tokenizer knows more tokens than the model."""
-    for name in ("max_position_embeddings", "sliding_window"):
-        longest = getattr(config, name, None)
-        if longest is not None and longest < row_tokens:
-            raise BadInput(f"data.sequence_tokens {row_tokens} is longer than the model's {name} of {longest}")
+    """BadInput where rows are longer than the model's context, or the tokenizer knows more tokens than the model."""
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and longest < row_tokens:
+        raise BadInput(
+            f"data.sequence_tokens {row_tokens} is longer than the model's max_position_embeddings of {longest}"
+        )
     if highest_token >= config.vocab_size:
         raise BadInput(
             f"the tokenizer gives token {highest_token}, the model's vocabulary has {config.vocab_size}; "

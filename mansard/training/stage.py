@@ -18,12 +18,13 @@ from safetensors.torch import save_file
 
 from mansard.canonical import canonical_json
 from mansard.errors import BadInput
-from mansard.models.expand import read_expansion
 from mansard.models.loading import choose_device, load_model, load_tokenizer
 from mansard.models.probe import forward_logits
+from mansard.models.slots import view
+from mansard.models.storeys import read_expansion
 from mansard.records import SnapshotId
 from mansard.specs import Data, Train
-from mansard.training.blocks import announcement, new_tensor_names, train_only
+from mansard.training.blocks import Names, announcement, checkpoint_names, train_only
 from mansard.training.data import Mixture, Packed, pack_texts, read_texts, require_rows
 from mansard.training.engines import CPU_THREADS, LocalEngine
 from mansard.training.loop import Plan, run_loop
@@ -51,13 +52,13 @@ def run(context: "StageContext") -> SnapshotId:
     plan = Plan.of(train, data.sequence_tokens)
     with context.store.using(context.inputs["expansion"]) as expansion:
         blocks = read_expansion(context.store, context.inputs["expansion"]).new_blocks
-        new_names = new_tensor_names(context.store, context.inputs["expansion"])
+        names = checkpoint_names(context.store, context.inputs["expansion"])
         mixture, held_out = read_mixture(context, data, train, load_tokenizer(expansion))
         fractions = achieved_fractions(mixture, data, plan.schedule.steps)
         model = load_model(expansion, DTYPES[train.precision], device=choose_device())
         highest = max(int(packed.tokens_RT.max()) for packed in (*mixture.sources, *held_out))
         check_fits(model.config, data.sequence_tokens, highest)
-        groups, frozen = train_only(model, new_names, train.learning_rates)
+        groups, frozen = train_only(model, names, train.learning_rates)
         text = announcement(model, blocks, groups, data, train)
         print(f"train: {text}", file=sys.stderr, flush=True)
         context.progress(0, plan.tokens, "tokens", text)
@@ -69,7 +70,7 @@ def run(context: "StageContext") -> SnapshotId:
         trained = engine.trained()
         del model, engine, groups  # the checkpoint is loaded once more below
         output = context.work / "output"
-        changed, probe = write_tensors(expansion, new_names, trained, probe_BT, output)
+        changed, probe = write_tensors(expansion, names, trained, probe_BT, output)
         report = {
             "format": 1,
             "new_blocks": [{"index": b.index, "source": b.source} for b in blocks],
@@ -130,7 +131,7 @@ def probe_of(held_out: list[Packed]) -> torch.Tensor:
 
 def write_tensors(
     expansion: Path,
-    new_names: frozenset[str],
+    names: Names,
     trained: Mapping[str, torch.Tensor],
     probe_BT: torch.Tensor,
     output: Path,
@@ -141,14 +142,18 @@ def write_tensors(
     output.mkdir(parents=True)
     model = load_model(expansion, None, device=choose_device())
     parameters = dict(model.named_parameters())
-    changed = []
+    wanted = {name: slot for name, slot in names.slots.items() if slot.parameter in trained}
+    made, changed = {}, []
     with torch.no_grad():
-        for name, master in trained.items():
-            before = parameters[name].clone()
-            parameters[name].copy_(master)
-            if name not in new_names and not torch.equal(before, parameters[name]):
+        for name, slot in sorted(wanted.items()):
+            tensor, master = view(parameters[slot.parameter], slot), view(trained[slot.parameter], slot)
+            before = tensor.clone()
+            tensor.copy_(master)
+            made[name] = tensor.cpu().contiguous()
+            if name not in names.new and not torch.equal(before, tensor):
                 changed.append(name)
-    save_file({n: parameters[n].detach().cpu().contiguous() for n in sorted(trained)}, output / "trained.safetensors")
+    save_file(made, output / "trained.safetensors")
     logits_BTV = forward_logits(model, probe_BT)
     save_file({"input_ids": probe_BT, "logits": logits_BTV}, output / "probe.safetensors")
-    return sorted(changed), {"dtype": str(logits_BTV.dtype).removeprefix("torch."), "attention": "sdpa"}
+    attention = model.config._attn_implementation
+    return changed, {"dtype": str(logits_BTV.dtype).removeprefix("torch."), "attention": attention}

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from mansard.digest import digest_bytes
-from mansard.models.expand import apply, model_config, plan, read_expansion
+from mansard.models.expand import apply, plan
 from mansard.models.families import LLAMA
 from mansard.models.fuse import TRAINED_FILE, fuse
+from mansard.models.model_files import model_config
+from mansard.models.storeys import read_expansion
 from mansard.records import SnapshotId
 from mansard.safetensors_header import compose_header, header_prefix
 from mansard.snapshot import CONFIG_FILE, INDEX_FILE, Blob, Manifest, TensorFile
@@ -64,7 +66,8 @@ def tensor_file(store: Store, names: list[str], seed: str) -> TensorFile:
 
 def shards() -> Iterator[list[str]]:
     """The names of the model's tensors, cut into files of at most SHARD_BYTES as transformers does."""
-    names = [LLAMA.block_tensor(b, n) for b in range(CONFIG["num_hidden_layers"]) for n in LLAMA.block_tensors(CONFIG)]
+    blocks = range(CONFIG["num_hidden_layers"])
+    names = [LLAMA.block_tensor(b, n) for b in blocks for n in LLAMA.block_tensors(CONFIG, b)]
     shard: list[str] = []
     room = SHARD_BYTES
     for name in ["model.embed_tokens.weight", *names, "model.norm.weight", "lm_head.weight"]:
@@ -96,7 +99,7 @@ def put_model(store: Store) -> SnapshotId:
 
 def put_trained(store: Store, expansion: SnapshotId) -> SnapshotId:
     blocks = [b.index for b in read_expansion(store, expansion).new_blocks]
-    names = [LLAMA.block_tensor(b, n) for b in blocks for n in LLAMA.block_tensors(CONFIG)]
+    names = [LLAMA.block_tensor(b, n) for b in blocks for n in LLAMA.block_tensors(CONFIG, 0)]
     return store.put_manifest(Manifest({TRAINED_FILE: tensor_file(store, names, "trained")}))
 
 

@@ -58,7 +58,7 @@ def _config(depth: int) -> dict[str, Any]:
 def _tensors(config: dict[str, Any], depth: int) -> dict[str, np.ndarray]:
     random = np.random.default_rng(0)
     names = list(LLAMA.outer_tensors(config))
-    names += [LLAMA.block_tensor(b, n) for b in range(depth) for n in LLAMA.block_tensors(config)]
+    names += [LLAMA.block_tensor(b, n) for b in range(depth) for n in LLAMA.block_tensors(config, 0)]
     return {name: random.standard_normal(_shape(name)).astype(np.float16) for name in names}
 
 

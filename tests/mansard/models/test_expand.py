@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from mansard.errors import BadInput
-from mansard.models.expand import EXPANSION_FILE, apply, model_config, plan, read_expansion
+from mansard.models.expand import apply, plan
 from mansard.models.families import LLAMA
+from mansard.models.model_files import model_config
+from mansard.models.storeys import EXPANSION_FILE, read_expansion
 from mansard.snapshot import check_model_tree
 from mansard.specs import Expand
 from mansard.store import Store
@@ -103,7 +105,7 @@ def test_an_expansion_holds_the_base_and_blocks_that_add_nothing(
     assert config["num_hidden_layers"] == 7
     assert config["layer_types"] == ["a", "b", "b", "c", "c", "d", "d"]
     assert new.keys() == set(LLAMA.outer_tensors(config)) | {
-        LLAMA.block_tensor(i, n) for i in range(7) for n in LLAMA.block_tensors(config)
+        LLAMA.block_tensor(i, n) for i in range(7) for n in LLAMA.block_tensors(config, 0)
     }
     for name, tensor in new.items():
         place = LLAMA.split(name)
@@ -152,8 +154,12 @@ def test_storeys_stack(store: Store, make_checkpoint: MakeCheckpoint) -> None:
         "depth": 6,
         "new_blocks": [{"index": 1, "source": 0}, {"index": 4, "source": 2}],
         "storeys": [
-            {"depth_before": 3, "new_blocks": [{"index": 3, "source": 1}]},
-            {"depth_before": 4, "new_blocks": [{"index": 1, "source": 0}, {"index": 4, "source": 2}]},
+            {"depth_before": 3, "has_trained_base": False, "new_blocks": [{"index": 3, "source": 1}]},
+            {
+                "depth_before": 4,
+                "has_trained_base": False,
+                "new_blocks": [{"index": 1, "source": 0}, {"index": 4, "source": 2}],
+            },
         ],
     }
     assert read_expansion(store, second).to_bytes() == store.read_file(second, EXPANSION_FILE)
@@ -167,6 +173,11 @@ def test_storeys_stack(store: Store, make_checkpoint: MakeCheckpoint) -> None:
         ({"attention_bias": True}, "missing from the checkpoint"),
         ({"tie_word_embeddings": False}, "lm_head.weight.* is missing"),
         ({"layer_types": ["a"]}, "layer_types"),
+        ({"hidden_size": 32}, "has the shape"),
+        ({"num_key_value_heads": 2}, r"'model.layers.0.self_attn.k_proj.weight' .and 5 more. has the shape .16, 16."),
+        ({"dtype": "bfloat16"}, r"F16, but config.json's dtype is bfloat16"),
+        ({"dtype": "int8"}, "one of float64, float32, float16, bfloat16 is expected"),
+        ({"hiden_size": 16}, "unknown key 'hiden_size' for llama; did you mean 'hidden_size'"),
         ({"quantization_config": {}}, "unquantized"),
     ],
 )

@@ -3,20 +3,32 @@ from typing import Any
 import pytest
 
 from mansard.errors import BadInput
-from mansard.models.families import LLAMA, check_tensor_names, depth_of, family_of, rebuilt_config
+from mansard.models.checkpoint import check_once, check_tensors
+from mansard.models.families import FAMILIES, LLAMA, depth_of, family_of
+from mansard.models.rebuilding import rebuilt_config
+from mansard.safetensors_header import TensorEntry
 
-LLAMA_CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 3}
+SHAPE = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "num_hidden_layers": 3, "vocab_size": 16}
+LLAMA_CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **SHAPE}
 
 
-def tensor_names(config: dict[str, Any]) -> set[str]:
-    blocks = {LLAMA.block_tensor(b, n) for b in range(depth_of(config)) for n in LLAMA.block_tensors(config)}
-    return blocks | set(LLAMA.outer_tensors(config))
+def entries_of(config: dict[str, Any]) -> dict[str, TensorEntry]:
+    """What a checkpoint of this config holds."""
+    outer = LLAMA.outer_shapes(config)
+    shapes = {n: outer[n] for n in LLAMA.outer_tensors(config)}
+    for block in range(depth_of(config)):
+        shapes |= {LLAMA.block_tensor(block, n): s for n, s in LLAMA.block_shapes(config, block).items()}
+    return {n: TensorEntry(n, "BF16", s, 0, 0) for n, s in shapes.items()}
+
+
+def entry(name: str, dtype: str = "BF16", shape: tuple[int, ...] = (8,)) -> TensorEntry:
+    return TensorEntry(name, dtype, shape, 0, 0)
 
 
 @pytest.mark.parametrize(
     "config",
     [
-        {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]},
+        {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]},
         {"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]},
         {"model_type": "llama"},
         {"architectures": ["LlamaForCausalLM"]},
@@ -44,7 +56,7 @@ def test_a_depth_that_is_no_count_is_refused(depth: object) -> None:
 @pytest.mark.parametrize("flag", ["attention_bias", "mlp_bias", "tie_word_embeddings"])
 def test_a_flag_that_is_no_flag_is_refused(flag: str) -> None:
     with pytest.raises(BadInput, match=flag):
-        check_tensor_names(LLAMA, {**LLAMA_CONFIG, flag: "yes"}, [])
+        check_tensors(LLAMA, {**LLAMA_CONFIG, flag: "yes"}, {})
 
 
 @pytest.mark.parametrize("attention_bias", [False, True])
@@ -52,13 +64,15 @@ def test_a_flag_that_is_no_flag_is_refused(flag: str) -> None:
 @pytest.mark.parametrize("tied", [False, True])
 def test_names_follow_the_config(attention_bias: bool, mlp_bias: bool, tied: bool) -> None:
     config = {**LLAMA_CONFIG, "attention_bias": attention_bias, "mlp_bias": mlp_bias, "tie_word_embeddings": tied}
-    names = tensor_names(config)
+    names = entries_of(config)
     assert len(names) == 3 - tied + 3 * (9 + 4 * attention_bias + 3 * mlp_bias)
-    assert len(LLAMA.zeroed(config)) == 2 + attention_bias + mlp_bias
-    check_tensor_names(LLAMA, config, names)
-    check_tensor_names(LLAMA, config, names | {"model.layers.2.self_attn.rotary_emb.inv_freq"})
+    silent = [n for n in LLAMA.block_tensors(config, 0) if LLAMA.silent_value(n) is not None]
+    assert len(silent) == 2 + attention_bias + mlp_bias
+    check_tensors(LLAMA, config, names)
+    old = "model.layers.2.self_attn.rotary_emb.inv_freq"
+    check_tensors(LLAMA, config, {**names, old: entry(old, "F32", (2,))})
     if tied:
-        check_tensor_names(LLAMA, config, names | {"lm_head.weight"})
+        check_tensors(LLAMA, config, {**names, "lm_head.weight": entry("lm_head.weight", shape=(16, 8))})
 
 
 @pytest.mark.parametrize(
@@ -73,9 +87,36 @@ def test_names_follow_the_config(attention_bias: bool, mlp_bias: bool, tied: boo
     ],
 )
 def test_a_checkpoint_unlike_its_config_is_refused(removed: str | None, added: str | None, complaint: str) -> None:
-    names = (tensor_names(LLAMA_CONFIG) - {removed}) | ({added} if added else set())
+    names = {n: e for n, e in entries_of(LLAMA_CONFIG).items() if n != removed}
+    if added:
+        names[added] = entry(added)
     with pytest.raises(BadInput, match=complaint):
-        check_tensor_names(LLAMA, LLAMA_CONFIG, names)
+        check_tensors(LLAMA, LLAMA_CONFIG, names)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "complaint"),
+    [
+        (entry("model.norm.weight", shape=(9,)), r"'model.norm.weight' has the shape \[9\], but .* implies \[8\]"),
+        (entry("lm_head.weight", shape=(8, 16)), r"has the shape \[8, 16\], but config.json implies \[16, 8\]"),
+        (entry("model.norm.weight", "F32"), "'model.norm.weight' is F32, but tensor 'lm_head.weight' is BF16"),
+        (entry("lm_head.weight", "I8", (16, 8)), "'lm_head.weight' is I8; one of F64"),
+    ],
+)
+def test_a_tensor_of_another_shape_or_type_is_refused(wrong: TensorEntry, complaint: str) -> None:
+    with pytest.raises(BadInput, match=complaint) as caught:
+        check_tensors(LLAMA, LLAMA_CONFIG, {**entries_of(LLAMA_CONFIG), wrong.name: wrong})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_type_unlike_the_config_is_refused() -> None:
+    with pytest.raises(BadInput, match=r"BF16, but config.json's dtype is float16"):
+        check_tensors(LLAMA, {**LLAMA_CONFIG, "torch_dtype": "float16"}, entries_of(LLAMA_CONFIG))
+
+
+def test_a_tensor_in_two_files_is_refused() -> None:
+    with pytest.raises(BadInput, match="'b' is in both one and two"):
+        check_once({"one": [entry("a"), entry("b")], "two": [entry("b")]})
 
 
 @pytest.mark.parametrize(
@@ -126,3 +167,85 @@ def test_a_list_that_may_be_per_block_is_not_guessed() -> None:
 def test_a_per_block_entry_of_another_length_is_refused(value: object) -> None:
     with pytest.raises(BadInput, match="layer_types"):
         rebuilt_config(LLAMA, {**LLAMA_CONFIG, "layer_types": value}, (0, 1, 2))
+
+
+def config_of(model_type: str, **entries: Any) -> dict[str, Any]:
+    return {"model_type": model_type, "architectures": [FAMILIES[model_type].architecture], **SHAPE, **entries}
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_an_unknown_key_is_refused_with_the_nearest_known_one(model_type: str) -> None:
+    family_of(config_of(model_type))
+    with pytest.raises(BadInput, match=r"unknown key 'hiden_size' for .*did you mean 'hidden_size'\?"):
+        family_of(config_of(model_type, hiden_size=8))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "entries", "complaint"),
+    [
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}, "1 of 3 blocks"),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}, "2 of 3 blocks"),
+        ("qwen2", {"layer_types": ["full_attention"] * 2 + ["sliding_attention"], "max_window_layers": 3}, "1 of 3"),
+        ("qwen2", {"layer_types": ["full_attention"] * 2}, "a list of 3 values"),
+        ("qwen2", {"layer_types": ["full_attention"] * 2 + ["linear"]}, "each of full_attention, sliding_attention"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    ],
+)
+def test_a_config_that_cannot_be_served_is_refused(model_type: str, entries: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(BadInput, match=complaint):
+        family_of(config_of(model_type, **entries))
+
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "entries", "expected"),
+    [
+        ("qwen2", {"max_window_layers": 3}, {"layer_types": [FULL] * 5, "max_window_layers": 5}),
+        ("qwen2", {"max_window_layers": 21}, {"layer_types": [FULL] * 5, "max_window_layers": 21}),
+        (
+            "qwen3",
+            {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0},
+            {"layer_types": [SLIDING] * 5, "max_window_layers": 0},
+        ),
+        ("gemma2", {}, {"layer_types": [SLIDING, FULL, FULL, SLIDING, SLIDING]}),
+        ("gemma3_text", {"sliding_window_pattern": 3}, {"layer_types": [SLIDING] * 3 + [FULL] * 2}),
+        (
+            "gemma3_text",
+            {"layer_types": [FULL, SLIDING, FULL]},
+            {"layer_types": [FULL, SLIDING, SLIDING, FULL, FULL]},
+        ),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, {"decoder_sparse_step": 1, "mlp_only_layers": [0, 3, 4]}),
+        ("qwen3_moe", {"mlp_only_layers": [1]}, {"decoder_sparse_step": 1, "mlp_only_layers": [1, 2]}),
+        ("qwen3_moe", {"mlp_only_layers": [0, 1, 2]}, {"decoder_sparse_step": 1, "mlp_only_layers": [0, 1, 2, 3, 4]}),
+        ("mixtral", {"sliding_window": 4}, {"sliding_window": 4}),
+    ],
+)
+def test_what_a_family_says_by_index_follows_the_blocks(
+    model_type: str, entries: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    config = config_of(model_type, **entries)
+    rebuilt = rebuilt_config(FAMILIES[model_type], config, (0, 1, 1, 2, 2))
+    assert rebuilt == {**config, "num_hidden_layers": 5, **expected}
+
+
+@pytest.mark.parametrize("listed", [[3], [-1], ["0"], 1])
+def test_dense_layers_outside_the_model_are_refused(listed: object) -> None:
+    with pytest.raises(BadInput, match="mlp_only_layers"):
+        rebuilt_config(FAMILIES["qwen3_moe"], config_of("qwen3_moe", mlp_only_layers=listed), (0, 1, 2))
+
+
+def test_every_expert_is_silenced_and_held_in_a_stack() -> None:
+    for model_type, module in (("mixtral", "block_sparse_moe"), ("qwen3_moe", "mlp")):
+        family = FAMILIES[model_type]
+        names = family.block_tensors(config_of(model_type, num_local_experts=3), 0)
+        down = "w2" if model_type == "mixtral" else "down_proj"
+        silent = [n for n in names if family.silent_value(n) == 0.0]
+        assert silent == ["self_attn.o_proj.weight", *(f"{module}.experts.{e}.{down}.weight" for e in range(3))]
+        slots = {family.slot(family.block_tensor(1, n)) for n in names if ".experts." in n}
+        assert len(slots) == 9
+        assert {s.parameter for s in slots} == {
+            "model.layers.1.mlp.experts.gate_up_proj",
+            "model.layers.1.mlp.experts.down_proj",
+        }

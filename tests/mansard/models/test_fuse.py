@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save
 
 from mansard.errors import BadInput
-from mansard.models.expand import EXPANSION_FILE, apply, model_config, plan
+from mansard.models.expand import apply, plan
 from mansard.models.families import LLAMA
 from mansard.models.fuse import TRAINED_FILE, fuse
+from mansard.models.model_files import model_config
+from mansard.models.storeys import EXPANSION_FILE
 from mansard.snapshot import check_model_tree
 from mansard.specs import Expand
 from mansard.store import Store

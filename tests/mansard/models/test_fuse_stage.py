@@ -5,8 +5,10 @@ from typing import Any
 import pytest
 
 from mansard.errors import BadInput, StageFailed
-from mansard.models.expand import apply, model_config, plan, read_expansion
+from mansard.models.expand import apply, plan
 from mansard.models.families import LLAMA
+from mansard.models.model_files import model_config
+from mansard.models.storeys import read_expansion
 from mansard.specs import Expand, Fuse
 from mansard.store import Store
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from mansard.errors import StageFailed
-from mansard.models.expand import apply, model_config, plan
+from mansard.errors import BadInput, StageFailed
+from mansard.models.expand import apply, plan
+from mansard.models.model_files import model_config
 from mansard.snapshot import Manifest, TensorFile
 from mansard.specs import Expand
 from mansard.store import Store
@@ -93,10 +94,10 @@ def test_block_that_adds_something_fails_the_proof(
     assert "\n" not in str(failed.value)
 
 
-def test_base_with_infinite_logits_proves_nothing(make_llama: Any, make_context: Any, store: Store) -> None:
+def test_base_with_infinite_weights_proves_nothing(make_llama: Any, make_context: Any, store: Store) -> None:
     base = store.snapshot(make_llama())
     broken = with_tensor(store, base, "model.norm.weight", b"\x80\x7f" * 128)
-    with pytest.raises(StageFailed, match="not finite"):
+    with pytest.raises(BadInput, match=r"'model.norm.weight' holds NaN or infinity"):
         prove(make_context, broken, expanded(store, broken, 1))
 
 
@@ -120,7 +121,6 @@ def test_difference_only_in_cached_generation_is_found() -> None:
 def test_checkpoint_with_a_missing_or_left_over_tensor_is_not_loaded(make_llama: Any, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    from mansard.errors import BadInput
     from mansard.models.loading import load_model
 
     source = make_llama()

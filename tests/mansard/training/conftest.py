@@ -37,7 +37,8 @@ def fill(base_folder: Path) -> Fill:
     """Puts the inputs of stage `train` into a store."""
 
     def put(store: Store) -> dict[str, SnapshotId]:
-        from mansard.models.expand import apply, model_config, plan
+        from mansard.models.expand import apply, plan
+        from mansard.models.model_files import model_config
 
         base = store.snapshot(base_folder)
         inputs = {"expansion": apply(store, base, plan(model_config(store, base), Expand(blocks=2)))}

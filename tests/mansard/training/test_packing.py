@@ -50,13 +50,12 @@ def test_labels_are_the_next_token_of_the_same_segment() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"sliding_window": 128}, r"data\.sequence_tokens 256 is longer than the model's sliding_window of 128"),
         ({"max_position_embeddings": 64}, r"data\.sequence_tokens 256 is longer than .* max_position_embeddings of 64"),
         ({"vocab_size": 50}, r"the tokenizer gives token 99, the model's vocabulary has 50"),
     ],
 )
 def test_rows_that_do_not_fit_the_model_are_refused(config: dict[str, int], message: str) -> None:
-    fitting = {"sliding_window": None, "max_position_embeddings": 256, "vocab_size": 100}
+    fitting = {"max_position_embeddings": 256, "vocab_size": 100}
     check_fits(SimpleNamespace(**fitting), 256, 99)
     with pytest.raises(BadInput, match=message):
         check_fits(SimpleNamespace(**(fitting | config)), 256, 99)
