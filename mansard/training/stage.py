@@ -149,7 +149,8 @@ def write_tensors(
             tensor, master = view(parameters[slot.parameter], slot), view(trained[slot.parameter], slot)
             before = tensor.clone()
             tensor.copy_(master)
-            made[name] = tensor.cpu().contiguous()
+            kept = tensor.detach().cpu()
+            made[name] = kept.contiguous() if slot.expert is None else kept.clone()
             if name not in names.new and not torch.equal(before, tensor):
                 changed.append(name)
     save_file(made, output / "trained.safetensors")

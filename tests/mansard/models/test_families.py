@@ -239,7 +239,7 @@ def test_dense_layers_outside_the_model_are_refused(listed: object) -> None:
 def test_every_expert_is_silenced_and_held_in_a_stack() -> None:
     for model_type, module in (("mixtral", "block_sparse_moe"), ("qwen3_moe", "mlp")):
         family = FAMILIES[model_type]
-        names = family.block_tensors(config_of(model_type, num_local_experts=3), 0)
+        names = family.block_tensors(config_of(model_type, num_local_experts=3, num_key_value_heads=1), 0)
         down = "w2" if model_type == "mixtral" else "down_proj"
         silent = [n for n in names if family.silent_value(n) == 0.0]
         assert silent == ["self_attn.o_proj.weight", *(f"{module}.experts.{e}.{down}.weight" for e in range(3))]
