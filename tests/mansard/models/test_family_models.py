@@ -221,3 +221,81 @@ def test_a_base_rate_trains_experts_under_the_checkpoints_names(
     assert not [n for n in report["changed_base_tensors"] if n.startswith("model.layers.2.")]
     fused = fuse(make_context, expansion, trained)
     assert read_expansion(store, fused).storeys[0].has_trained_base
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gemma3_text", "qwen3_moe"])
+def test_a_removed_storey_leaves_the_bases_answers(
+    model_type: str, make_family: MakeFamily, make_context: Any, store: Store
+) -> None:
+    from mansard.models.remove_storey import remove_storey
+
+    base = store.snapshot(make_family(model_type))
+    expansion = expand(store, base, [0, 1])
+    fused = fuse(make_context, expansion, train(make_context, expansion, train_slice(steps=1)))
+    back = remove_storey(store, fused, 1)
+    assert tensors(store, back) == tensors(store, base)
+    assert prove(make_context, base, back)["equal"] is True
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_packed_document_has_the_logits_it_has_alone_windows_included(
+    model_type: str, make_family: MakeFamily
+) -> None:
+    import torch
+
+    from mansard.models.loading import load_model
+    from mansard.training.packing import masks_of, pack
+
+    model = load_model(make_family(model_type), torch.float32)
+    draw = torch.Generator().manual_seed(1)
+    texts = [torch.randint(2, 260, (n,), generator=draw).tolist() for n in (20, 7, 13)]
+    tokens_BT, positions_BT = (torch.from_numpy(rows).long() for rows in pack(texts, 43, 1))
+    with torch.inference_mode():
+        masks = masks_of(model.config, positions_BT, torch.float32)
+        packed = model(input_ids=tokens_BT, position_ids=positions_BT, attention_mask=masks, use_cache=False).logits[0]
+        start = 0
+        for text in texts:
+            alone = model(input_ids=torch.tensor([[1, *text]]), use_cache=False).logits[0]
+            torch.testing.assert_close(packed[start : start + len(alone)], alone, atol=1e-4, rtol=1e-4)
+            start += len(alone)
+
+
+@pytest.mark.parametrize("name", ["post_attention_layernorm.weight", "post_feedforward_layernorm.weight"])
+def test_a_post_norm_that_lets_something_through_fails_the_proof(
+    name: str, make_family: MakeFamily, make_context: Any, store: Store
+) -> None:
+    from mansard.errors import StageFailed
+    from mansard.snapshot import Manifest, TensorFile
+
+    base = store.snapshot(make_family("gemma2"))
+    expansion = expand(store, base, [1])
+    manifest = store.manifest(expansion)
+    file = weight_files(manifest)["model.safetensors"]
+    digests = {**file.tensors, f"model.layers.2.{name}": file.tensors[f"model.layers.1.{name}"]}
+    files = {**manifest.files, "model.safetensors": TensorFile(file.header, digests, file.size_bytes)}
+    with pytest.raises(StageFailed, match="logits in float32 differ"):
+        prove(make_context, base, store.put_manifest(Manifest(files)))
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_every_key_that_transformers_writes_is_known(model_type: str) -> None:
+    from transformers import AutoConfig
+
+    from mansard.models.families import family_of
+
+    config = AutoConfig.for_model(model_type).to_dict()
+    family_of({**config, "architectures": [FAMILIES[model_type].architecture]})
+
+
+def test_capped_scores_are_computed(make_family: MakeFamily) -> None:
+    """torch's own attention would leave Gemma-2's cap out."""
+    import torch
+
+    from mansard.models.loading import load_model
+    from mansard.models.probe import forward_logits, random_probe
+
+    path = make_family("gemma2", attn_logit_softcapping=0.5)
+    probe_BT = random_probe(260, 1, 20, 0)
+    logits = [forward_logits(load_model(path, None, attention=a), probe_BT) for a in (None, "eager", "sdpa")]
+    assert torch.equal(logits[0], logits[1])
+    assert not torch.allclose(logits[0], logits[2], atol=1e-3)
