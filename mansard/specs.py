@@ -92,7 +92,7 @@ class Data(Part):
 
 class LearningRates(Part):
     """Peak rates per group. `base` above 0 unfreezes the base; then nothing is called frozen. `post_norms` are those of
-    Gemma's new blocks, which start at a scale of 0; without it they take ten times `new_blocks`."""
+    Gemma's new blocks, which start at a scale of 0; without it they take 30 times `new_blocks`."""
 
     new_blocks: Annotated[float, Field(ge=0)]
     post_norms: Annotated[float, Field(gt=0)] | None = None

@@ -25,7 +25,7 @@ from mansard.records import SnapshotId
 if TYPE_CHECKING:
     from mansard.worker import StageContext
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 PACKAGES = ("torch", "transformers", "llmcompressor", "compressed-tensors", "tokenizers", "safetensors")
 
 PROBE_WINDOWS = 16
