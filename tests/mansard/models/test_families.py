@@ -188,6 +188,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(model_type: str) -
         ("qwen2", {"layer_types": ["full_attention"] * 2 + ["sliding_attention"], "max_window_layers": 3}, "1 of 3"),
         ("qwen2", {"layer_types": ["full_attention"] * 2}, "a list of 3 values"),
         ("qwen2", {"layer_types": ["full_attention"] * 2 + ["linear"]}, "each of full_attention, sliding_attention"),
+        ("phi3", {"mlp_bias": True}, "mlp_bias"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
     ],
 )
