@@ -10,8 +10,8 @@ from mansard.digest import digest_json
 from mansard.errors import BadInput, MansardError
 from mansard.evaluation.suites import take_suite
 from mansard.launch import Progress
-from mansard.models.expand import model_config
 from mansard.models.families import family_of
+from mansard.models.model_files import model_config
 from mansard.models.widths import check_widths
 from mansard.records import Derivation, SnapshotId
 from mansard.release.journal import Journal
