@@ -58,13 +58,17 @@ def locked_versions(lock: Path, packages: Sequence[str]) -> dict[str, str]:
 
 
 def recipe_of(request: Request, lock: Path) -> str:
-    """Digest of everything that decides what comes out."""
-    stage = declaration(request.stage)
+    """Digest of everything that decides what comes out; the lock says which versions run."""
+    return recipe_with(request, locked_versions(lock, declaration(request.stage).packages))
+
+
+def recipe_with(request: Request, versions: Mapping[str, str]) -> str:
+    """The same, from the versions of the packages that the stage declares."""
     return digest_json(
         {
             "stage": request.stage,
-            "code_version": stage.code_version,
-            "packages": locked_versions(lock, stage.packages),
+            "code_version": declaration(request.stage).code_version,
+            "packages": dict(versions),
             "inputs": dict(request.inputs),
             "spec": dict(request.spec),
         }

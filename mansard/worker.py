@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 from mansard.errors import MansardError, StageFailed
 from mansard.records import SnapshotId
@@ -38,11 +38,17 @@ class StageContext:
     spec: Mapping[str, Any]
     where: Mapping[str, Any]
     work: Path
-    channel: "Channel"
+    channel: "Messages"
 
     def progress(self, done: float, total: float, unit: str, text: str = "", **metrics: float) -> None:
         """Tell the parent how far the work is; `metrics` go to MLflow at step `done`."""
         self.channel.send({"progress": {"done": done, "total": total, "unit": unit, "text": text, "metrics": metrics}})
+
+
+class Messages(Protocol):
+    """Where a stage's messages go: a parent process, or whoever runs the stage in this one."""
+
+    def send(self, message: dict[str, Any]) -> None: ...
 
 
 class Channel:
@@ -69,7 +75,7 @@ def main(stage: str, request_file: str) -> int:
         store = Store(Path(message["store"]))
         module = importlib.import_module(declaration(stage).module)
         for request in message["requests"]:
-            channel.send({"result": _derive_one(store, stage, module.run, request, message["log"], channel)})
+            channel.send({"result": derive_here(store, stage, module.run, request, message["log"], channel)})
     except MansardError as error:
         traceback.print_exc()
         channel.send({"error": {"kind": type(error).__name__, "message": str(error)}})
@@ -77,9 +83,10 @@ def main(stage: str, request_file: str) -> int:
     return 0
 
 
-def _derive_one(
-    store: Store, stage: str, run: Any, request: dict[str, Any], log: str, channel: Channel  # noqa: ANN401 - a stage
+def derive_here(
+    store: Store, stage: str, run: Any, request: dict[str, Any], log: str, channel: Messages  # noqa: ANN401 - a stage
 ) -> dict[str, Any]:
+    """One derivation in this process, under its recipe's lock; recalled where another made it meanwhile."""
     recipe = request["recipe"]
     with store.lock(recipe):
         known = store.recall(recipe)

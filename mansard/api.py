@@ -1,0 +1,188 @@
+"""A model gains a storey in a few lines of Python: expand, train, fuse, save, on a Hugging Face folder.
+
+No server, no site file, no flow: the stages run in this process, on a store in `workspace`, and what was made there is
+remembered, so a script that was stopped goes on where it was. They are the stages that `mansard upgrade` runs.
+Not covered: quantization, evaluation and release (the command does those), several processes.
+"""
+
+import importlib
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import Progress, TaskID
+
+from mansard.errors import BadInput
+from mansard.launch import Request, recipe_with
+from mansard.records import SnapshotId
+from mansard.snapshot import check_model_tree
+from mansard.specs import Data, Expand, LearningRates, Source, Train
+from mansard.stages import declaration
+from mansard.store import Store
+from mansard.worker import derive_here
+
+HELD_OUT_EVERY = 20
+"""Without held-out text of its own, a source gives every twentieth document of a seeded order for the curve."""
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Training text: a JSONL file, one {"text": ...} a line. `weight` is its share of the tokens among all sources.
+
+    `is_domain` marks what the new blocks should learn; the rest keeps what the model knows.
+    """
+
+    name: str
+    path: str | Path
+    weight: float = 1.0
+    is_domain: bool = False
+    held_out: str | Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model in a workspace's store. `base` is what an expansion was made of; `trained` what its training made."""
+
+    store: Store
+    snapshot: SnapshotId
+    base: SnapshotId
+    trained: SnapshotId | None = None
+
+
+def expand(
+    model: str | Path,
+    blocks: int,
+    positions: Literal["even"] | list[int] = "even",
+    workspace: str | Path = ".mansard-workspace",
+) -> Model:
+    """`blocks` Pro blocks inserted into the Hugging Face folder `model`; proved to compute the same logits, bit by bit.
+
+    Raises BadInput for a folder or positions that cannot be expanded, StageFailed where the proof fails.
+    """
+    tree = Path(model)
+    check_model_tree(tree)
+    store = Store(Path(workspace) / "store")
+    base = store.snapshot(tree)
+    spec = _checked(Expand, {"blocks": blocks, "positions": positions})
+    expansion = _derive(store, "expand", {"model": base}, spec.model_dump(mode="json"))
+    _derive(store, "prove", {"base": base, "expansion": expansion}, {"probe_tokens": 64, "seed": 0})
+    return Model(store, expansion, base)
+
+
+def train(
+    model: Model,
+    texts: Sequence[Text],
+    tokens: int,
+    learning_rate: float = 2e-4,
+    sequence_tokens: int = 1024,
+    batch_sequences: int = 8,
+    **settings: Any,  # noqa: ANN401 - further keys of specs.Train
+) -> Model:
+    """The new blocks learn `tokens` tokens of the mixture; the base stays frozen, and that is measured.
+
+    `settings` are further keys of `mansard.specs.Train` (precision="fp32", seed=1, ...). Raises BadInput for settings
+    and texts that cannot be used, StageFailed where the loss is not finite; call it again to go on from the checkpoint.
+    """
+    inputs = {"expansion": model.snapshot}
+    for text in texts:
+        learned, held_out = _documents(text)
+        inputs[f"data.{text.name}.train"] = model.store.put_files({"data.jsonl": learned})
+        inputs[f"data.{text.name}.held_out"] = model.store.put_files({"data.jsonl": held_out})
+    sources = [
+        Source(
+            name=t.name, train=f"{t.name}.train", held_out=f"{t.name}.held_out", weight=t.weight, is_domain=t.is_domain
+        )
+        for t in texts
+    ]
+    data = _checked(Data, {"sources": sources, "sequence_tokens": sequence_tokens})
+    rates = LearningRates(new_blocks=learning_rate)
+    wanted = {"tokens": tokens, "batch_sequences": batch_sequences, "learning_rates": rates, **settings}
+    spec = {"data": data.model_dump(mode="json"), "train": _checked(Train, wanted).model_dump(mode="json")}
+    trained = _derive(model.store, "train", inputs, spec)
+    return Model(model.store, model.snapshot, model.base, trained)
+
+
+def fuse(model: Model) -> Model:
+    """The plain Hugging Face checkpoint of the expanded depth, compared with what was trained; BadInput without one."""
+    if model.trained is None:
+        raise BadInput("this model was not trained yet: fuse(train(expand(...), ...))")
+    inputs = {"expansion": model.snapshot, "trained": model.trained}
+    fused = _derive(model.store, "fuse", inputs, {"method": "residual"})
+    return Model(model.store, fused, model.base, model.trained)
+
+
+def save(model: Model, folder: str | Path) -> Path:
+    """Write the model as a Hugging Face folder; BadInput where `folder` is there and not empty."""
+    model.store.restore(model.snapshot, Path(folder))
+    return Path(folder)
+
+
+def _derive(store: Store, stage: str, inputs: Mapping[str, SnapshotId], spec: Mapping[str, Any]) -> SnapshotId:
+    """Recalled, or made by the stage in this process with the versions installed here."""
+    declared = declaration(stage)
+    request = Request(stage, inputs, spec)
+    recipe = recipe_with(request, {p: version(p) for p in declared.packages})
+    known = store.recall(recipe)
+    if known is not None:
+        return known
+    module = importlib.import_module(declared.module)
+    message = {"recipe": recipe, "inputs": dict(inputs), "spec": dict(spec), "where": {}}
+    with _Bar(stage) as bar:
+        made = derive_here(store, stage, module.run, message, "in this process", bar)
+    return str(made["snapshot"])
+
+
+class _Bar:
+    """A stage's progress as a bar on standard error."""
+
+    def __init__(self, stage: str) -> None:
+        self._bars = Progress(console=Console(stderr=True), transient=True)
+        self._row: TaskID = self._bars.add_task(stage, total=None)
+
+    def __enter__(self) -> "_Bar":
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def send(self, message: dict[str, Any]) -> None:
+        told = message["progress"]
+        self._bars.update(self._row, completed=told["done"], total=told["total"])
+
+
+def _documents(text: Text) -> tuple[bytes, bytes]:
+    """(training, held-out) lines of one source."""
+    lines = _lines(Path(text.path))
+    if text.held_out is not None:
+        return b"".join(lines), b"".join(_lines(Path(text.held_out)))
+    if len(lines) < 2:
+        raise BadInput(f"{text.path}: {len(lines)} document; two are needed to hold one out, or name held_out")
+    random.Random(0).shuffle(lines)  # noqa: S311 - an order, not a secret
+    count = max(1, len(lines) // HELD_OUT_EVERY)
+    return b"".join(lines[count:]), b"".join(lines[:count])
+
+
+def _lines(path: Path) -> list[bytes]:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read: {error.strerror}; a JSONL file of texts is expected") from error
+    return [line + b"\n" for line in data.split(b"\n") if line.strip()]
+
+
+def _checked(kind: Any, settings: Mapping[str, Any]) -> Any:  # noqa: ANN401 - a part of a spec
+    try:
+        return kind.model_validate(dict(settings))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(p) for p in first["loc"]) or kind.__name__.lower()
+        raise BadInput(f"{place}: {first['msg']}; known: {', '.join(kind.model_fields)}") from error

@@ -1,0 +1,50 @@
+"""The Python API does what the README shows, on a very small model."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mansard import Text, expand, fuse, train
+from mansard.errors import BadInput
+from tests.mansard.training.conftest import jsonl, texts
+
+pytestmark = pytest.mark.slow
+
+README = Path(__file__).resolve().parents[3] / "README.md"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a base and two files of text, as a reader of the README would have."""
+    shutil.copytree(base_folder, tmp_path / "models/base")
+    for name in ("law", "general"):
+        (tmp_path / f"{name}.jsonl").write_bytes(jsonl(texts(name, 40)))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_readme_text_makes_a_deeper_model_that_transformers_loads(folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    code = README.read_text().split("```python\n")[1].split("```")[0]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 10
+    names: dict[str, object] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    model = AutoModelForCausalLM.from_pretrained(folder / "models/upgraded")
+    assert model.config.num_hidden_layers == 4
+    exec(compile(code.replace("models/upgraded", "models/again"), "README.md", "exec"), {})
+    made = [(folder / f"models/{n}/model.safetensors").read_bytes() for n in ("upgraded", "again")]
+    assert made[0] == made[1]
+
+
+def test_what_cannot_be_used_is_refused_in_one_line(folder: Path) -> None:
+    with pytest.raises(BadInput, match=r"expand\.blocks: 9 in a model of 2 blocks"):
+        expand("models/base", blocks=9)
+    model = expand("models/base", blocks=1)
+    with pytest.raises(BadInput, match="not trained yet"):
+        fuse(model)
+    with pytest.raises(BadInput, match="tokenz"):
+        train(model, [Text("law", "law.jsonl", is_domain=True)], tokens=1000, tokenz=3)
+    with pytest.raises(BadInput, match=r"nowhere\.jsonl: cannot be read"):
+        train(model, [Text("law", "nowhere.jsonl", is_domain=True)], tokens=1000)
