@@ -14,6 +14,10 @@ class StageFailed(MansardError):
     """A stage's process ended badly; the message holds its last line and the log's path."""
 
 
+class JournalDown(MansardError):
+    """The journal's database does not answer, or cannot write: `mansard rollback` works without it. Exit 1."""
+
+
 class BadInput(MansardError, ValueError):
     """A spec, site, file or argument is wrong. Exit 2."""
 

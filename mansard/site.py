@@ -12,6 +12,7 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import yaml
 
@@ -86,14 +87,16 @@ class Site:
     rollback_window: int = 2
     stage_timeout_seconds: int = 14400
     schedules: tuple[Schedule, ...] = ()
+    journal_url: str = field(default="", metadata={"key": "journal"})
 
     @property
     def store(self) -> Path:
         return self.home / "store"
 
     @property
-    def journal(self) -> Path:
-        return self.home / "journal.sqlite3"
+    def journal(self) -> Path | str:
+        """What Journal.open takes: the URL that the site names, else a file of SQLite."""
+        return self.journal_url or self.home / "journal.sqlite3"
 
     @property
     def split_file(self) -> Path:
@@ -195,8 +198,25 @@ def _check(site: Site) -> None:
         for role in person.roles:
             if role not in ROLES:
                 raise BadInput(f"{site.path}: people.{name}.roles: {role!r} is not one of {', '.join(ROLES)}")
+    if site.journal_url:
+        _check_journal(site)
     if not site.models:
         raise BadInput(f"{site.path}: models: name at least one model")
+
+
+def _check_journal(site: Site) -> None:
+    try:
+        url = urlsplit(site.journal_url)
+        is_known = url.scheme in ("postgresql", "postgres")
+    except ValueError:  # a port that is no number, brackets that do not close
+        is_known = False
+    if not is_known:
+        raise BadInput(
+            f"{site.path}: journal: {site.journal_url!r} is not postgresql://USER@HOST/DATABASE; "
+            "leave the key out for a file of SQLite under home"
+        )
+    if url.password is not None or "password" in url.query:
+        raise BadInput(f"{site.path}: journal: a password in the URL; leave it out and set PGPASSWORD where it runs")
 
 
 def _read(kind: Any, value: Any, where: str, folder: Path) -> Any:  # noqa: ANN401 - a value of type `kind`
@@ -227,7 +247,7 @@ def _read(kind: Any, value: Any, where: str, folder: Path) -> Any:  # noqa: ANN4
 def _read_record(kind: Any, value: Any, where: str, folder: Path) -> Any:  # noqa: ANN401 - an instance of `kind`
     if not isinstance(value, dict):
         raise BadInput(f"{where}: {value!r} is not a mapping of keys")
-    fields = {f.name: f for f in dataclasses.fields(kind)}
+    fields = {f.metadata.get("key", f.name): f for f in dataclasses.fields(kind)}
     hints = typing.get_type_hints(kind)
     for key in value:
         if key not in fields:
@@ -238,4 +258,5 @@ def _read_record(kind: Any, value: Any, where: str, folder: Path) -> Any:  # noq
         missing = spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
         if missing and name not in value:
             raise BadInput(f"{where}: key {name!r} is missing")
-    return kind(**{k: _read(hints[k], v, f"{where}: {k}", folder) for k, v in value.items()})
+    names = {key: spec.name for key, spec in fields.items()}
+    return kind(**{names[k]: _read(hints[names[k]], v, f"{where}: {k}", folder) for k, v in value.items()})

@@ -32,7 +32,7 @@ def test_no_module_has_a_name_that_says_nothing() -> None:
 def test_on_call_verbs_load_no_heavy_package() -> None:
     code = (
         "import sys, flows.cli, flows.verbs_on_call\n"
-        "heavy = {'torch', 'prefect', 'mlflow', 'transformers', 'pydantic', 'rich', 'aiohttp', 'numpy'}\n"
+        "heavy = {'torch', 'prefect', 'mlflow', 'transformers', 'pydantic', 'rich', 'aiohttp', 'numpy', 'psycopg'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -8,6 +8,7 @@ Not covered: talking to the host (mansard/serving/host_client.py) and the form o
 import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from mansard.errors import Conflict, Corrupt, MansardError
@@ -44,7 +45,7 @@ Repeatable: where the file says so already, nothing is written. Conflict where t
 
 def status(site: Site, model: str) -> dict[str, Any]:
     """Pointers, rollout, traffic split and versions, as journal and files tell it."""
-    if not site.journal.exists():
+    if _is_new(site):
         return _status(site, model, [], Pointers(), 0)
     with Journal.open(site.journal) as journal:
         return _status(site, model, journal.entries(model), journal.pointers(model), journal.term(), journal.tip())
@@ -52,7 +53,7 @@ def status(site: Site, model: str) -> dict[str, Any]:
 
 def history(site: Site, model: str) -> list[dict[str, Any]]:
     """The journal's entries of a model and of the site's people, in order."""
-    if not site.journal.exists():
+    if _is_new(site):
         return []
     with Journal.open(site.journal) as journal:
         return [_entry_json(e) for e in journal.entries() if e.model == model or e.kind == PEOPLE_CHANGED]
@@ -211,6 +212,11 @@ def _check_move(site: Site, journal: Journal, model: str, to: int, hard: bool, a
             )
         warnings.append(f"version {to} has no engine that answers; the router answers 503 until mansard up")
     return warnings
+
+
+def _is_new(site: Site) -> bool:
+    """Whether the site has no journal yet: looking makes none."""
+    return isinstance(site.journal, Path) and not site.journal.exists()
 
 
 def _known(version: int | None) -> int:

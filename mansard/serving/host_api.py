@@ -1,6 +1,6 @@
 """The host's protocol: HTTP/JSON on a Unix socket. Each handler reads one body, calls one part, answers one object.
 
-Every body has "format": 1. An error is {"format": 1, "error": {"kind", "message"}} with 400, 403, 404, 409 or 500;
+Every body has "format": 1. An error is {"format": 1, "error": {"kind", "message"}} with 400, 403, 404, 409, 500 or 503;
 `kind` is a class of mansard.errors. Not covered: who may ask; the socket has mode 600.
 """
 
@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from aiohttp import web
 from pydantic import ValidationError
 
-from mansard.errors import BadInput, Conflict, Corrupt, MansardError, NotAllowed, StageFailed
+from mansard.errors import BadInput, Conflict, Corrupt, JournalDown, MansardError, NotAllowed, StageFailed
 from mansard.serving.engine import EngineIdentity
 from mansard.serving.host_engines import Engines
 from mansard.serving.host_rollback import Rollback, RollbackRequest
@@ -21,7 +21,10 @@ from mansard.specs import Serve
 
 FORMAT = 1
 MAX_BODY_BYTES = 1 << 20
-_STATUS = ((BadInput, 400), (NotAllowed, 403), (Conflict, 409), (Corrupt, 500), (StageFailed, 500), (MansardError, 500))
+_STATUS = (
+    *((BadInput, 400), (NotAllowed, 403), (Conflict, 409), (Corrupt, 500), (StageFailed, 500), (JournalDown, 503)),
+    (MansardError, 500),
+)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 

@@ -1,4 +1,4 @@
-"""The journal on a real database: numbers, moves, tampering, real concurrent processes, kills."""
+"""The journal on both databases: numbers, moves, tampering, real concurrent processes, kills."""
 
 import json
 import os
@@ -6,12 +6,13 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 
+import psycopg
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -23,6 +24,7 @@ from mansard.release.journal import Journal
 from mansard.release.pointer import rollback_target
 
 Make = Callable[..., Registration]
+Place = Path | str
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -45,9 +47,9 @@ def release(journal: Journal, version: int) -> None:
     journal.promote("demo", version, "host", "all steps pass", journal.pointers("demo"))
 
 
-def filled(path: Path) -> Journal:
+def filled(place: Place) -> Journal:
     """Two versions released, one rolled back, one aborted."""
-    journal = Journal.open(path)
+    journal = Journal.open(place)
     for name in ("one", "two", "three"):
         journal.register(plain(name), None)
     release(journal, 1)
@@ -56,6 +58,12 @@ def filled(path: Path) -> Journal:
     journal.start_rollout("demo", 3, "ada", "", journal.pointers("demo"))
     journal.abort("demo", 3, "host", "dead engine", journal.pointers("demo"))
     return journal
+
+
+@pytest.fixture
+def journal(place: Place) -> Iterator[Journal]:
+    with Journal.open(place) as opened:
+        yield opened
 
 
 def test_equal_registrations_are_one_version_and_others_count_up(journal: Journal, candidate: Make) -> None:
@@ -94,8 +102,8 @@ def test_a_version_judged_again_has_the_new_verdict(journal: Journal) -> None:
     journal.verify()
 
 
-def test_pointers_follow_the_moves_and_terms_grow(tmp_path: Path) -> None:
-    with filled(tmp_path / "journal.sqlite3") as journal:
+def test_pointers_follow_the_moves_and_terms_grow(place: Place) -> None:
+    with filled(place) as journal:
         assert journal.pointers("demo") == Pointers(stable=1, canary=None, previous=None, term=9)
         assert journal.term() == 9
         assert journal.pointers("other") == Pointers()
@@ -170,11 +178,10 @@ def test_entries_that_change_more_have_their_own_verbs(journal: Journal) -> None
     assert journal.entries()[0].body == {"a": {"2": 1, "10": [1, 2]}, "b": "ä"}
 
 
-def test_a_journal_opened_again_goes_on(tmp_path: Path) -> None:
-    path = tmp_path / "deep" / "journal.sqlite3"
-    with filled(path) as journal:
+def test_a_journal_opened_again_goes_on(place: Place) -> None:
+    with filled(place) as journal:
         entries = journal.entries()
-    with Journal.open(path) as again:
+    with Journal.open(place) as again:
         assert again.entries() == entries
         assert again.tip() == entries[-1]
         assert again.entries(after=3) == entries[3:]
@@ -197,86 +204,99 @@ def test_threads_share_one_journal(journal: Journal) -> None:
     journal.verify()
 
 
-def test_entries_can_be_neither_changed_nor_deleted_through_sql(tmp_path: Path) -> None:
-    filled(tmp_path / "j").close()
-    with closing(sqlite3.connect(tmp_path / "j")) as raw:
-        for table in ("journal", "versions"):
-            for statement in (f"UPDATE {table} SET model = 'x'", f"DELETE FROM {table}"):
-                with pytest.raises(sqlite3.IntegrityError, match="append-only"):
-                    raw.execute(statement)
+def test_entries_can_be_neither_changed_nor_deleted_through_sql(place: Place) -> None:
+    filled(place).close()
+    for table in ("journal", "versions"):
+        for statement in (f"UPDATE {table} SET model = 'x'", f"DELETE FROM {table}"):
+            with pytest.raises((sqlite3.IntegrityError, psycopg.errors.RaiseException), match="append-only"):
+                change(place, statement)
+    if isinstance(place, str):
+        with pytest.raises(psycopg.errors.RaiseException, match="append-only"):
+            change(place, "TRUNCATE journal CASCADE")
 
 
-def tamper(path: Path, *statements: str) -> None:
-    """Change the database behind the journal's back."""
-    with closing(sqlite3.connect(path)) as raw:
-        for (name,) in raw.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'").fetchall():
-            raw.execute(f"DROP TRIGGER {name}")
+def change(place: Place, *statements: str) -> None:
+    """What somebody types into the database."""
+    with closing(sqlite3.connect(place) if isinstance(place, Path) else psycopg.connect(place)) as raw:
         for statement in statements:
-            raw.execute(statement)
+            raw.execute(statement)  # type: ignore[arg-type]
         raw.commit()
 
 
+def tamper(place: Place, *statements: str) -> None:
+    """Change the database behind the journal's back, as its owner can."""
+    if isinstance(place, str):
+        change(place, "SET session_replication_role = replica", *statements)
+        return
+    with closing(sqlite3.connect(place)) as raw:
+        triggers = [name for (name,) in raw.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'")]
+    change(place, *(f"DROP TRIGGER {name}" for name in triggers), *statements)
+
+
 @pytest.mark.parametrize("column", ["model", "kind", "at", "who", "why", "previous_digest", "digest"])
-def test_an_edited_entry_is_named(tmp_path: Path, column: str) -> None:
-    filled(tmp_path / "j").close()
-    tamper(tmp_path / "j", f"UPDATE journal SET {column} = {column} || '0' WHERE sequence = 5")
-    with Journal.open(tmp_path / "j") as journal, pytest.raises(Corrupt, match=r"entry 5 .* was changed"):
+def test_an_edited_entry_is_named(place: Place, column: str) -> None:
+    filled(place).close()
+    tamper(place, f"UPDATE journal SET {column} = {column} || '0' WHERE sequence = 5")
+    with Journal.open(place) as journal, pytest.raises(Corrupt, match=r"entry 5 .* was changed"):
         journal.verify()
 
 
-def test_an_edited_body_is_named(tmp_path: Path) -> None:
-    filled(tmp_path / "j").close()
-    tamper(tmp_path / "j", "UPDATE journal SET body = replace(body, ':50', ':60') WHERE sequence = 8")
-    with Journal.open(tmp_path / "j") as journal, pytest.raises(Corrupt, match=r"entry 8 .* was changed"):
+def test_an_edited_body_is_named(place: Place) -> None:
+    filled(place).close()
+    tamper(place, "UPDATE journal SET body = replace(body, ':50', ':60') WHERE sequence = 8")
+    with Journal.open(place) as journal, pytest.raises(Corrupt, match=r"entry 8 .* was changed"):
         journal.verify()
-    tamper(tmp_path / "j", "UPDATE journal SET body = 'oops' WHERE sequence = 8")
-    with Journal.open(tmp_path / "j") as journal, pytest.raises(Corrupt, match="entry 8: its body is not JSON"):
+    tamper(place, "UPDATE journal SET body = 'oops' WHERE sequence = 8")
+    with Journal.open(place) as journal, pytest.raises(Corrupt, match="entry 8: its body is not JSON"):
         journal.verify()
 
 
-def test_removed_and_reordered_entries_are_named(tmp_path: Path) -> None:
-    filled(tmp_path / "a").close()
-    tamper(tmp_path / "a", "DELETE FROM journal WHERE sequence = 6")
-    with Journal.open(tmp_path / "a") as journal, pytest.raises(Corrupt, match="entry 6 is missing"):
+def test_removed_and_reordered_entries_are_named(new_place: Callable[[], Place]) -> None:
+    first, second = new_place(), new_place()
+    filled(first).close()
+    tamper(first, "DELETE FROM journal WHERE sequence = 6")
+    with Journal.open(first) as journal, pytest.raises(Corrupt, match="entry 6 is missing"):
         journal.verify()
-    filled(tmp_path / "b").close()
+    filled(second).close()
     swap = ("= -1 WHERE sequence = 7", "= 7 WHERE sequence = 8", "= 8 WHERE sequence = -1")
-    tamper(tmp_path / "b", *(f"UPDATE journal SET sequence {s}" for s in swap))
-    with Journal.open(tmp_path / "b") as journal, pytest.raises(Corrupt, match=r"entry 7 .* was changed"):
+    tamper(second, *(f"UPDATE journal SET sequence {s}" for s in swap))
+    with Journal.open(second) as journal, pytest.raises(Corrupt, match=r"entry 7 .* was changed"):
         journal.verify()
 
 
-def test_an_entry_forged_with_a_right_digest_breaks_the_chain(tmp_path: Path) -> None:
-    with filled(tmp_path / "j") as journal:
+def test_an_entry_forged_with_a_right_digest_breaks_the_chain(place: Place) -> None:
+    with filled(place) as journal:
         fourth = journal.entries()[3]
     forged = replace(fourth, who="mallory")
     digest = forged.computed_digest()
-    tamper(tmp_path / "j", f"UPDATE journal SET who = 'mallory', digest = '{digest}' WHERE sequence = 4")
-    with Journal.open(tmp_path / "j") as journal, pytest.raises(Corrupt, match="entry 5 does not follow entry 4"):
+    tamper(place, f"UPDATE journal SET who = 'mallory', digest = '{digest}' WHERE sequence = 4")
+    with Journal.open(place) as journal, pytest.raises(Corrupt, match="entry 5 does not follow entry 4"):
         journal.verify()
 
 
-def test_a_cut_off_tail_and_moved_pointers_are_found(tmp_path: Path) -> None:
-    for name, statement in {
-        "tail": "DELETE FROM journal WHERE sequence >= 11",
-        "pointer": "UPDATE pointers SET stable = 3",
-        "term": "UPDATE term SET number = 3",
-    }.items():
-        filled(tmp_path / name).close()
-        tamper(tmp_path / name, statement)
-        with Journal.open(tmp_path / name) as journal, pytest.raises(Corrupt, match="the entries say"):
+def test_a_cut_off_tail_and_moved_pointers_are_found(new_place: Callable[[], Place]) -> None:
+    for statement in (
+        "DELETE FROM journal WHERE sequence >= 11",
+        "UPDATE pointers SET stable = 3",
+        "UPDATE term SET number = 3",
+    ):
+        place = new_place()
+        filled(place).close()
+        tamper(place, statement)
+        with Journal.open(place) as journal, pytest.raises(Corrupt, match="the entries say"):
             journal.verify()
-    filled(tmp_path / "version").close()
-    tamper(tmp_path / "version", "UPDATE versions SET version = 9 WHERE version = 3")
-    with Journal.open(tmp_path / "version") as journal, pytest.raises(Corrupt, match="versions table"):
+    place = new_place()
+    filled(place).close()
+    tamper(place, "UPDATE versions SET version = 9 WHERE version = 3")
+    with Journal.open(place) as journal, pytest.raises(Corrupt, match="versions table"):
         journal.verify()
 
 
-def test_a_newer_format_and_a_file_that_is_no_journal_are_refused(tmp_path: Path) -> None:
-    filled(tmp_path / "j").close()
-    tamper(tmp_path / "j", "UPDATE meta SET value = '2' WHERE name = 'format'")
+def test_a_newer_format_and_a_file_that_is_no_journal_are_refused(place: Place, tmp_path: Path) -> None:
+    filled(place).close()
+    tamper(place, "UPDATE meta SET value = '2' WHERE name = 'format'")
     with pytest.raises(MansardError, match="format 2, this Mansard reads up to 1"):
-        Journal.open(tmp_path / "j")
+        Journal.open(place)
     (tmp_path / "text").write_text("not a database, but long enough to be looked at. " * 100)
     with pytest.raises(Corrupt, match="not a database"):
         Journal.open(tmp_path / "text")
@@ -287,6 +307,7 @@ def test_a_newer_format_and_a_file_that_is_no_journal_are_refused(tmp_path: Path
 def python(code: str, *arguments: str) -> "subprocess.Popen[str]":
     """A real process that has `journal` open and says when it is ready."""
     prelude = "import sys, os; from pathlib import Path; from mansard.release.journal import Journal\n"
+    prelude += "place = sys.argv[1] if '://' in sys.argv[1] else Path(sys.argv[1])\n"
     return subprocess.Popen(
         [sys.executable, "-c", prelude + code, *arguments],
         stdin=subprocess.PIPE,
@@ -302,33 +323,33 @@ def lines_of(processes: "list[subprocess.Popen[str]]") -> list[list[str]]:
     return outputs
 
 
-def test_processes_that_register_at_once_agree_on_numbers(tmp_path: Path) -> None:
+def test_processes_that_register_at_once_agree_on_numbers(place: Place) -> None:
     """Also the first opening is a race: nobody made the database before."""
     code = """
 import json
 from mansard.records import Registration
-path, content = Path(sys.argv[1]), json.loads(sys.argv[2])
-with Journal.open(path) as journal:
+content = json.loads(sys.argv[2])
+with Journal.open(place) as journal:
     for number in range(12):
         made = Registration.from_json({**content, "spec_name": f"number {number}"})
         print(number, journal.register(made, None), flush=True)
 """
     content = json.dumps(plain().as_json())
-    outputs = lines_of([python(code, str(tmp_path / "j"), content) for _ in range(3)])
+    outputs = lines_of([python(code, str(place), content) for _ in range(3)])
     assert outputs[0] == outputs[1] == outputs[2]
-    with Journal.open(tmp_path / "j") as journal:
+    with Journal.open(place) as journal:
         assert journal.versions("demo") == list(range(1, 13))
         assert len(journal.entries()) == 12
         journal.verify()
 
 
-def test_of_processes_that_move_a_pointer_at_once_exactly_one_wins(tmp_path: Path) -> None:
-    with Journal.open(tmp_path / "j") as journal:
+def test_of_processes_that_move_a_pointer_at_once_exactly_one_wins(place: Place) -> None:
+    with Journal.open(place) as journal:
         for number in range(4):
             journal.register(plain(f"number {number}"), None)
     code = """
 from mansard.errors import Conflict
-journal, version = Journal.open(Path(sys.argv[1])), int(sys.argv[2])
+journal, version = Journal.open(place), int(sys.argv[2])
 for _ in range(25):
     sys.stdin.readline()
     seen = journal.pointers("demo")
@@ -339,7 +360,7 @@ for _ in range(25):
     except Conflict:
         print("lost", flush=True)
 """
-    processes = [python(code, str(tmp_path / "j"), str(v)) for v in (1, 2, 3)]
+    processes = [python(code, str(place), str(v)) for v in (1, 2, 3)]
 
     def tell_all() -> list[str]:
         for process in processes:
@@ -348,7 +369,7 @@ for _ in range(25):
         return [(p.stdout or sys.stdin).readline().strip() for p in processes]
 
     won = []
-    with Journal.open(tmp_path / "j") as journal:
+    with Journal.open(place) as journal:
         for _ in range(25):
             assert tell_all() == ["ready"] * 3
             answers = tell_all()
@@ -363,23 +384,23 @@ for _ in range(25):
 
 
 @pytest.mark.parametrize("round_number", range(4))
-def test_a_process_killed_at_any_moment_leaves_a_whole_journal(tmp_path: Path, round_number: int) -> None:
-    with Journal.open(tmp_path / "j") as journal:
+def test_a_process_killed_at_any_moment_leaves_a_whole_journal(place: Place, round_number: int) -> None:
+    with Journal.open(place) as journal:
         journal.register(plain(), None)
     code = """
-journal = Journal.open(Path(sys.argv[1]))
+journal = Journal.open(place)
 while True:
     pointers = journal.pointers("demo")
     move = journal.abort if pointers.canary else journal.start_rollout
     print(move("demo", 1, "ada", "", pointers), flush=True)
 """
-    process = python(code, str(tmp_path / "j"))
+    process = python(code, str(place))
     assert process.stdout is not None
     told = [int(process.stdout.readline()) for _ in range(15 + round_number)]
     process.send_signal(signal.SIGKILL)
     told += [int(line) for line in process.stdout.read().splitlines()]
     process.communicate(timeout=60)
-    with Journal.open(tmp_path / "j") as journal:
+    with Journal.open(place) as journal:
         journal.verify()
         assert journal.term() in (told[-1], told[-1] + 1)
         assert journal.pointers("demo").term == journal.term()
@@ -389,39 +410,53 @@ while True:
         journal.verify()
 
 
-def test_a_process_killed_inside_a_transaction_changed_nothing(tmp_path: Path) -> None:
+def test_a_process_killed_inside_a_transaction_changed_nothing(place: Place) -> None:
     """The kill comes after pointers and term were written, before the entry: neither is there afterwards."""
-    with filled(tmp_path / "j") as journal:
+    with filled(place) as journal:
         before, pointers = journal.entries(), journal.pointers("demo")
     code = """
-class Dying(Journal):
-    def _append(self, *arguments, **named):
-        assert self.term() == 10
+from mansard.release.ledger import Ledger
+class Dying(Ledger):
+    def append(self, *arguments, **named):
+        assert opened.term() == 10
         print("swapped", flush=True)
         os.kill(os.getpid(), 9)
-opened = Journal.open(Path(sys.argv[1]))
-dying = Dying(opened._connection, opened._path, opened._clock)
-dying.start_rollout("demo", 2, "ada", "", dying.pointers("demo"))
+opened = Journal.open(place)
+opened._ledger = Dying(opened._ledger._database, opened._ledger._clock)
+opened.start_rollout("demo", 2, "ada", "", opened.pointers("demo"))
 """
-    process = python(code, str(tmp_path / "j"))
+    process = python(code, str(place))
     output, _ = process.communicate(timeout=300)
     assert (output, process.returncode) == ("swapped\n", -signal.SIGKILL)
-    with Journal.open(tmp_path / "j") as journal:
+    with Journal.open(place) as journal:
         assert journal.entries() == before
         assert journal.pointers("demo") == pointers
         journal.verify()
         assert journal.start_rollout("demo", 2, "ada", "", pointers) == 10
 
 
-def test_a_writer_waits_for_another_one(tmp_path: Path) -> None:
-    journal = filled(tmp_path / "j")
-    with closing(sqlite3.connect(tmp_path / "j", isolation_level=None, check_same_thread=False)) as other:
-        other.execute("BEGIN IMMEDIATE")
+@contextmanager
+def other_writer(place: Place) -> Iterator[None]:
+    """Another connection's open transaction."""
+    if isinstance(place, Path):
+        with closing(sqlite3.connect(place, isolation_level=None)) as raw:
+            raw.execute("BEGIN IMMEDIATE")
+            yield
+            raw.execute("COMMIT")
+    else:
+        with psycopg.connect(place) as connection:
+            connection.execute("LOCK TABLE journal IN SHARE ROW EXCLUSIVE MODE")
+            yield
+
+
+def test_a_writer_waits_for_another_one(place: Place) -> None:
+    journal = filled(place)
+    with other_writer(place):
         writer = Thread(target=journal.register, args=(plain("waited"), None))
         writer.start()
-        assert Journal.open(tmp_path / "j").versions("demo") == [1, 2, 3]
-        other.execute("COMMIT")
-        writer.join(timeout=60)
+        with Journal.open(place) as reader:
+            assert reader.versions("demo") == [1, 2, 3]
+    writer.join(timeout=60)
     assert journal.versions("demo") == [1, 2, 3, 4]
     journal.close()
 
@@ -429,9 +464,9 @@ def test_a_writer_waits_for_another_one(tmp_path: Path) -> None:
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.tuples(st.sampled_from(["start", "step", "promote", "abort", "back"]), st.integers(1, 4))))
 def test_any_sequence_of_commands_leaves_a_journal_that_verifies(
-    tmp_path_factory: pytest.TempPathFactory, commands: list[tuple[str, int]]
+    new_place: Callable[[], Place], commands: list[tuple[str, int]]
 ) -> None:
-    with Journal.open(tmp_path_factory.mktemp("journal") / "j") as journal:
+    with Journal.open(new_place()) as journal:
         for number in range(4):
             journal.register(plain(f"number {number}"), None)
         for verb, version in commands:

@@ -18,7 +18,7 @@ from flows.cli import main
 printed = io.StringIO()
 with contextlib.redirect_stdout(printed):
     status = main(sys.argv[1:])
-heavy = {"torch", "transformers", "prefect", "mlflow", "vllm", "pydantic", "numpy", "aiohttp", "rich", "cryptography"}
+heavy = {"torch", "prefect", "mlflow", "vllm", "pydantic", "numpy", "aiohttp", "rich", "cryptography", "psycopg"}
 print(json.dumps({"status": status, "printed": printed.getvalue(), "loaded": sorted(heavy & set(sys.modules))}))
 """
 
