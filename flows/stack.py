@@ -1,4 +1,4 @@
-"""The local stack: Prefect, MLflow, the host, the router worker, the mirror and the deployments server.
+"""The local stack: Prefect, MLflow, the host, the router, the mirror and the deployments server.
 
 `up` starts what is not running and waits until all of it answers; `down` ends it in reverse order. Both hold one lock,
 so that two callers never make two stacks. Imports neither prefect nor mlflow: they run in processes of their own.
@@ -177,8 +177,10 @@ def _router(site: Site) -> Program:
     return _program(
         site,
         "router",
-        ("-m", "mansard.serving.router_worker", "--site", str(site.path), "--index", "0"),
-        lambda: _socket_answers(site.run / "router-0.sock", "/observations"),
+        ("-m", "mansard.serving.router_supervisor", "--site", str(site.path)),
+        lambda: all(
+            _socket_answers(site.run / f"router-{index}.sock", "/observations") for index in range(site.router.workers)
+        ),
         port=site.ports.router,
         port_key="ports.router",
         url=urls(site)["router"],

@@ -53,6 +53,13 @@ class EngineSite:
 
 
 @dataclass(frozen=True, slots=True)
+class RouterSite:
+    """How many processes share the router's socket."""
+
+    workers: int = 2
+
+
+@dataclass(frozen=True, slots=True)
 class Person:
     """`public_key` is the key itself (64 hex digits, raw Ed25519) or the path of a file that holds it."""
 
@@ -83,7 +90,9 @@ class Site:
     ports: Ports = Ports()
     engine: EngineSite = EngineSite()
     people: dict[str, Person] = field(default_factory=dict)
+    router: RouterSite = RouterSite()
     api_keys: Path | None = None
+    operator_tokens: Path | None = None
     rollback_window: int = 2
     stage_timeout_seconds: int = 14400
     schedules: tuple[Schedule, ...] = ()
@@ -200,6 +209,8 @@ def _check(site: Site) -> None:
                 raise BadInput(f"{site.path}: people.{name}.roles: {role!r} is not one of {', '.join(ROLES)}")
     if site.journal_url:
         _check_journal(site)
+    if site.router.workers < 1:
+        raise BadInput(f"{site.path}: router.workers: {site.router.workers} is not a number from 1 up")
     if not site.models:
         raise BadInput(f"{site.path}: models: name at least one model")
 

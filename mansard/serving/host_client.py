@@ -92,11 +92,20 @@ def router_sockets(site: Site) -> list[Path]:
 
 
 def router_observations(site: Site, timeout_seconds: float = 5.0) -> list[dict[str, Any]]:
-    """GET /observations of each router worker that answers; a dead worker's socket is left out."""
-    observations = []
+    """GET /observations of each router worker that answers; one that is dead or hangs is left out."""
+    return list(router_observations_by_worker(site, timeout_seconds).values())
+
+
+def router_observations_by_worker(
+    site: Site, timeout_seconds: float, without: int | None = None
+) -> dict[str, dict[str, Any]]:
+    """The same by the worker's index, perhaps `without` one. One that is there and does not answer is left out too."""
+    observations = {}
     for path in router_sockets(site):
-        try:
-            observations.append(HostClient(path).call("GET", "/observations", timeout_seconds=timeout_seconds))
-        except HostDown:
-            continue
+        index = path.stem.removeprefix("router-")
+        if index != str(without):
+            try:
+                observations[index] = HostClient(path).call("GET", "/observations", timeout_seconds=timeout_seconds)
+            except MansardError:
+                continue
     return observations

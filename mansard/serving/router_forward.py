@@ -8,17 +8,18 @@ a tester wants that version's own answer.
 
 import asyncio
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from aiohttp import web
 
-from mansard.serving.router_engine import EngineConnection, EngineFailed, EngineHead, EnginePool
+from mansard.serving.router_engine import EngineConnection, EngineFailed, EngineHead
 from mansard.serving.router_metrics import Attempt, Observations
 from mansard.serving.router_policy import MODEL_HEADER, VERSION_HEADER, Refused, error_body
+from mansard.serving.router_pool import EnginePool
+from mansard.serving.router_queue import RETRY_AFTER_SECONDS
 from mansard.serving.router_split import SplitWatch
 from mansard.serving.split import choose
 
-RETRY_AFTER_SECONDS = 2
 WHOLE_ANSWER_BYTES = 16 * 1024 * 1024
 """Answers with a known length up to this are read whole before anything is sent, so that they too can be rescued."""
 _ERROR_EVENT = b'data: {"error"'
@@ -26,12 +27,16 @@ _ERROR_EVENT = b'data: {"error"'
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is asked of whom. `payload` is the request as an engine gets it."""
+    """What is asked of whom. `key` is the sticky key's digest, `payload` the request as an engine gets it.
+
+    `attempts` are the versions' parts in it, as they begin.
+    """
 
     model: str
-    sticky_key: str
+    key: int
     pinned: int | None
     payload: bytes
+    attempts: list[Attempt] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +72,8 @@ class Forwarder:
         version, tried = self._first_choice(question), set[int]()
         while True:
             tried.add(version)
-            with self._observations.attempt(question.model, version) as attempt:
+            with self._observations.attempt(question.model, version, question.key) as attempt:
+                question.attempts.append(attempt)
                 answer = await self._ask(question, version)
                 if isinstance(answer, Answer):
                     return await self._pass_on(request, question, answer, attempt)
@@ -82,7 +88,7 @@ class Forwarder:
     def _first_choice(self, question: Question) -> int:
         model = self._watch.serving(question.model)
         if question.pinned is None:
-            return choose(model, question.sticky_key)
+            return choose(model, question.key)
         if question.pinned not in model.versions:
             known = ", ".join(map(str, sorted(model.versions)))
             raise Refused(
@@ -141,6 +147,7 @@ class Forwarder:
         if answer.is_whole:
             self._pool.put_back(answer.endpoint, answer.connection)
             attempt.answered(answer.head.status)
+            attempt.whole(answer.first)
             return _response(answer, question.model)
         attempt.first_byte()
         response = web.StreamResponse(status=answer.head.status, headers=_headers(answer, question.model))
@@ -159,6 +166,7 @@ class Forwarder:
         """Chunk by chunk. An error event that the engine sends under way passes through and counts against it."""
         problem, data, connection = b"", answer.first, answer.connection
         while data:
+            attempt.streamed(data)
             await response.write(data)
             data = await connection.read()
             if data.startswith(_ERROR_EVENT):

@@ -1,7 +1,8 @@
 """aiohttp's low-level server as the router's public side uses it.
 
 Guarantees: a malformed request gets an error in the OpenAI API's form and reaches no handler, one log line at most and
-no words of ours about our software; a client that goes away cancels its handler. Bodies are not decompressed here.
+no words of ours about our software; a client that goes away cancels its handler; a connection whose next request is not
+there in `idle_seconds`, headers whole, is closed, and so is one above MAX_CONNECTIONS. Bodies stay compressed here.
 """
 
 import asyncio
@@ -12,8 +13,9 @@ from aiohttp import web
 
 from mansard.serving.router_policy import error_body
 
-KEEP_ALIVE_SECONDS = 75.0
-"""An idle connection is closed after this; the OpenAI client's own pool gives up earlier (5 s)."""
+MAX_CONNECTIONS = 8192
+IDLE_SECONDS = 30.0
+"""The OpenAI client's own pool gives idle connections up earlier (5 s)."""
 
 log = logging.getLogger("mansard.router")
 
@@ -21,8 +23,11 @@ log = logging.getLogger("mansard.router")
 class PublicServer(web.Server):
     """A factory of connections. aiohttp calls `handle_error` on the connection's class; there is no other hook."""
 
-    def __init__(self, handler: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]) -> None:
+    def __init__(
+        self, handler: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]], idle_seconds: float = IDLE_SECONDS
+    ) -> None:
         super().__init__(handler, handler_cancellation=True)
+        self._idle_seconds = idle_seconds
 
     def __call__(self) -> web.RequestHandler:
         return _Connection(
@@ -30,11 +35,17 @@ class PublicServer(web.Server):
             loop=asyncio.get_running_loop(),
             access_log=None,  # type: ignore[arg-type]  # None switches it off, its type says otherwise
             auto_decompress=False,
-            keepalive_timeout=KEEP_ALIVE_SECONDS,
+            keepalive_timeout=self._idle_seconds,
         )
 
 
 class _Connection(web.RequestHandler):
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        assert self._manager is not None
+        if len(self._manager.connections) > MAX_CONNECTIONS:
+            self.force_close()
+
     def handle_error(
         self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
     ) -> web.StreamResponse:

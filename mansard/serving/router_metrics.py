@@ -1,24 +1,27 @@
-"""What a router worker saw, per model and version: plain counters on the hot path, read as JSON or as Prometheus text.
+"""What a router worker saw, per model and version: plain counters on the hot path, read as JSON.
 
 Guarantees: a request is counted once for each version that was asked, when that version's part of it ended. An error is
 a refused connection, an engine that died, a 5xx or a broken stream; a rescue is an error after which stable was asked.
 An engine's 4xx and a client that went away are neither errors nor successes; the router's own 4xx belong to no version.
+Bodies are not parsed: a stream's tokens are its events, counted by their `data: `.
 """
 
 import itertools
 import os
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Self
 
-from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
-from prometheus_client.registry import Collector
+from mansard.serving.router_records import Ended, Records
 
 FORMAT = 1
 BOUNDS_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
 OUTCOMES = ("ok", "error", "engine_4xx", "cancelled")
+MAX_IN_FLIGHT_TOLD = 1_000
+_EVENT = b"data: "
+_DONE = b"data: [DONE]"
+_USAGE = b'"completion_tokens":'
 
 
 class Histogram:
@@ -39,20 +42,21 @@ class Histogram:
 
 
 class VersionCounts:
-    """One version of one model. `waiting` and `streaming` hold the start times of what is in flight, oldest first."""
+    """One version of one model. `waiting` and `streaming` hold what is in flight, oldest first."""
 
     def __init__(self) -> None:
         self.ok = self.errors = self.engine_4xx = self.cancelled = self.rescues = self.streams = 0
+        self.output_tokens = 0
         self.consecutive_failures = 0
         self.last_error = ""
         self.ttft = Histogram()
+        self.token = Histogram()
         self.latency = Histogram()
-        self.waiting: dict[int, float] = {}
-        self.streaming: dict[int, float] = {}
+        self.waiting: dict[int, Attempt] = {}
+        self.streaming: dict[int, Attempt] = {}
 
     def as_json(self, now: float) -> dict[str, Any]:
-        starts = [next(iter(ages.values())) for ages in (self.waiting, self.streaming) if ages]
-        waits = next(iter(self.waiting.values()), now)
+        starts = [next(iter(ages.values())).start for ages in (self.waiting, self.streaming) if ages]
         return {
             "requests": self.ok + self.errors + self.engine_4xx + self.cancelled,
             "ok": self.ok,
@@ -61,12 +65,14 @@ class VersionCounts:
             "engine_4xx": self.engine_4xx,
             "cancelled": self.cancelled,
             "streams": self.streams,
+            "output_tokens": self.output_tokens,
             "consecutive_failures": self.consecutive_failures,
             "last_error": self.last_error,
             "in_flight": len(self.waiting) + len(self.streaming),
             "oldest_in_flight_seconds": now - min(starts, default=now),
-            "oldest_waiting_seconds": now - waits,
+            "oldest_waiting_seconds": now - next(iter(self.waiting.values())).start if self.waiting else 0.0,
             "ttft": self.ttft.as_json(),
+            "token": self.token.as_json(),
             "latency": self.latency.as_json(),
         }
 
@@ -74,46 +80,91 @@ class VersionCounts:
 class Attempt:
     """One version's part of one request, as a context manager: it ends as `cancelled` unless it was told otherwise."""
 
-    __slots__ = ("_clock", "_counts", "_number", "_outcome", "_problem", "_start")
+    __slots__ = (
+        *("_first_seconds", "_last", "_number", "_observations", "_outcome", "_problem"),
+        *("counts", "key", "model", "output_tokens", "start", "version"),
+    )
 
-    def __init__(self, counts: VersionCounts, number: int, clock: Callable[[], float]) -> None:
-        self._counts = counts
+    def __init__(
+        self, observations: "Observations", counts: VersionCounts, number: int, model: str, version: int, key: int
+    ) -> None:
+        self._observations = observations
+        self.counts = counts
+        self.model, self.version, self.key = model, version, key
+        self.start = self._last = observations.clock()
+        self.output_tokens: int | None = None
         self._number = number
-        self._clock = clock
-        self._start = clock()
+        self._first_seconds: float | None = None
         self._outcome = "cancelled"
         self._problem = ""
 
     def __enter__(self) -> Self:
-        self._counts.waiting[self._number] = self._start
+        self.counts.waiting[self._number] = self
         return self
+
+    @property
+    def is_streaming(self) -> bool:
+        return self._first_seconds is not None
+
+    def as_line(self) -> dict[str, Any]:
+        """For the access log."""
+        ttft = None if self._first_seconds is None else round(self._first_seconds * 1000, 3)
+        return {
+            "version": self.version,
+            "outcome": self._outcome,
+            "ttft_ms": ttft,
+            "output_tokens": self.output_tokens,
+            "problem": self._problem[:200],
+        }
 
     def first_byte(self) -> None:
         """The first byte of a stream is there: time to first token, from the whole request to here."""
-        counts = self._counts
+        counts = self.counts
+        self._last = self._observations.clock()
+        self._first_seconds = self._last - self.start
+        self.output_tokens = 0
         counts.streams += 1
-        counts.ttft.add(self._clock() - self._start)
+        counts.ttft.add(self._first_seconds)
         counts.streaming[self._number] = counts.waiting.pop(self._number)
+
+    def streamed(self, data: bytes) -> None:
+        """A piece of a stream, as it is handed on. The mark at its end is no token and takes no time."""
+        assert self.output_tokens is not None, "first_byte comes first"
+        events = data.count(_EVENT) - (_DONE in data[-20:])
+        if events > 0:
+            self.output_tokens += events
+            self._last = self._observations.clock()
 
     def answered(self, status: int) -> None:
         """The engine answered to the end, with a status below 500."""
         self._outcome = "ok" if status < 400 else "engine_4xx"
+
+    def whole(self, body: bytes) -> None:
+        """A whole answer's body: its usage, when it tells one, stands near its end."""
+        _, found, rest = body[-2048:].rpartition(_USAGE)
+        digits = rest.lstrip()[:12].partition(b",")[0].rstrip(b"} \n") if found else b""
+        if digits.isdigit():
+            self.output_tokens = int(digits)
 
     def failed(self, problem: str) -> None:
         self._outcome, self._problem = "error", problem
 
     def rescued(self) -> None:
         """Stable is asked after this failure."""
-        self._counts.rescues += 1
+        self.counts.rescues += 1
 
     def __exit__(self, *raised: object) -> None:
-        counts = self._counts
+        counts, now = self.counts, self._observations.clock()
         counts.waiting.pop(self._number, None)
         counts.streaming.pop(self._number, None)
+        token = self._token_seconds()
         if self._outcome == "ok":
             counts.ok += 1
             counts.consecutive_failures = 0
-            counts.latency.add(self._clock() - self._start)
+            counts.latency.add(now - self.start)
+            counts.output_tokens += self.output_tokens or 0
+            if token is not None:
+                counts.token.add(token)
         elif self._outcome == "error":
             counts.errors += 1
             counts.consecutive_failures += 1
@@ -122,13 +173,25 @@ class Attempt:
             counts.engine_4xx += 1
         else:
             counts.cancelled += 1
+        self._observations.records.add(
+            Ended(
+                *(now, self.model, self.version, self.key, self._outcome),
+                *(self._first_seconds, token, now - self.start, self.output_tokens),
+            )
+        )
+
+    def _token_seconds(self) -> float | None:
+        if self._first_seconds is None or self.output_tokens is None or self.output_tokens < 2:
+            return None
+        return (self._last - self.start - self._first_seconds) / (self.output_tokens - 1)
 
 
 class Observations:
     """Everything one worker counts. The clock is monotonic."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
+        self.clock = clock
+        self.records = Records()
         self._numbers = itertools.count()
         self._started = clock()
         self.versions: dict[tuple[str, int], VersionCounts] = {}
@@ -136,16 +199,16 @@ class Observations:
         """The router's own answers by status: bad keys, unknown paths, too large, too many, no version."""
         self.in_flight = 0
 
-    def attempt(self, model: str, version: int) -> Attempt:
-        key = (model, version)
-        counts = self.versions.get(key)
+    def attempt(self, model: str, version: int, key: int) -> Attempt:
+        """`key` is the digest of the sticky key."""
+        counts = self.versions.get((model, version))
         if counts is None:
-            counts = self.versions[key] = VersionCounts()
-        return Attempt(counts, next(self._numbers), self._clock)
+            counts = self.versions[model, version] = VersionCounts()
+        return Attempt(self, counts, next(self._numbers), model, version, key)
 
     def as_json(self, term: int, leases: dict[str, bool], problem: str | None) -> dict[str, Any]:
         """GET /observations."""
-        now = self._clock()
+        now = self.clock()
         models: dict[str, Any] = {name: {"has_lease": alive, "versions": {}} for name, alive in leases.items()}
         for (model, version), counts in sorted(self.versions.items()):
             versions = models.setdefault(model, {"has_lease": True, "versions": {}})["versions"]
@@ -162,52 +225,19 @@ class Observations:
             "models": models,
         }
 
-
-class _Collected(Collector):
-    """The families of one scrape."""
-
-    def __init__(self, tree: dict[str, Any]) -> None:
-        self._tree = tree
-
-    def collect(self) -> Iterator[Any]:
-        by_version = ["model", "version"]
-        requests = CounterMetricFamily(
-            "mansard_requests", "Requests that ended, per version asked", labels=[*by_version, "outcome"]
-        )
-        rescues = CounterMetricFamily("mansard_rescues", "Errors after which stable was asked", labels=by_version)
-        in_flight = GaugeMetricFamily("mansard_in_flight", "Requests not yet ended", labels=by_version)
-        oldest = GaugeMetricFamily("mansard_oldest_waiting_seconds", "Longest wait for a first byte", labels=by_version)
-        failures = GaugeMetricFamily("mansard_consecutive_failures", "Errors since the last success", labels=by_version)
-        ttft = HistogramMetricFamily("mansard_ttft_seconds", "Time to first token of streams", labels=by_version)
-        latency = HistogramMetricFamily("mansard_latency_seconds", "Whole successful requests", labels=by_version)
-        lease = GaugeMetricFamily("mansard_canary_lease", "1 while the canary may serve", labels=["model"])
-        for model, known in self._tree["models"].items():
-            lease.add_metric([model], 1 if known["has_lease"] else 0)
-            for version, seen in known["versions"].items():
-                labels = [model, version]
-                for outcome in OUTCOMES:
-                    requests.add_metric([*labels, outcome], seen["errors" if outcome == "error" else outcome])
-                rescues.add_metric(labels, seen["rescues"])
-                in_flight.add_metric(labels, seen["in_flight"])
-                oldest.add_metric(labels, seen["oldest_waiting_seconds"])
-                failures.add_metric(labels, seen["consecutive_failures"])
-                for family, name in ((ttft, "ttft"), (latency, "latency")):
-                    family.add_metric(labels, _buckets(seen[name]["counts"]), seen[name]["total_seconds"])
-        refused = CounterMetricFamily("mansard_router_refused", "The router's own refusals", labels=["status"])
-        for status, count in self._tree["refused"].items():
-            refused.add_metric([status], count)
-        term = GaugeMetricFamily("mansard_split_term", "Term of the traffic split in force")
-        term.add_metric([], self._tree["term"])
-        yield from (requests, rescues, in_flight, oldest, failures, ttft, latency, lease, refused, term)
-
-
-def _buckets(counts: list[int]) -> list[tuple[str, float]]:
-    bounds = [*(str(bound) for bound in BOUNDS_SECONDS), "+Inf"]
-    return [(bound, float(total)) for bound, total in zip(bounds, itertools.accumulate(counts), strict=True)]
-
-
-def prometheus_text(tree: dict[str, Any]) -> bytes:
-    """GET /metrics: the text of what `Observations.as_json` returned."""
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Collected(tree))
-    return generate_latest(registry)
+    def records_as_json(self, after: int) -> dict[str, Any]:
+        """GET /records: what ended after that number, and the oldest of what is in flight."""
+        now = self.clock()
+        attempts = [a for c in self.versions.values() for kept in (c.waiting, c.streaming) for a in kept.values()]
+        oldest = sorted(attempts, key=lambda attempt: attempt.start)[:MAX_IN_FLIGHT_TOLD]
+        in_flight = [
+            [a.model, a.version, f"{a.key:016x}", round(now - a.start, 6), a.is_streaming] for a in oldest
+        ]
+        return {
+            "format": FORMAT,
+            "pid": os.getpid(),
+            "now": now,
+            **self.records.after(after),
+            "in_flight_fields": ["model", "version", "key", "age", "is_streaming"],
+            "in_flight": in_flight,
+        }

@@ -1,17 +1,14 @@
-"""What the router lets through, and by which key: pure rules on one request's head, and the tenants' API keys.
+"""What the router lets through, and by which key: pure rules on one request's head.
 
 Guarantees: only the paths of ALLOWED reach an engine, compared byte by byte as the client wrote them (no decoding, no
-normalisation, so `//`, `%2e` and absolute URIs match nothing). Not covered: who is resident (split.py), request rates.
+normalisation, so `//`, `%2e` and absolute URIs match nothing). Not covered: who is resident (split.py), who may ask
+(router_keys.py), how often (router_rates.py).
 """
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
-import yaml
-
-from mansard.errors import BadInput, MansardError
+from mansard.errors import MansardError
 
 ALLOWED = {
     "/v1/completions": "POST",
@@ -115,50 +112,3 @@ def engine_request(path: str, method: str, headers: Iterable[tuple[bytes, bytes]
     if head.count(b"\n") != len(lines) - 1 or head.count(b"\r") != len(lines) - 1 or b"\0" in head:
         raise Refused(400, "invalid_request_error", "a header holds a control character")
     return head + b"\r\n\r\n" + body
-
-
-class ApiKeys:
-    """Tenants by the SHA-256 of their key; the file maps TENANT to 64 hex digits, or a list of them (YAML or JSON)."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._tenants: dict[bytes, str] = {}
-        self._stamp: tuple[int, int, int] | None = None
-
-    def read(self) -> None:
-        """Read the file when it changed. Raises BadInput and keeps the keys read before."""
-        try:
-            status = self.path.stat()
-            stamp = (status.st_ino, status.st_mtime_ns, status.st_size)
-            if stamp == self._stamp:
-                return
-            tree = yaml.safe_load(self.path.read_text())
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise BadInput(f"{self.path}: cannot read the API keys: {' '.join(str(error).split())}") from error
-        self._tenants = _tenants(tree, self.path)
-        self._stamp = stamp
-
-    def tenant(self, headers: Mapping[str, str]) -> str:
-        """Whose key the request carries; 401 for none or an unknown one."""
-        scheme, _, key = headers.get("authorization", "").partition(" ")
-        digest = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
-        tenant = self._tenants.get(digest) if scheme.lower() == "bearer" else None
-        if tenant is None:
-            raise Refused(401, "authentication_error", "send a valid API key: Authorization: Bearer KEY")
-        return tenant
-
-
-def _tenants(tree: object, path: Path) -> dict[bytes, str]:
-    if not isinstance(tree, dict):
-        raise BadInput(f"{path}: {type(tree).__name__} where a mapping TENANT: SHA-256 is expected")
-    tenants: dict[bytes, str] = {}
-    for tenant, listed in tree.items():
-        for text in listed if isinstance(listed, list) else [listed]:
-            try:
-                digest = bytes.fromhex(text if isinstance(text, str) else "")
-            except ValueError:
-                digest = b""
-            if len(digest) != 32:
-                raise BadInput(f"{path}: {tenant}: not the SHA-256 of a key (64 hex digits in quotes)")
-            tenants[digest] = str(tenant)
-    return tenants

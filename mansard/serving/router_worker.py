@@ -1,13 +1,13 @@
 """The router worker process: `python -m mansard.serving.router_worker --site FILE --index 0`.
 
-Listens on 127.0.0.1:ports.router and on the Unix socket run/router-INDEX.sock, prints one JSON line when it is ready,
-follows the split file, and on SIGTERM or SIGINT drains: stops accepting, finishes what it accepted (up to a deadline)
-and exits 0. Guarantees: one worker per index (a lock file); a stale socket of a killed worker is replaced.
+Answers on the public socket that it inherits (`--listen-fd`; alone it opens its own) and on the Unix socket
+run/router-INDEX.sock, prints one JSON line when it is ready, follows the split file, and on SIGTERM or SIGINT drains:
+stops accepting, finishes what it accepted (up to a deadline) and exits 0. Not covered: starting it again when it died
+(router_supervisor.py).
 """
 
 import argparse
 import asyncio
-import fcntl
 import gc
 import json
 import logging
@@ -21,15 +21,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import uvloop
 from aiohttp import web
 
-from mansard.errors import BadInput, Conflict, MansardError
+from mansard.errors import BadInput, MansardError
+from mansard.serving.access_log import FLUSH_SECONDS, AccessLog
 from mansard.serving.folder_watch import FolderWatch
-from mansard.serving.router import Limits, Router
-from mansard.serving.router_engine import EnginePool
-from mansard.serving.router_http import PublicServer
+from mansard.serving.router import Guards, Limits, Router
+from mansard.serving.router_admin import RouterAdmin
+from mansard.serving.router_forward import Forwarder
+from mansard.serving.router_http import IDLE_SECONDS, PublicServer
+from mansard.serving.router_keys import KeyFile
 from mansard.serving.router_metrics import Observations
-from mansard.serving.router_policy import ApiKeys
+from mansard.serving.router_pool import EnginePool
+from mansard.serving.router_rates import Rates, shared_memory
+from mansard.serving.router_sockets import BACKLOG, AdminSocket, listen
 from mansard.serving.router_split import LEASE_SECONDS, SplitWatch
 from mansard.site import Site, load_site
 
@@ -39,19 +45,21 @@ DRAIN_GRACE_SECONDS = 0.5
 """For requests that are on their way on accepted connections when draining starts."""
 DRAIN_LOOK_SECONDS = 0.02
 DRAIN_SECONDS = 120.0
-BACKLOG = 1024
 
 log = logging.getLogger("mansard.router")
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the command line may set; the rest is the site's."""
+    """What the command line may set; the rest is the site's. Descriptors are None in a worker that runs alone."""
 
     index: int
     lease_seconds: float
     drain_seconds: float
+    idle_seconds: float
     limits: Limits
+    listen_fd: int | None = None
+    rates_fd: int | None = None
 
 
 async def serve(site: Site, options: Options) -> None:
@@ -60,25 +68,33 @@ async def serve(site: Site, options: Options) -> None:
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
-    keys = None if site.api_keys is None else ApiKeys(site.api_keys)
-    if keys is not None:
-        keys.read()
+    keys, operators = (None if path is None else KeyFile(path) for path in (site.api_keys, site.operator_tokens))
+    key_files = [file for file in (keys, operators) if file is not None]
+    for file in key_files:
+        file.read()
+    guards = Guards(keys, operators, Rates(shared_memory() if options.rates_fd is None else options.rates_fd))
     watch = SplitWatch(site.split_file, options.lease_seconds, time.monotonic)
     pool, observations = EnginePool(), Observations(time.monotonic)
-    router = Router(watch, pool, observations, keys, options.limits)
-    public, admin = PublicServer(router.public), web.Server(router.admin, access_log=None)
+    admin = RouterAdmin(site, options.index, watch, observations)
+    access_log = AccessLog(site.logs / f"router-{options.index}-access.jsonl")
+    forwarder = Forwarder(watch, pool, observations)
+    router = Router(watch, forwarder, observations, guards, admin, access_log, options.limits)
+    public = PublicServer(router.public, options.idle_seconds)
+    admin_server = web.Server(admin.answer, access_log=None)
+    inherited = options.listen_fd
     with (
-        _listen(site.ports.router) as listener,
-        _AdminSocket(site.run, options.index) as admin_listener,
+        listen(site.ports.router) if inherited is None else socket.socket(fileno=inherited) as listener,
+        AdminSocket(site.run, options.index) as admin_listener,
         FolderWatch(site.split_file.parent) as folder,
     ):
         loop.add_reader(folder.fileno(), _take_news, folder, watch, pool)
         poll(watch, pool)
+        listener.setblocking(False)
         servers = [
             await loop.create_server(public, sock=listener, backlog=BACKLOG),
-            await loop.create_unix_server(admin, sock=admin_listener),
+            await loop.create_unix_server(admin_server, sock=admin_listener),
         ]
-        watching = loop.create_task(_watch(watch, pool, keys))
+        watching = loop.create_task(_watch(watch, pool, key_files, access_log))
         gc.collect()
         gc.freeze()  # what the imports made stays for good; looking through it (10 ms) would hold up streams
         ready = {"ready": True, "port": listener.getsockname()[1], "pid": os.getpid(), "term": watch.split.term}
@@ -88,11 +104,12 @@ async def serve(site: Site, options: Options) -> None:
         if watching.done():
             watching.result()
         servers[0].close()
-        await drain(router, public, options.drain_seconds)
+        await drain(admin, public, options.drain_seconds)
         watching.cancel()
+        access_log.flush()
         loop.remove_reader(folder.fileno())
         servers[1].close()
-        await admin.shutdown(1.0)
+        await admin_server.shutdown(1.0)
 
 
 def poll(watch: SplitWatch, pool: EnginePool) -> None:
@@ -111,21 +128,26 @@ def _take_news(folder: FolderWatch, watch: SplitWatch, pool: EnginePool) -> None
     poll(watch, pool)
 
 
-async def _watch(watch: SplitWatch, pool: EnginePool, keys: ApiKeys | None) -> None:
+async def _watch(watch: SplitWatch, pool: EnginePool, key_files: list[KeyFile], access_log: AccessLog) -> None:
+    looked, loop = 0.0, asyncio.get_running_loop()
     while True:
-        await asyncio.sleep(POLL_SECONDS)
+        await asyncio.sleep(FLUSH_SECONDS)
+        access_log.flush()
+        if loop.time() - looked < POLL_SECONDS:
+            continue
+        looked = loop.time()
         poll(watch, pool)
-        if keys is not None:
+        for file in key_files:
             try:
-                keys.read()
+                file.read()
             except BadInput as error:  # the keys read before stay in force
                 log.warning("%s", error)
 
 
-async def drain(router: Router, public: web.Server, deadline_seconds: float) -> None:
+async def drain(admin: RouterAdmin, public: web.Server, deadline_seconds: float) -> None:
     """Answer what was accepted. The listener is closed already; streams go on until the deadline."""
     loop = asyncio.get_running_loop()
-    router.is_draining = True
+    admin.is_draining = True
     end = loop.time() + deadline_seconds
     grace = loop.time() + DRAIN_GRACE_SECONDS
     while public.connections and loop.time() < min(grace, end):
@@ -138,48 +160,6 @@ async def drain(router: Router, public: web.Server, deadline_seconds: float) -> 
     await public.shutdown(0.1)
 
 
-def _listen(port: int) -> socket.socket:
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind(("127.0.0.1", port))
-    except OSError as error:
-        listener.close()
-        raise BadInput(f"ports.router {port}: {error.strerror}; name a free port in the site file") from error
-    return listener
-
-
-class _AdminSocket:
-    """The bound Unix socket of one worker, mode 600, held under a lock so that two workers never share an index."""
-
-    def __init__(self, run: Path, index: int) -> None:
-        self._path = run / f"router-{index}.sock"
-        self._lock = -1
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-
-    def __enter__(self) -> socket.socket:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self._path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise Conflict(f"{self._path}: another router worker has this index; choose another --index") from error
-        beside = self._path.with_suffix(".new")
-        beside.unlink(missing_ok=True)
-        try:
-            self._socket.bind(str(beside))
-        except OSError as error:
-            raise BadInput(f"{self._path}: {error.strerror or error}; give the site a shorter home") from error
-        beside.chmod(0o600)
-        beside.replace(self._path)
-        return self._socket
-
-    def __exit__(self, *raised: object) -> None:
-        self._path.unlink(missing_ok=True)
-        self._socket.close()
-        os.close(self._lock)
-
-
 def _allow_many_files() -> None:
     """Two descriptors a request: the usual soft limit of 1,024 would be reached at the default number in flight."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -187,22 +167,48 @@ def _allow_many_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a worker and a supervisor, which hands them on, both take."""
+    usual = Limits()
+    parser.add_argument("--site", type=Path, required=True)
+    parser.add_argument("--lease-seconds", type=float, default=LEASE_SECONDS)
+    parser.add_argument("--drain-seconds", type=float, default=DRAIN_SECONDS)
+    parser.add_argument("--idle-seconds", type=float, default=IDLE_SECONDS, help="for the next request's headers")
+    parser.add_argument("--body-seconds", type=float, default=usual.body_seconds)
+    parser.add_argument("--wait-seconds", type=float, default=usual.wait_seconds)
+    parser.add_argument("--max-body-bytes", type=int, default=usual.body_bytes)
+    parser.add_argument("--max-held-bytes", type=int, default=usual.held_bytes)
+    parser.add_argument("--max-running", type=int, default=usual.running)
+    parser.add_argument("--max-waiting", type=int, default=usual.waiting)
+
+
+def _options(given: argparse.Namespace) -> Options:
+    limits = Limits(
+        body_bytes=given.max_body_bytes,
+        body_seconds=given.body_seconds,
+        held_bytes=given.max_held_bytes,
+        running=given.max_running,
+        waiting=given.max_waiting,
+        wait_seconds=given.wait_seconds,
+    )
+    times = (given.lease_seconds, given.drain_seconds, given.idle_seconds)
+    return Options(given.index, *times, limits, given.listen_fd, given.rates_fd)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Ends with the exit code of the error."""
     parser = argparse.ArgumentParser(prog="python -m mansard.serving.router_worker", description="One router worker.")
-    parser.add_argument("--site", type=Path, required=True)
+    add_worker_arguments(parser)
     parser.add_argument("--index", type=int, default=0)
-    parser.add_argument("--lease-seconds", type=float, default=LEASE_SECONDS)
-    parser.add_argument("--drain-seconds", type=float, default=DRAIN_SECONDS)
-    parser.add_argument("--max-body-bytes", type=int, default=Limits().body_bytes)
-    parser.add_argument("--max-in-flight", type=int, default=Limits().in_flight)
-    options = parser.parse_args(arguments)
+    parser.add_argument("--listen-fd", type=int, help="the public socket, inherited")
+    parser.add_argument("--rates-fd", type=int, help="memory for the tenants' rates, inherited")
+    given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s router-%(name)s %(message)s", stream=sys.stderr)
-    limits = Limits(body_bytes=options.max_body_bytes, in_flight=options.max_in_flight)
     _allow_many_files()
     try:
-        chosen = Options(options.index, options.lease_seconds, options.drain_seconds, limits)
-        asyncio.run(serve(load_site(options.site), chosen))
+        site = load_site(given.site)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(serve(site, _options(given)))
     except MansardError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -59,17 +59,22 @@ class Split:
     models: Mapping[str, ModelSplit] = field(default_factory=dict)
 
 
-def bucket_of(model: str, sticky_key: str) -> int:
-    """The place of a key in [0, NUM_BUCKETS): the same in every process and on every day, another one per model."""
+def key_digest(model: str, sticky_key: str) -> int:
+    """64 bits for a key: the same in every process and on every day, others for another model."""
     digest = hashlib.blake2b(f"{model}\0{sticky_key}".encode("utf-8", "surrogateescape"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") % NUM_BUCKETS
+    return int.from_bytes(digest, "big")
 
 
-def choose(model_split: ModelSplit, sticky_key: str) -> int:
-    """The version that serves this key. The canary takes the lowest buckets, so a higher weight only adds keys."""
+def bucket_of(model: str, sticky_key: str) -> int:
+    """The place of a key in [0, NUM_BUCKETS)."""
+    return key_digest(model, sticky_key) % NUM_BUCKETS
+
+
+def choose(model_split: ModelSplit, digest: int) -> int:
+    """The version that serves the key of a digest. The canary takes the lowest buckets: a higher weight only adds."""
     if model_split.canary is None:
         return model_split.stable
-    is_canary = bucket_of(model_split.name, sticky_key) < model_split.canary_percent * BUCKETS_PER_PERCENT
+    is_canary = digest % NUM_BUCKETS < model_split.canary_percent * BUCKETS_PER_PERCENT
     return model_split.canary if is_canary else model_split.stable
 
 

@@ -1,16 +1,11 @@
 """The rules on one request's head, without a server."""
 
-import hashlib
-from pathlib import Path
-
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mansard.errors import BadInput
 from mansard.serving.router_policy import (
     ALLOWED,
-    ApiKeys,
     Refused,
     check_path,
     engine_request,
@@ -97,19 +92,3 @@ def test_control_characters_in_a_header_are_refused(value: bytes) -> None:
 def test_headers_that_connection_lists_stay_here() -> None:
     headers = [(b"Connection", b"close, X-Private"), (b"X-Private", b"1"), (b"X-Other", b"2")]
     assert engine_request("/p", "POST", headers, b"").split(b"\r\n")[2:-2] == [b"x-other: 2", b"content-length: 0"]
-
-
-def test_keys_are_read_again_only_when_the_file_changes_and_bad_ones_change_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "keys.yaml"
-    path.write_text(f'{{"acme": "{hashlib.sha256(b"k1").hexdigest()}"}}')
-    keys = ApiKeys(path)
-    keys.read()
-    assert keys.tenant({"authorization": "Bearer k1"}) == "acme"
-    for text, words in (("acme: 12", "SHA-256"), ("[a]", "mapping"), ("a: [", "cannot read"), ("a: abcd", "SHA-256")):
-        path.write_text(text)
-        with pytest.raises(BadInput, match=words):
-            keys.read()
-        assert keys.tenant({"authorization": "Bearer k1"}) == "acme"
-    path.unlink()
-    with pytest.raises(BadInput, match="cannot read"):
-        keys.read()

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mansard.serving.router_split import SplitWatch
-from mansard.serving.split import Split, choose, renewed, split_bytes, with_canary, with_stable, write_split
+from mansard.serving.split import Split, choose, key_digest, renewed, split_bytes, with_canary, with_stable, write_split
 
 
 class Clock:
@@ -35,13 +35,13 @@ def test_the_lease_runs_out_by_the_workers_clock_and_a_higher_counter_brings_it_
     assert watch.poll()
     clock.now += 9.9
     assert watch.has_lease("tiny")
-    assert choose(watch.serving("tiny"), "k") == 2
+    assert choose(watch.serving("tiny"), key_digest("tiny", "k")) == 2
     clock.now += 0.1
     assert not watch.has_lease("tiny")
-    assert choose(watch.serving("tiny"), "k") == 1
+    assert choose(watch.serving("tiny"), key_digest("tiny", "k")) == 1
     write_split(path, renewed(split, "tiny"))
     assert watch.poll()
-    assert choose(watch.serving("tiny"), "k") == 2
+    assert choose(watch.serving("tiny"), key_digest("tiny", "k")) == 2
 
 
 def test_the_same_bytes_written_again_renew_nothing(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import http.client
 import itertools
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -50,12 +51,13 @@ def wait_until(condition: Callable[[], object], what: str) -> None:
 
 @contextlib.contextmanager
 def process(*command: str) -> Iterator[tuple["subprocess.Popen[bytes]", dict[str, Any]]]:
-    """A child that prints one JSON line when it is ready."""
+    """A child that prints one JSON line when it is ready; it and its own children end with the context."""
     with subprocess.Popen(
         [sys.executable, *command],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
+        start_new_session=True,
     ) as child:
         try:
             assert child.stdout is not None
@@ -63,7 +65,8 @@ def process(*command: str) -> Iterator[tuple["subprocess.Popen[bytes]", dict[str
             assert line, f"{command} ended without a word"
             yield child, json.loads(line)
         finally:
-            child.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
 
 
 @dataclass
@@ -166,8 +169,11 @@ class Rig:
     def engine(self, name: str) -> contextlib.AbstractContextManager[Engine]:
         return engine(name)
 
-    def seen(self) -> dict[str, Any]:
-        return HostClient(self.home / "run/router-0.sock").call("GET", "/observations")
+    def seen(self, index: int = 0) -> dict[str, Any]:
+        return HostClient(self.home / f"run/router-{index}.sock").call("GET", "/observations")
+
+    def records(self, after: int = 0) -> dict[str, Any]:
+        return HostClient(self.home / "run/router-0.sock").call("GET", f"/records?after={after}")
 
     def counts(self, version: int) -> dict[str, Any]:
         versions = self.seen()["models"].get("tiny", {"versions": {}})["versions"]
@@ -181,9 +187,9 @@ def engine(name: str) -> Iterator[Engine]:
 
 
 @contextlib.contextmanager
-def rig_in(folder: Path, *arguments: str, site: str = SITE) -> Iterator[Rig]:
+def rig_in(folder: Path, *arguments: str, site: str = SITE, module: str = "router_worker") -> Iterator[Rig]:
     (folder / "site.yaml").write_text(site)
-    worker = ("-m", "mansard.serving.router_worker", "--site", str(folder / "site.yaml"), *arguments)
+    worker = ("-m", f"mansard.serving.{module}", "--site", str(folder / "site.yaml"), *arguments)
     with engine("one") as one, engine("two") as two, process(*worker) as (child, ready):
         yield Rig(folder / "home", ready["port"], one, two, child)
 
@@ -204,9 +210,14 @@ def rig(shared: Rig) -> Rig:
 
 @pytest.fixture
 def make_rig(tmp_path: Path) -> Callable[..., contextlib.AbstractContextManager[Rig]]:
-    """make_rig("--argument", site_lines="key: value") is a context manager with a worker of its own."""
+    """make_rig("--argument", site_lines="key: value") is a context manager with a worker of its own.
 
-    def make(*arguments: str, site_lines: str = "") -> contextlib.AbstractContextManager[Rig]:
-        return rig_in(tmp_path, *arguments, site=SITE + site_lines)
+    With module="router_supervisor" it has several.
+    """
+
+    def make(
+        *arguments: str, site_lines: str = "", module: str = "router_worker"
+    ) -> contextlib.AbstractContextManager[Rig]:
+        return rig_in(tmp_path, *arguments, site=SITE + site_lines, module=module)
 
     return make

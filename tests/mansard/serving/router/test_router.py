@@ -288,3 +288,27 @@ def test_models_are_listed_and_chosen_by_the_bodys_model(rig: Any) -> None:
     rig.put(empty)
     reply = rig.call()
     assert (reply.status, "retry-after" in reply.headers) == (503, True)
+
+
+def test_each_request_leaves_a_record_and_a_line_without_its_words(rig: Any) -> None:
+    rig.write(100)
+    number = rig.records()["next"]
+    rig.two.behave(fail="refuse")
+    secret = {"x_user_id": "ada@example.org", "x_request_id": "r-77"}
+    assert rig.call(body=STREAM, **secret).version == "1"
+    answer = rig.records(number)
+    records = [dict(zip(answer["fields"], record, strict=True)) for record in answer["records"]]
+    assert [(r["version"], r["outcome"], r["output_tokens"]) for r in records] == [(2, "error", None), (1, "ok", 16)]
+    assert records[0]["key"] == records[1]["key"]
+    assert 0 < records[1]["ttft"] <= records[1]["latency"]
+    log = rig.home / "logs/router-0-access.jsonl"
+
+    def lines() -> list[dict[str, Any]]:
+        found = log.read_text().splitlines() if log.exists() else []
+        return [line for line in map(json.loads, found) if line["request_id"] == "r-77"]
+
+    rig.wait_until(lines, "the access log's line")
+    (line,) = lines()
+    assert (line["status"], line["asked"], line["user"]) == (200, [2, 1], records[0]["key"])
+    assert "ada@example.org" not in log.read_text()
+    assert '"prompt"' not in log.read_text()
