@@ -115,7 +115,7 @@ async def supervise(site: Site, arguments: tuple[str, ...], drain_seconds: float
         running = [loop.create_task(keeper.run()) for keeper in keepers]
         try:
             await _until_ready_or_over(keepers, running, stopping)
-            if not stopping.is_set():
+            if not stopping.is_set() and not any(task.done() for task in running):
                 ready = {"ready": True, "port": listener.getsockname()[1], "pid": os.getpid()}
                 print(json.dumps({**ready, "workers": len(keepers)}), flush=True)
                 await _first(*running, loop.create_task(stopping.wait()))
