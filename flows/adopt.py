@@ -10,7 +10,7 @@ from flows.outcome import Outcome
 from mansard.digest import digest_json
 from mansard.specs import AdoptSpec
 from tasks.derivation import recorded
-from tasks.intake import asked_for, read_order
+from tasks.intake import read_order, terms_of
 from tasks.quantization import quantize
 from tasks.snapshots import resolve_version, take_base, take_data, take_suites
 
@@ -19,14 +19,13 @@ from tasks.snapshots import resolve_version, take_base, take_data, take_suites
 def adopt(spec_path: str, site_path: str, as_person: str | None = None, model: str | None = None) -> Outcome:
     """Raises BadInput or NotAllowed before anything starts, StageFailed later. A repeat is the same version."""
     order = read_order(AdoptSpec, spec_path, site_path, model, as_person)
-    suites = take_suites(order)
+    terms = terms_of(order, take_suites(order))
     version = resolve_version(order)
-    key = digest_json({"verb": "adopt", "asked": asked_for(order, suites), "base": version})
+    key = digest_json({"verb": "adopt", "asked": terms.asked, "base": version})
     tags = {"mansard_author": order.author}
     with recorded(order.site, order.model_name, f"adopt {order.spec.name}", key, tags) as work:
         base = take_base(work, order, version)
         data = take_data(work, order.spec.data)
         artifact = quantize(work, base.snapshot, data, order.spec.quantize)
         candidate = Candidate(base.snapshot, artifact.snapshot, None, (base.derivation, artifact))
-        known = recorded_outcome(work, order, candidate, suites)
-        return known or judge_and_register(work, order, candidate, suites, against=None)
+        return recorded_outcome(work, terms, candidate) or judge_and_register(work, terms, candidate, against=None)

@@ -20,6 +20,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "adopt": ("flows.verbs_model:adopt", "take a first base into service as version 1"),
     "upgrade": ("flows.verbs_model:upgrade", "insert, train, fuse, quantize, evaluate, gate, register"),
     "gate": ("flows.verbs_model:gate", "judge a version again against today's stable and anchor"),
+    "remove-storey": ("flows.verbs_model:remove_storey", "a version without one of its storeys, judged as a candidate"),
     "review": ("flows.verbs_review:review", "the evidence behind a version"),
     "approve": ("flows.verbs_review:approve", "sign that a version may be released"),
     "reject": ("flows.verbs_review:reject", "sign that it may not"),
@@ -41,11 +42,12 @@ def parser() -> argparse.ArgumentParser:
     made = {name: _verb(verbs, name, text) for name, (_, text) in VERBS.items()}
     for name in ("adopt", "upgrade"):
         made[name].add_argument("spec", metavar="SPEC", help="a YAML file, e.g. configs/upgrade/demo.yaml")
-    for name in ("gate", "review", "approve", "reject", "release", "why"):
+    for name in ("gate", "remove-storey", "review", "approve", "reject", "release", "why"):
         made[name].add_argument("version", metavar="VERSION", type=int)
+    made["remove-storey"].add_argument("storey", metavar="STOREY", type=int, help="1 is the oldest; `why` lists them")
     for name in ("approve", "reject"):
         made[name].add_argument("--reason", required=True, metavar="TEXT")
-    for name in ("approve", "reject", "release", "rollback"):
+    for name in ("remove-storey", "approve", "reject", "release", "rollback"):
         made[name].add_argument("--as", dest="person", metavar="NAME", help="who you are (default: MANSARD_PERSON)")
     made["keygen"].add_argument("name", metavar="NAME")
     made["rollback"].add_argument("--from", dest="from_version", type=int, metavar="VERSION")

@@ -16,8 +16,9 @@ from mansard.digest import digest_json
 from mansard.errors import Conflict
 from mansard.site import load_site
 from tasks.derivation import recorded
-from tasks.evaluations import Background, Subject, evaluate, judge, recorded_evidence
-from tasks.registration import count_attempts, read_registration, register_judgement, standing
+from tasks.evaluations import Background, Subject, evaluate, judge
+from tasks.evidence import recorded_evidence, recorded_version
+from tasks.registration import count_attempts, register_judgement, standing
 from tasks.reports import publish, verdict_of
 
 
@@ -26,7 +27,7 @@ def gate(version: int, site_path: str, model: str | None = None) -> Outcome:
     """Raises BadInput for an unknown version, Conflict where it is stable or nothing is."""
     site = load_site(Path(site_path))
     name = site.model_named(model)
-    registration = read_registration(site, name, version)
+    registration = recorded_version(site, name, version)
     evidence = recorded_evidence(site, registration)
     against = standing(site, name, evidence.gate.anchor_version)
     if against.stable == version:

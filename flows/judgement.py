@@ -1,14 +1,15 @@
-"""From an artifact to a registered version: evaluated, judged, signed, published. Shared by adopt and upgrade."""
+"""From an artifact to a registered version: evaluated, judged, signed, published. Shared by adopt, upgrade and
+remove-storey."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flows.outcome import Outcome, outcome_of
 from mansard.records import Derivation, Registration, SnapshotId
-from mansard.specs import Spec, Suite
+from mansard.specs import Suite
 from tasks.derivation import Work
 from tasks.evaluations import Background, Subject, SuiteSnapshots, evaluate, judge, measure_cost, take_fingerprint
-from tasks.intake import Order, asked_for
+from tasks.intake import Terms
 from tasks.registration import Standing, count_attempts, find_recorded, register
 from tasks.reports import publish, verdict_of
 
@@ -23,9 +24,9 @@ class Candidate:
     derivations: tuple[Derivation, ...]
 
 
-def recorded_outcome(work: Work, order: Order[Spec], candidate: Candidate, suites: SuiteSnapshots) -> Outcome | None:
-    """The outcome of the same spec with the same artifact, where there is one: a repeat is no new attempt."""
-    found = find_recorded(work.site, order.model_name, candidate.artifact, asked_for(order, suites))
+def recorded_outcome(work: Work, terms: Terms, candidate: Candidate) -> Outcome | None:
+    """The outcome of the same wish with the same artifact, where there is one: a repeat is no new attempt."""
+    found = find_recorded(work.site, terms.model_name, candidate.artifact, terms.asked)
     if found is None:
         return None
     version, registration = found
@@ -35,29 +36,27 @@ def recorded_outcome(work: Work, order: Order[Spec], candidate: Candidate, suite
     return outcome_of(work, version, registration, (*candidate.derivations, *known))
 
 
-def judge_and_register(
-    work: Work, order: Order[Spec], candidate: Candidate, suites: SuiteSnapshots, against: Standing | None
-) -> Outcome:
+def judge_and_register(work: Work, terms: Terms, candidate: Candidate, against: Standing | None) -> Outcome:
     """Evaluate on every suite and compare with `against`; None: there is nothing to compare with."""
-    spec, name = order.spec, order.model_name
-    subject = Subject("candidate", name, candidate.artifact, spec.serve)
-    evaluated = evaluate(work, subject, order.suites, suites)
-    fingerprint = take_fingerprint(work, subject, spec.fingerprint)
-    records = named("candidate", order.suites, evaluated)
+    name, suites, snapshots = terms.model_name, terms.suites, terms.snapshots
+    subject = Subject("candidate", name, candidate.artifact, terms.serve)
+    evaluated = evaluate(work, subject, suites, snapshots)
+    fingerprint = take_fingerprint(work, subject, terms.fingerprint)
+    records = named("candidate", suites, evaluated)
     cost: tuple[Derivation, ...] = ()
     if against is not None:
-        stable = Subject("stable", name, against.stable_artifact, spec.serve)
-        anchor = Subject("anchor", name, against.anchor_artifact, spec.serve)
-        records += named("baseline", order.suites, evaluate(work, stable, order.suites, suites))
-        records += named("anchor", order.suites, evaluate(work, anchor, order.suites, suites))
-        cost = (measure_cost(work, subject, stable, spec.cost),)
+        stable = Subject("stable", name, against.stable_artifact, terms.serve)
+        anchor = Subject("anchor", name, against.anchor_artifact, terms.serve)
+        records += named("baseline", suites, evaluate(work, stable, suites, snapshots))
+        records += named("anchor", suites, evaluate(work, anchor, suites, snapshots))
+        cost = (measure_cost(work, subject, stable, terms.cost),)
     made = (*candidate.derivations, *evaluated, fingerprint, *cost)
-    background = Background(candidate.base_version, suites, tuple((d.stage, d.recipe, d.snapshot) for d in made))
+    background = Background(candidate.base_version, snapshots, tuple((d.stage, d.recipe, d.snapshot) for d in made))
     with work.store.lock(f"attempts-{name}"):  # two upgrades at once are two attempts
-        attempt = count_attempts(work.site, name, tuple(s.name for s in order.suites), candidate.artifact)
-        verdict = judge(work, records, spec.gate, order.suites, attempt, background)
+        attempt = count_attempts(work.site, name, tuple(s.name for s in suites), candidate.artifact)
+        verdict = judge(work, records, terms.gate, suites, attempt, background)
         derivations = (*made, verdict)
-        registration = registration_of(work, order, candidate, suites, against, evaluated, derivations)
+        registration = registration_of(work, terms, candidate, against, evaluated, derivations)
         version = register(work.site, registration)
     publish(work, version, registration)
     return outcome_of(work, version, registration, derivations)
@@ -65,32 +64,31 @@ def judge_and_register(
 
 def registration_of(
     work: Work,
-    order: Order[Spec],
+    terms: Terms,
     candidate: Candidate,
-    suites: SuiteSnapshots,
     against: Standing | None,
     evaluated: Sequence[Derivation],
     derivations: tuple[Derivation, ...],
 ) -> Registration:
     """What the author signs; the last derivation is the verdict."""
-    spec, verdict = order.spec, derivations[-1]
+    verdict = derivations[-1]
     fingerprint = next(d for d in derivations if d.stage == "fingerprint")
     return Registration(
-        model_name=order.model_name,
+        model_name=terms.model_name,
         model=candidate.model,
         artifact=candidate.artifact,
         verdict=verdict_of(work.store, verdict.snapshot),
         verdict_record=verdict.snapshot,
         fingerprint=fingerprint.snapshot,
-        item_records=tuple((s.name, d.snapshot) for s, d in zip(order.suites, evaluated, strict=True)),
+        item_records=tuple((s.name, d.snapshot) for s, d in zip(terms.suites, evaluated, strict=True)),
         base_version=candidate.base_version,
         baseline_version=None if against is None else against.stable,
         anchor_version=None if against is None else against.anchor,
-        author=order.author,
-        spec_name=spec.name,
-        spec_digest=asked_for(order, suites),
-        serve=spec.serve.model_dump(mode="json"),
-        release=spec.release.model_dump(mode="json"),
+        author=terms.author,
+        spec_name=terms.spec_name,
+        spec_digest=terms.asked,
+        serve=terms.serve.model_dump(mode="json"),
+        release=terms.release,
         stages=tuple((d.stage, d.recipe, d.snapshot) for d in derivations),
     )
 

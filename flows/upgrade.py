@@ -10,11 +10,12 @@ from flows.judgement import Candidate, judge_and_register, recorded_outcome
 from flows.outcome import Outcome
 from mansard.digest import digest_json
 from mansard.specs import UpgradeSpec
+from mansard.store import Store
 from tasks.derivation import recorded
 from tasks.evaluations import look_for_contamination
 from tasks.expansion import expand, prove
 from tasks.fusion import fuse
-from tasks.intake import asked_for, check_power, read_order
+from tasks.intake import check_power, read_order, terms_of
 from tasks.quantization import quantize
 from tasks.registration import count_attempts, standing
 from tasks.snapshots import resolve_version, take_base, take_data, take_suites
@@ -27,11 +28,10 @@ def upgrade(spec_path: str, site_path: str, as_person: str | None = None, model:
     order = read_order(UpgradeSpec, spec_path, site_path, model, as_person)
     spec, version = order.spec, resolve_version(order)
     against = standing(order.site, order.model_name, spec.gate.anchor_version)
-    suites = take_suites(order)
-    asked = asked_for(order, suites)
-    attempt = count_attempts(order.site, order.model_name, tuple(dict(suites)), spec_digest=asked)
-    check_power(order, suites, attempt)
-    key = digest_json({"verb": "upgrade", "asked": asked, "base": version})
+    terms = terms_of(order, suites := take_suites(order))
+    attempt = count_attempts(order.site, order.model_name, tuple(dict(suites)), spec_digest=terms.asked)
+    check_power(Store(order.site.store), terms, attempt)
+    key = digest_json({"verb": "upgrade", "asked": terms.asked, "base": version})
     tags = {"mansard_author": order.author, "mansard_base_version": str(version)}
     with recorded(order.site, order.model_name, f"upgrade {spec.name}", key, tags) as work:
         base = take_base(work, order, version)
@@ -44,5 +44,4 @@ def upgrade(spec_path: str, site_path: str, as_person: str | None = None, model:
         artifact = quantize(work, fused.snapshot, data, spec.quantize)
         made = (base.derivation, clean, expansion, proof.result(), trained, fused, artifact)
         candidate = Candidate(fused.snapshot, artifact.snapshot, version, made)
-        known = recorded_outcome(work, order, candidate, suites)
-        return known or judge_and_register(work, order, candidate, suites, against)
+        return recorded_outcome(work, terms, candidate) or judge_and_register(work, terms, candidate, against)

@@ -1,4 +1,4 @@
-"""The platform team's verbs: adopt, upgrade, gate, release. They start the local stack where it is down."""
+"""The platform team's verbs: adopt, upgrade, gate, remove-storey, release. They start the stack where it is down."""
 
 import argparse
 import json
@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from flows import stack
 from flows.person import person
 from mansard.errors import MansardError
+from mansard.models.remove_storey import check_removable
 from mansard.site import Site, find_site, load_site
 from mansard.specs import AdoptSpec, UpgradeSpec
-from tasks.intake import read_order
+from mansard.store import Store
+from tasks.evidence import check_suites_unchanged, recorded_evidence, recorded_version
+from tasks.intake import check_author, read_order
 
 if TYPE_CHECKING:
     from flows.outcome import Outcome
@@ -40,10 +43,27 @@ def upgrade(args: argparse.Namespace) -> int:
 
 def gate(args: argparse.Namespace) -> int:
     """Judge a registered version against today's stable and anchor."""
+    site = load_site(find_site(args.site))
+    registration = recorded_version(site, site.model_named(args.model), args.version)
+    check_suites_unchanged(site, recorded_evidence(site, registration), args.version)
     site = _ready(args, None)
     from flows.gate import gate as flow
 
     return _tell(args, _followed(flow, args.version, str(site.path), args.model))
+
+
+def remove_storey(args: argparse.Namespace) -> int:
+    """A version without one of its storeys; what forbids it is told before anything starts."""
+    site = load_site(find_site(args.site))
+    name, author = site.model_named(args.model), person(args)
+    check_author(site, author)
+    registration = recorded_version(site, name, args.version)
+    check_removable(Store(site.store), registration.model, args.storey)
+    check_suites_unchanged(site, recorded_evidence(site, registration), args.version)
+    site = _ready(args, None)
+    from flows.remove_storey import remove_storey as flow
+
+    return _tell(args, _followed(flow, args.version, args.storey, str(site.path), author, args.model))
 
 
 def release(args: argparse.Namespace) -> int:

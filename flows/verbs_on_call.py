@@ -131,5 +131,22 @@ def why(args: argparse.Namespace) -> int:
     """From the live pointer to approval, verdict, stages, data and the first base."""
     site = load_site(find_site(args.site))
     found = oncall.why(site, site.model_named(args.model), args.version)
+    _add_storeys(site, found)
     print(json.dumps(found) if args.json else why_text(found))
     return 0
+
+
+def _add_storeys(site: Site, found: dict[str, Any]) -> None:
+    """The storeys of each version of the chain, with the oldest of these versions that holds each."""
+    from mansard.models.storeys import told_storeys
+    from mansard.store import Store  # BLAKE3 is loaded only where evidence is read
+
+    first: dict[str, int] = {}
+    for link in reversed(found["chain"]):
+        link["storeys"] = []
+        try:
+            link["storeys"] = told_storeys(Store(site.store), link["model"])
+        except MansardError as error:
+            found["problems"].append(f"storeys of version {link['version']}: {error}")
+        for storey in link["storeys"]:
+            storey["added_by"] = first.setdefault(storey["tensors"], link["version"])

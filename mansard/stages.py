@@ -15,6 +15,7 @@ STAGES = {
     "expand": "mansard.models.expand_stage",
     "prove": "mansard.models.prove_stage",
     "train": "mansard.training.stage",
+    "remove-storey": "mansard.models.remove_storey_stage",
     "fuse": "mansard.models.fuse_stage",
     "quantize": "mansard.models.quantize_stage",
     "evaluate": "mansard.evaluation.evaluate_stage",

@@ -8,11 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mansard.errors import Corrupt
 from mansard.evaluation.contamination import check_shared
 from mansard.launch import Request
-from mansard.records import Derivation, Registration, SnapshotId
-from mansard.site import Site
+from mansard.records import Derivation, SnapshotId
 from mansard.specs import Cost, Fingerprint, Gate, Serve, Suite
 from mansard.store import Store
 from tasks import policy
@@ -146,37 +144,6 @@ def look_for_contamination(
     made = derive_one(work, asked)
     check_shared(json.loads(work.store.read_file(made.snapshot, "contamination.json")), gate.max_shared_fraction)
     return made
-
-
-@dataclass(frozen=True, slots=True)
-class Evidence:
-    """How a registered version was judged: enough to do it again without its spec."""
-
-    gate: Gate
-    serve: Serve
-    suites: tuple[Suite, ...]
-    snapshots: SuiteSnapshots
-
-
-def recorded_evidence(site: Site, registration: Registration) -> Evidence:
-    """Gate, suites and serving of a version, from the lineage of its records; Corrupt where that is lost."""
-    store = Store(site.store)
-    judged = _lineage(store, "judge", registration.verdict_record)
-    suites = tuple(Suite.model_validate(suite) for suite in judged["spec"]["suites"])
-    gate = Gate.model_validate(judged["spec"]["gate"])
-    snapshots = []
-    for name, records in registration.item_records:
-        made = _lineage(store, "evaluate", records, registration.artifact)
-        snapshots.append((name, made["inputs"]["suite"]))
-    return Evidence(gate, Serve.model_validate(registration.serve), suites, tuple(snapshots))
-
-
-def _lineage(store: Store, stage: str, snapshot: SnapshotId, artifact: SnapshotId | None = None) -> dict[str, Any]:
-    """The record of the stage that made a snapshot (from `artifact`, where one is named)."""
-    for made in store.lineage(snapshot):
-        if made["stage"] == stage and artifact in (None, made["inputs"].get("artifact")):
-            return made
-    raise Corrupt(f"snapshot {snapshot}: no record of the {stage} that made it in {store.root}; run the upgrade again")
 
 
 def _served(work: Work, subject: Subject, asked: Sequence[Asked]) -> list[Asked]:

@@ -1,4 +1,4 @@
-"""The expansion and its proof."""
+"""The expansion and its proof; and the way back, a storey taken away."""
 
 from mansard.launch import Request
 from mansard.records import Derivation, SnapshotId
@@ -21,3 +21,9 @@ def prove(work: Work, base: SnapshotId, expansion: SnapshotId) -> Derivation:
     """The expansion computes the base's function; StageFailed when it does not. Runs beside the training."""
     request = Request("prove", {"base": base, "expansion": expansion}, PROBE)
     return derive_one(work, Asked(request, "prove"), has_bar=False)
+
+
+@policy.derivation
+def remove_storey(work: Work, model: SnapshotId, storey: int) -> Derivation:
+    """The model without one of its storeys, on the manifest; BadInput where something was trained on it."""
+    return derive_one(work, Asked(Request("remove-storey", {"model": model}, {"storey": storey}), "remove storey"))

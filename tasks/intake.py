@@ -8,18 +8,19 @@ import codecs
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from mansard.digest import digest_json
 from mansard.errors import BadInput
 from mansard.evaluation import power
 from mansard.evaluation.power import alpha_of_attempt
 from mansard.evaluation.suites import suite_files
+from mansard.records import SnapshotId
 from mansard.release import keys
 from mansard.release.journal import Journal
 from mansard.site import Site, load_site
 from mansard.snapshot import check_model_tree
-from mansard.specs import Spec, Suite, load_spec, load_suites
+from mansard.specs import Cost, Fingerprint, Gate, Serve, Spec, Suite, load_spec, load_suites
 from mansard.store import Store
 
 S = TypeVar("S", bound=Spec)
@@ -39,6 +40,25 @@ class Order(Generic[S_co]):
     author: str
 
 
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """How a candidate is judged, signed for and released, whatever asked for it: a spec, or an earlier version's
+    evidence. `asked` is the digest of all that was asked for; `snapshots` are (suite, snapshot) pairs in the order of
+    `suites`, which is the gate's; `release` is the spec's slice, word for word."""
+
+    model_name: str
+    author: str
+    spec_name: str
+    asked: str
+    suites: tuple[Suite, ...]
+    snapshots: tuple[tuple[str, SnapshotId], ...]
+    serve: Serve
+    gate: Gate
+    fingerprint: Fingerprint
+    cost: Cost
+    release: dict[str, Any]
+
+
 def read_order(
     kind: type[S], spec_path: str | Path, site_path: str | Path, model: str | None = None, as_person: str | None = None
 ) -> Order[S]:
@@ -48,7 +68,7 @@ def read_order(
     suites = load_suites(spec, Path(spec_path))
     name = site.model_named(model or (spec.name if spec.name in site.models else None))
     order = Order(site, spec, tuple(suites), name, as_person or spec.author)
-    check_author(order)
+    check_author(site, order.author)
     for source in spec.data.sources:
         for key, file in (("train", source.train), ("held_out", source.held_out)):
             check_data_file(site.data / file, f"{spec_path}: data.sources.{source.name}.{key}")
@@ -58,10 +78,10 @@ def read_order(
     return order
 
 
-def check_author(order: Order[Spec]) -> None:
+def check_author(site: Site, author: str) -> None:
     """NotAllowed unless the author has the role and their private key is on this machine."""
-    keys.require_person(order.site, order.author, "author")
-    keys.sign(order.author, order.site, {"record": "none"})
+    keys.require_person(site, author, "author")
+    keys.sign(author, site, {"record": "none"})
 
 
 def check_base(order: Order[Spec], spec_path: str | Path) -> None:
@@ -106,12 +126,30 @@ def check_data_file(path: Path, where: str) -> None:
         raise BadInput(f"{where}: {path}:1: no text in it; one object with text and file a line is expected")
 
 
-def check_power(order: Order[Spec], suites: tuple[tuple[str, str], ...], attempt: int) -> None:
-    """BadInput for a guard that could hardly pass at this attempt's level; `suites` are (name, snapshot) pairs."""
-    level = alpha_of_attempt(order.spec.gate.alpha, attempt)
-    for role, suite, (_, snapshot) in zip(order.spec.gate.suites, order.suites, suites, strict=True):
-        taken = json.loads(Store(order.site.store).read_file(snapshot, "suite.json"))
+def check_power(store: Store, terms: Terms, attempt: int) -> None:
+    """BadInput for a guard that could hardly pass at this attempt's level."""
+    level = alpha_of_attempt(terms.gate.alpha, attempt)
+    for role, suite, (_, snapshot) in zip(terms.gate.suites, terms.suites, terms.snapshots, strict=True):
+        taken = json.loads(store.read_file(snapshot, "suite.json"))
         power.check_power(role, suite, taken["num_items"], taken["num_files"], level)
+
+
+def terms_of(order: Order[Spec], suites: tuple[tuple[str, str], ...]) -> Terms:
+    """How what the order makes is judged; `suites` are its suites as they were taken."""
+    spec = order.spec
+    return Terms(
+        model_name=order.model_name,
+        author=order.author,
+        spec_name=spec.name,
+        asked=asked_for(order, suites),
+        suites=order.suites,
+        snapshots=suites,
+        serve=spec.serve,
+        gate=spec.gate,
+        fingerprint=spec.fingerprint,
+        cost=spec.cost,
+        release=spec.release.model_dump(mode="json"),
+    )
 
 
 def asked_for(order: Order[Spec], suites: tuple[tuple[str, str], ...]) -> str:

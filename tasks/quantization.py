@@ -5,6 +5,7 @@ from mansard.records import Derivation, SnapshotId
 from mansard.specs import Quantize
 from tasks import policy
 from tasks.derivation import Asked, Work, derive_one
+from tasks.evidence import Quantization
 from tasks.snapshots import TakenData
 
 
@@ -12,5 +13,15 @@ from tasks.snapshots import TakenData
 def quantize(work: Work, model: SnapshotId, data: tuple[TakenData, ...], spec: Quantize) -> Derivation:
     """The artifact, calibrated on the spec's source."""
     calibration = next(d.train for d in data if d.name == spec.source)
-    request = Request("quantize", {"model": model, "data": calibration}, spec.model_dump(mode="json"))
+    return _quantize(work, model, calibration, spec)
+
+
+@policy.derivation
+def quantize_again(work: Work, model: SnapshotId, like: Quantization) -> Derivation:
+    """The artifact of another model, made as that of a registered version was."""
+    return _quantize(work, model, like.text, like.spec)
+
+
+def _quantize(work: Work, model: SnapshotId, text: SnapshotId, spec: Quantize) -> Derivation:
+    request = Request("quantize", {"model": model, "data": text}, spec.model_dump(mode="json"))
     return derive_one(work, Asked(request, "quantize", frozenset({"data"})))

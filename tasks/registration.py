@@ -73,12 +73,6 @@ def find_recorded(
         return None if version is None else (version, journal.registration(model_name, version))
 
 
-def read_registration(site: Site, model_name: str, version: int) -> Registration:
-    """The newest registration of a version; BadInput for an unknown one."""
-    with Journal.open(site.journal) as journal:
-        return journal.registration(model_name, version)
-
-
 @policy.record
 def register(site: Site, registration: Registration) -> int:
     """The version number. Signed by the author's key; an equal registration has its number already."""

@@ -22,12 +22,10 @@ from mansard.store import Store
 
 def remove_storey(store: Store, model: SnapshotId, storey: int) -> SnapshotId:
     """The model without its `storey` (1 is the oldest); BadInput says why one cannot be taken away."""
+    check_removable(store, model, storey)
     expansion, config = read_expansion(store, model), model_config(store, model)
-    if not 1 <= storey <= len(expansion.storeys):
-        raise BadInput(f"storey {storey}: snapshot {model} has storeys 1 to {len(expansion.storeys)}")
     family = family_of(config)
     manifest = store.manifest(model)
-    _check_removable(store, family, expansion, storey, weight_files(manifest))
     gone = {b.index for b in expansion.storeys[storey - 1].new_blocks}
     kept = [i for i in range(expansion.depth) if i not in gone]
     files: dict[str, Blob | TensorFile] = dict(manifest.files)
@@ -50,9 +48,14 @@ def remove_storey(store: Store, model: SnapshotId, storey: int) -> SnapshotId:
     return store.put_manifest(Manifest({**files, **blobs}))
 
 
-def _check_removable(
-    store: Store, family: Family, expansion: Expansion, storey: int, files: Mapping[str, TensorFile]
-) -> None:
+def check_removable(store: Store, model: SnapshotId, storey: int) -> None:
+    """BadInput says why the storey of that number cannot be taken away; reads the manifest and small files only."""
+    if EXPANSION_FILE not in store.manifest(model).files:
+        raise BadInput(f"storey {storey}: model {model[:12]} has no storeys: it is a base")
+    expansion = read_expansion(store, model)
+    if not 1 <= storey <= len(expansion.storeys):
+        raise BadInput(f"storey {storey}: model {model[:12]} has storeys 1 to {len(expansion.storeys)}")
+    family, files = family_of(model_config(store, model)), weight_files(store.manifest(model))
     removed = expansion.storeys[storey - 1]
     if removed.has_trained_base:
         raise BadInput(

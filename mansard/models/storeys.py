@@ -1,11 +1,13 @@
 """The storeys of a model: `mansard_expansion.json`, which expansion and fusion write and loaders never look at."""
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from mansard.canonical import canonical_json
+from mansard.digest import digest_json
 from mansard.errors import BadInput
 from mansard.models.families import family_of
-from mansard.models.model_files import model_config
+from mansard.models.model_files import model_config, weight_files
 from mansard.records import SnapshotId
 from mansard.snapshot import read_json_object
 from mansard.store import Store
@@ -79,6 +81,31 @@ def newest_tensors(store: Store, model: SnapshotId) -> tuple[str, ...]:
     family = family_of(config)
     blocks = [b.index for b in read_expansion(store, model).new_blocks]
     return tuple(family.block_tensor(b, n) for b in blocks for n in family.block_tensors(config, b))
+
+
+def told_storeys(store: Store, model: SnapshotId) -> list[dict[str, Any]]:
+    """What a person is told of a model's storeys, oldest first; none for a base. `tensors` is the digest of their
+    tensors' digests: two models with the same one share the storey, wherever its blocks stand."""
+    manifest = store.manifest(model)
+    if EXPANSION_FILE not in manifest.files:
+        return []
+    expansion, family = read_expansion(store, model), family_of(model_config(store, model))
+    held: dict[int, list[list[str]]] = {}
+    for file in weight_files(manifest).values():
+        for name, digest in file.tensors.items():
+            place = family.split(name)
+            if place is not None:
+                held.setdefault(place[0], []).append([place[1], digest])
+    return [
+        {
+            "storey": number,
+            "blocks": [b.index for b in storey.new_blocks],
+            "copies_of": [b.source for b in storey.new_blocks],
+            "has_trained_base": storey.has_trained_base,
+            "tensors": digest_json([sorted(held.get(b.index, [])) for b in storey.new_blocks]),
+        }
+        for number, storey in enumerate(expansion.storeys, start=1)
+    ]
 
 
 def _count(value: object, below: int = 1 << 31) -> int:

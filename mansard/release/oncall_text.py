@@ -155,6 +155,7 @@ def _link_lines(link: dict[str, Any]) -> list[str]:
     lines.append(f"  verdict: {link['verdict']}{against}, record {link['verdict_record'][:SHORT]}")
     lines += [f"    {_suite_line(suite)}" for suite in link["suites"]]
     lines.append(f"  artifact {link['artifact'][:SHORT]}, model {link['model'][:SHORT]}")
+    lines += [f"  {_storey_line(storey)}" for storey in link.get("storeys", [])]
     rows = [
         (s["stage"], s["recipe"][:SHORT], s["snapshot"][:SHORT] + ("" if s["is_held"] else " (not held)"), _inputs(s))
         for s in link["stages"]
@@ -171,6 +172,13 @@ def _suite_line(suite: dict[str, Any]) -> str:
     shown = f", interval {interval[0]:+.4f} to {interval[1]:+.4f}" if interval else ""
     effect = "" if suite["effect"] is None else f", change {suite['effect']:+.4f}"
     return f"{suite['suite']} ({suite['role']}): {suite['verdict'] or 'reported'}, n {suite['n']}{effect}{shown}"
+
+
+def _storey_line(storey: dict[str, Any]) -> str:
+    blocks = ", ".join(str(b) for b in storey["blocks"])
+    changed = ", trained together with tensors below it" if storey["has_trained_base"] else ""
+    plural = "s" if len(storey["blocks"]) > 1 else ""
+    return f"storey {storey['storey']}: block{plural} {blocks}, added by version {storey['added_by']}{changed}"
 
 
 def _inputs(stage: dict[str, Any]) -> str:

@@ -222,6 +222,18 @@ def test_gate_judges_a_version_again_against_what_is_stable_now(story: Story) ->
     assert (again["version"], again["verdict"]) == (2, "pass")
 
 
+def test_removed_storey_leaves_version_1_as_a_candidate_that_starts_no_engine(story: Story) -> None:
+    one, two = (story.json("why", version)["chain"][0] for version in (1, 2))
+    assert [len(link["storeys"]) for link in (one, two)] == [0, 1]
+    removed = story.json("remove-storey", 2, 1, "--as", "ada")
+    assert removed["verdict"] == "pass"
+    assert all(s["reused"] for s in removed["stages"] if s["name"] in ("quantize", "evaluate", "fingerprint"))
+    told = story.json("why", removed["version"])["chain"]
+    assert [link["version"] for link in told] == [removed["version"], 2, 1]
+    assert (told[0]["model"], told[0]["artifact"], told[0]["storeys"]) == (one["model"], one["artifact"], [])
+    assert story.json("remove-storey", 2, 1, "--as", "ada")["version"] == removed["version"]
+
+
 def test_scheduled_upgrade_runs_by_cron_and_finds_everything_made(story: Story) -> None:
     registered = [e["version"] for e in story.json("history") if e["kind"] == "registered"]
     schedule_every_minute(story, "nightly", "../upgrade/test.yaml")

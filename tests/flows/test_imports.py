@@ -16,13 +16,14 @@ def loaded_by(*modules: str) -> set[str]:
 
 def test_flows_and_tasks_load_no_model_code() -> None:
     loaded = loaded_by(
-        "flows.upgrade", "flows.adopt", "flows.gate", "flows.release", "flows.rollback", "flows.serve", "tasks.mirror"
+        "flows.upgrade", "flows.adopt", "flows.gate", "flows.remove_storey", "flows.release", "flows.rollback",
+        "flows.serve", "tasks.mirror",
     )
     assert not loaded & set(HEAVY)
     assert {"prefect", "mlflow"} <= loaded
 
 
-@pytest.mark.parametrize("module", ["flows.stack", "tasks.intake", "tasks.terminal"])
+@pytest.mark.parametrize("module", ["flows.stack", "tasks.intake", "tasks.evidence", "tasks.terminal"])
 def test_what_runs_before_the_servers_loads_neither_prefect_nor_mlflow(module: str) -> None:
     assert not loaded_by(module) & {"prefect", "mlflow", *HEAVY}
 

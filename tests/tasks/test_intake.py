@@ -11,7 +11,7 @@ from mansard.release import keys
 from mansard.site import load_site
 from mansard.specs import UpgradeSpec
 from mansard.store import Store
-from tasks.intake import asked_for, check_data_file, check_power, read_order
+from tasks.intake import asked_for, check_data_file, check_power, read_order, terms_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -136,7 +136,8 @@ def test_a_suite_that_could_not_see_its_margin_is_refused_before_training(folder
         (folder / ".mansard/data/corpus/docstrings-bits.jsonl").write_text("\n".join(lines) + "\n")
         order = read(folder)
         store = Store(order.site.store)
-        check_power(order, tuple((s.name, take_suite(store, s, order.site.data)) for s in order.suites), attempt)
+        suites = tuple((s.name, take_suite(store, s, order.site.data)) for s in order.suites)
+        check_power(store, terms_of(order, suites), attempt)
 
     checked(120, attempt=1)
     checked(120, attempt=10)
