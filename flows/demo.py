@@ -118,7 +118,7 @@ def tell(site: Site) -> dict[str, Any]:
 
 def make_base(site: Site) -> list[Derivation]:
     """The text and the small model that stand for a base in service."""
-    store = Store(site.store)
+    store = Store.of(site)
     with stage_progress() as progress:
         asked = Request("corpus", {}, {**CORPUS, "python": platform.python_version()})
         corpus = derive(store, site, asked, progress)

@@ -20,7 +20,7 @@ def review(args: argparse.Namespace) -> int:
     """Verdict, suites with intervals, cost, report and chart, decisions so far."""
     site = load_site(find_site(args.site))
     model = site.model_named(args.model)
-    store = Store(site.store)
+    store = Store.of(site)
     with Journal.open(site.journal) as journal:
         registration = journal.registration(model, args.version)
         entries = journal.entries(model, kinds=("approved", "rejected"))
@@ -136,7 +136,7 @@ def approve(args: argparse.Namespace) -> int:
     model = site.model_named(args.model)
     who = person(args)
     with Journal.open(site.journal) as journal:
-        made = approval.approve(site, journal, Store(site.store), model, args.version, who, args.reason)
+        made = approval.approve(site, journal, Store.of(site), model, args.version, who, args.reason)
     text = f"{model} version {args.version} is approved by {who}\nnext: mansard release {args.version}"
     print(json.dumps(made.payload()) if args.json else text)
     return 0

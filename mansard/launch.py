@@ -118,6 +118,7 @@ def _run_worker(
     message = {
         "format": 1,
         "store": str(store.root),
+        "store_url": store.url,
         "stage": stage,
         "packages": locked_versions(environment.lock, packages),
         "requests": [

@@ -1,30 +1,28 @@
-"""The folder of objects: one tensor's bytes or one small file each, named by their BLAKE3, 256 folders.
+"""Objects: one tensor's bytes or one small file each, named by their BLAKE3, in whatever backend holds them.
 
-Guarantees: an object is complete or absent (written in `incoming`, fsynced, renamed); two writers of one object do no
-harm; an object that is there is touched, never rewritten (one of another size, which is damage, is replaced). What lies
-in `incoming` while nobody writes is garbage. Whether bytes still match their digest is for the store's `verify`.
+Guarantees: an object is complete or absent; two writers of one object do no harm; an object that is there is touched,
+never rewritten (one of another size, which is damage, is replaced). Whether bytes still match their digest is for the
+store's `verify`.
 """
 
-import errno
 import mmap
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from blake3 import blake3
 
+from mansard.backend import OBJECTS, Backend, object_name
 from mansard.digest import digest_bytes, digest_zeros
-from mansard.errors import BadInput, Corrupt, MansardError
+from mansard.disk import copy_range, read_chunks, write_all
+from mansard.errors import BadInput, Corrupt
+
+ABSENT = "absent"
 
 NUM_THREADS = 4
 """Two keep two cores hashing and copying while two wait for the disk (fsync). Hashing and copying release the GIL."""
-
-_NO_COPY_RANGE = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
-_ALL = 1 << 30
-_CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,37 +45,41 @@ def file_state(path: Path) -> tuple[int, int, int]:
 
 
 class Objects:
-    """Objects under `root/objects`."""
+    """The objects of a backend."""
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        self._folder = root / "objects"
-        self._incoming = root / "incoming"
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
 
-    def path(self, digest: str) -> Path:
-        return self._folder / digest[:2] / digest
+    def sizes(self, digests: Collection[str]) -> dict[str, int]:
+        """Bytes of the objects that are there."""
+        names = {object_name(digest): digest for digest in digests}
+        return {names[name]: size for name, size in self._backend.sizes(names).items()}
 
     def size_bytes(self, digest: str) -> int | None:
         """Bytes of an object as it lies there; None where it is absent."""
-        try:
-            return self.path(digest).stat().st_size
-        except FileNotFoundError:
-            return None
+        return self.sizes([digest]).get(digest)
 
     def touch(self, digest: str, size_bytes: int) -> bool:
         """True, and the object counts as used now, where it is there with that size."""
-        if self.size_bytes(digest) != size_bytes:
-            return False
-        os.utime(self.path(digest))
-        return True
+        return self._backend.touch([object_name(digest)]).get(object_name(digest)) == size_bytes
+
+    def touch_all(self, digests: Collection[str]) -> dict[str, int]:
+        """Count objects as used now; bytes of those that are there."""
+        names = {object_name(digest): digest for digest in digests}
+        return {names[name]: size for name, size in self._backend.touch(names).items()}
+
+    def descriptor(self, digest: str, where: str = "") -> int:
+        """A file descriptor to read the object; Corrupt, beginning with `where`, when it is absent."""
+        try:
+            return self._backend.open(object_name(digest))
+        except FileNotFoundError as error:
+            raise Corrupt(
+                f"{where}object {digest} is not in the store {self._backend.url}; run: mansard verify"
+            ) from error
 
     def open(self, digest: str) -> memoryview:
         """The object's bytes as a memory map that lives as long as the view does."""
-        path = self.path(digest)
-        try:
-            descriptor = os.open(path, os.O_RDONLY)
-        except FileNotFoundError as error:
-            raise Corrupt(f"object {digest} is not in the store {self._root}; run: mansard verify") from error
+        descriptor = self.descriptor(digest)
         try:
             size_bytes = os.fstat(descriptor).st_size
             return memoryview(mmap.mmap(descriptor, size_bytes, prot=mmap.PROT_READ) if size_bytes else b"")
@@ -86,23 +88,19 @@ class Objects:
 
     def digests(self) -> Iterator[str]:
         """Every object that is there."""
-        for folder in sorted(self._folder.glob("[0-9a-f][0-9a-f]")):
-            yield from sorted(p.name for p in folder.iterdir())
+        for listed in self._backend.listed(OBJECTS):
+            yield listed.name.rpartition("/")[2]
 
     def put_bytes(self, data: bytes | memoryview) -> str:
         view = memoryview(data).cast("B")
         digest = digest_bytes(view)
-        if not self.touch(digest, len(view)):
-            self._add(digest, lambda descriptor: write_all(descriptor, view, 0))
-            sync_folder(self.path(digest).parent)
+        self._put(digest, len(view), lambda descriptor: write_all(descriptor, view, 0))
         return digest
 
     def put_zeros(self, size_bytes: int) -> str:
-        """An object of zero bytes; a sparse file, so it takes no room."""
+        """An object of zero bytes; a sparse file, so it takes no room on a disk."""
         digest = digest_zeros(size_bytes)
-        if not self.touch(digest, size_bytes):
-            self._add(digest, lambda descriptor: os.truncate(descriptor, size_bytes))
-            sync_folder(self.path(digest).parent)
+        self._put(digest, size_bytes, lambda descriptor: os.truncate(descriptor, size_bytes))
         return digest
 
     def put_ranges(self, cuts: Sequence[Cut], progress: Callable[[int, int], None] | None = None) -> list[list[str]]:
@@ -121,32 +119,33 @@ class Objects:
                 if progress is not None:
                     progress(done, total)
         digests = [[future.result() for future in futures] for futures in made]
-        for folder in {self.path(d).parent for one in digests for d in one}:
-            sync_folder(folder)
+        self._backend.settle({object_name(digest) for one in digests for digest in one})
         return digests
 
     def check(
         self, sizes: Mapping[str, int | None], progress: Callable[[int, int], None] | None = None
     ) -> Iterator[tuple[str, str]]:
         """(digest, what is wrong) of the objects that are not what their digest, or the size given, says."""
-        found = {digest: self.size_bytes(digest) for digest in sizes}
-        total, done = sum(size or 0 for size in found.values()), 0
+        found = self.sizes(sizes)
+        total, done = sum(found.values()), 0
         with ThreadPoolExecutor(NUM_THREADS) as pool:
-            sound = pool.map(self._is_sound, sizes)
-            for (digest, wanted), is_sound in zip(sizes.items(), sound, strict=True):
-                size_bytes = found[digest]
-                if size_bytes is None:
-                    yield digest, "absent"
+            digests = pool.map(lambda digest: self._backend.digest(object_name(digest)), sizes)
+            for (digest, wanted), now in zip(sizes.items(), digests, strict=True):
+                size_bytes = found.get(digest)
+                if size_bytes is None or now is None:
+                    yield digest, ABSENT
                 elif wanted is not None and size_bytes != wanted:
                     yield digest, f"has {size_bytes} bytes, {wanted} are expected"
-                elif not is_sound:
+                elif now != digest:
                     yield digest, "its bytes do not match its digest"
                 done += size_bytes or 0
                 if progress is not None:
                     progress(done, total)
 
-    def _is_sound(self, digest: str) -> bool:
-        return self.size_bytes(digest) is not None and digest_bytes(self.open(digest)) == digest
+    def _put(self, digest: str, size_bytes: int, fill: Callable[[int], object]) -> None:
+        if not self.touch(digest, size_bytes):
+            self._backend.add(object_name(digest), fill)
+            self._backend.settle([object_name(digest)])
 
     def _put_range(self, cut: Cut, begin: int, end: int) -> str:
         """Hash first (a known object is then only touched), copy second, and see that the file stayed the same."""
@@ -163,87 +162,10 @@ class Objects:
                     finally:
                         cut.check_unchanged(descriptor)
 
-                self._add(digest, fill)
+                self._backend.add(object_name(digest), fill)
         finally:
             os.close(descriptor)
         return digest
-
-    def _add(self, digest: str, fill: Callable[[int], object]) -> None:
-        path = self.path(digest)
-        self._incoming.mkdir(parents=True, exist_ok=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self._incoming / f"{digest}.{os.getpid()}.{os.urandom(4).hex()}"
-        try:
-            descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o444)
-            try:
-                fill(descriptor)
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-            beside.replace(path)
-        except BaseException:
-            beside.unlink(missing_ok=True)
-            raise
-
-
-def copy_range(source: int, source_begin: int, target: int, target_begin: int, size_bytes: int) -> None:
-    """Copy bytes between files inside the kernel; raises OSError, and Corrupt where the source ends early."""
-    copied = 0
-    while copied < size_bytes:
-        rest = min(size_bytes - copied, _ALL)
-        try:
-            step = os.copy_file_range(source, target, rest, source_begin + copied, target_begin + copied)
-        except OSError as error:
-            if error.errno not in _NO_COPY_RANGE:
-                raise
-            step = os.pwrite(
-                target, os.pread(source, min(rest, _CHUNK_BYTES), source_begin + copied), target_begin + copied
-            )
-        if step == 0:
-            raise Corrupt(f"a file ended {size_bytes - copied} bytes early while it was copied; run: mansard verify")
-        copied += step
-
-
-def read_chunks(descriptor: int, begin: int, end: int) -> Iterator[tuple[int, memoryview]]:
-    """(position, bytes) of a range, in one buffer that is used again; ends early where the file does."""
-    buffer = memoryview(bytearray(min(_CHUNK_BYTES, end - begin)))
-    while begin < end:
-        count = os.preadv(descriptor, [buffer[: end - begin]], begin)
-        if count == 0:
-            return
-        yield begin, buffer[:count]
-        begin += count
-
-
-def write_all(descriptor: int, data: memoryview, position: int) -> None:
-    """Write every byte at `position`."""
-    while data:
-        count = os.pwrite(descriptor, data, position)
-        data, position = data[count:], position + count
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames into `folder` last."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
-    """A full or read-only disk below `folder` becomes one clear line."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise MansardError(
-                f"{folder}: the disk is full ({error.strerror}); nothing was lost: free some room and run again"
-            ) from error
-        raise MansardError(
-            f"{error.filename or folder}: {error.strerror}; {folder} must be readable and writable"
-        ) from error
 
 
 def _each(futures: "list[Future[str]]", pool: ThreadPoolExecutor) -> "Iterator[Future[str]]":

@@ -7,6 +7,7 @@ missing files are refused with file, key, value and what would be right. Relativ
 import dataclasses
 import difflib
 import os
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -97,15 +98,23 @@ class Site:
     stage_timeout_seconds: int = 14400
     schedules: tuple[Schedule, ...] = ()
     journal_url: str = field(default="", metadata={"key": "journal"})
+    store_url: str | None = field(default=None, metadata={"key": "store"})
+    """A bucket, s3://BUCKET/PREFIX, where the store's content lasts; without it, it lasts in `store`."""
 
     @property
     def store(self) -> Path:
+        """The store's folder; its cache, locks and scratch where the content lasts in a bucket."""
         return self.home / "store"
 
     @property
     def journal(self) -> Path | str:
         """What Journal.open takes: the URL that the site names, else a file of SQLite."""
         return self.journal_url or self.home / "journal.sqlite3"
+
+    @property
+    def store_uri(self) -> str:
+        """Where the store's content lasts, as a URI."""
+        return self.store_url or self.store.as_uri()
 
     @property
     def split_file(self) -> Path:
@@ -213,6 +222,8 @@ def _check(site: Site) -> None:
         raise BadInput(f"{site.path}: router.workers: {site.router.workers} is not a number from 1 up")
     if not site.models:
         raise BadInput(f"{site.path}: models: name at least one model")
+    if site.store_url is not None and not re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]+(/[^/\s]+)*/?", site.store_url):
+        raise BadInput(f"{site.path}: store: {site.store_url!r} is not of the form s3://BUCKET or s3://BUCKET/PREFIX")
 
 
 def _check_journal(site: Site) -> None:

@@ -1,67 +1,78 @@
-"""The store: objects, manifests (snapshots), recipes, lineage, locks, scratch folders and materialized trees.
+"""The store: objects, manifests (snapshots), recipes, lineage, pins, locks, scratch folders and materialized trees.
 
 Guarantees: everything is written beside, fsynced and renamed, so a reader never sees half a thing and a kill loses
 nothing but work; the same content taken twice takes its room once; a snapshot that is listed has all its objects.
-Writers hold `locks/store` shared; the deleting phase of `collect` (not written yet) will hold it exclusively, and what
-it then finds in `incoming` and under `trees/.*` belongs to nobody. Roots (`pin`) come with it. Objects are compared
-with their digests when a tree or a file is made of them, not when they are mapped.
+Writers hold `locks/store` shared; the deleting phase of `collect` (collection.py) holds it exclusively. Work under way
+holds a lease. Content lasts in the folder or in a bucket; locks, leases, scratch and trees are always this machine's,
+so one host runs the control plane. Objects are compared with their digests when a tree or a file is made of them, not
+when they are mapped.
 """
 
-import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mansard.canonical import canonical_json, write_atomically
+from mansard.backend import Backend, Listed
 from mansard.digest import digest_bytes
-from mansard.errors import BadInput, Corrupt, MansardError
-from mansard.locks import file_lock
-from mansard.objects import Cut, Objects, disk_errors, file_state
+from mansard.disk import disk_errors
+from mansard.errors import BadInput, Corrupt
+from mansard.folder import Folder
+from mansard.leases import Leases
+from mansard.locks import crowd_lock, file_lock, reading_lock, solo_lock
+from mansard.objects import ABSENT, Cut, Objects, file_state
+from mansard.recipes import Recipes, checked_name, read_record, write_record
 from mansard.records import SnapshotId
 from mansard.safetensors_header import header_prefix
+from mansard.site import Site
 from mansard.snapshot import Blob, Manifest, TensorEntry, TensorFile, is_digest, parse_safetensors_header, scan_tree
+from mansard.store_format import check_format, check_owner, mark
 from mansard.trees import TreeCache, fill, lay_out
+from mansard.verification import Damage, Progress, find_damage
 
+MANIFESTS = "manifests"
+PINS = "pins"
 TREE_CACHE_BYTES = 200 << 30
 """Room for the resident versions of a 70 B model quantized to 4 bits and one unquantized copy of it."""
 
-MANIFEST_DAMAGED = "its manifest does not match its digest"
-
-Progress = Callable[[int, int], None]
-"""Called with (bytes done, bytes in all)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Damage:
-    """An object (or manifest) that is not what its digest says. `snapshot` and `file` are empty where none uses it."""
-
-    snapshot: SnapshotId
-    file: str
-    tensor: str | None
-    digest: str
-    what: str
-
-    def __str__(self) -> str:
-        """One line, with the file to remove so that taking or deriving the content again brings it back."""
-        place = f"snapshot {self.snapshot}" if self.snapshot else "used by no snapshot"
-        file = f": {self.file}" if self.file else ""
-        tensor = f": tensor {self.tensor}" if self.tensor else ""
-        folder = "manifests" if self.what == MANIFEST_DAMAGED else f"objects/{self.digest[:2]}"
-        remedy = f"remove {folder}/{self.digest}, then take or derive it again"
-        return f"{place}{file}{tensor}: {self.what}; {remedy}"
-
 
 class Store:
-    """A folder. Several processes may use it at once."""
+    """A folder, or a bucket with a folder as its cache. Several processes may use it at once."""
 
-    def __init__(self, root: Path, tree_cache_bytes: int = TREE_CACHE_BYTES) -> None:
+    def __init__(self, root: Path, url: str | None = None, tree_cache_bytes: int = TREE_CACHE_BYTES) -> None:
         self.root = root
-        self._objects = Objects(root)
-        self._trees = TreeCache(root, self._objects, tree_cache_bytes)
+        self.url = url
+        self.leases = Leases(root / "leases")
+        self._folder = Folder(root)
+        self._tree_cache_bytes = tree_cache_bytes
+        self._is_marked = False
+
+    @staticmethod
+    def of(site: Site) -> "Store":
+        """The site's store."""
+        return Store(site.store, site.store_url)
+
+    @cached_property
+    def backend(self) -> Backend:
+        """Where content lasts. MansardError where the store's format is newer than this code."""
+        backend = self._folder if self.url is None else _bucket(self.url, self.root)
+        check_format(self._folder, backend)
+        return backend
+
+    @cached_property
+    def trees(self) -> TreeCache:
+        return TreeCache(self.root, self._objects, self._tree_cache_bytes)
+
+    @cached_property
+    def _objects(self) -> Objects:
+        return Objects(self.backend)
+
+    @cached_property
+    def _recipes(self) -> Recipes:
+        return Recipes(self.backend)
 
     # Objects
 
@@ -103,47 +114,45 @@ class Store:
                 cuts.append(Cut(name, path, state, [(0, state[0])]))
         with self._writing():
             digests = self._objects.put_ranges(cuts, progress)
-        files: dict[str, Blob | TensorFile] = {}
-        for cut, made in zip(cuts, digests, strict=True):
-            if cut.name in headers:
-                text, entries = headers[cut.name]
-                files[cut.name] = TensorFile(
-                    text, dict(zip((e.name for e in entries), made, strict=True)), cut.state[0]
-                )
-            else:
-                files[cut.name] = Blob(made[0], cut.state[0])
-        return self.put_manifest(Manifest(files))
+            return self._list(_manifest_of(cuts, digests, headers))
 
     def put_files(self, files: Mapping[str, bytes]) -> SnapshotId:
         """A snapshot of small files: relative path -> bytes."""
-        return self.put_manifest(Manifest({p: Blob(self.put_bytes(d), len(d)) for p, d in files.items()}))
+        with self._writing():
+            return self._list(Manifest({p: Blob(self._objects.put_bytes(d), len(d)) for p, d in files.items()}))
 
     def put_manifest(self, manifest: Manifest) -> SnapshotId:
         """List a snapshot; BadInput where one of its objects is absent or of another size. Its objects are touched."""
         with self._writing():
-            for path, tensor, digest, size_bytes in manifest.objects():
-                if not self._objects.touch(digest, size_bytes):
-                    found = self._objects.size_bytes(digest)
-                    raise BadInput(
-                        f"{path}: {tensor or 'the file'}: object {digest} of {size_bytes} bytes is expected in "
-                        f"{self.root}; {'it is absent' if found is None else f'it has {found}'}"
-                    )
-            path_of, data = self._manifest_path(manifest.id), manifest.to_bytes()
-            if path_of.is_file() and path_of.read_bytes() == data:
-                os.utime(path_of)
-            else:
-                write_atomically(path_of, data, 0o444)
+            return self._list(manifest)
+
+    def _list(self, manifest: Manifest) -> SnapshotId:
+        wanted = list(manifest.objects())
+        found = self._objects.touch_all({digest for _, _, digest, _ in wanted})
+        for path, tensor, digest, size_bytes in wanted:
+            if found.get(digest) != size_bytes:
+                raise BadInput(
+                    f"{path}: {tensor or 'the file'}: object {digest} of {size_bytes} bytes is expected in "
+                    f"{self.backend.url}; {f'it has {found[digest]}' if digest in found else 'it is absent'}"
+                )
+        name, data = _manifest_name(manifest.id), manifest.to_bytes()
+        if self.backend.read(name) == data:
+            self.backend.touch([name])
+        else:
+            self.backend.write(name, data)
         return manifest.id
 
     def manifest(self, snapshot: SnapshotId) -> Manifest:
         """BadInput where it is unknown, Corrupt where it is damaged, MansardError where its format is another."""
-        path = self._manifest_path(snapshot)
-        try:
-            data = path.read_bytes()
-        except FileNotFoundError as error:
-            raise BadInput(f"snapshot {snapshot}: not in the store {self.root}") from error
+        name = _manifest_name(snapshot)
+        data = self.backend.read(name)
+        if data is None:
+            raise BadInput(f"snapshot {snapshot}: not in the store {self.backend.url}")
         if digest_bytes(data) != snapshot:
-            raise Corrupt(f"snapshot {snapshot}: {path} does not match its digest; remove it and run the stage again")
+            raise Corrupt(
+                f"snapshot {snapshot}: {self.backend.url}/{name} does not match its digest; "
+                "remove it and run the stage again"
+            )
         return Manifest.from_bytes(data, f"snapshot {snapshot}")
 
     def holds(self, snapshot: SnapshotId) -> bool:
@@ -152,14 +161,16 @@ class Store:
             manifest = self.manifest(snapshot)
         except BadInput:
             return False
-        return all(self._objects.size_bytes(digest) == size for _, _, digest, size in manifest.objects())
+        wanted = list(manifest.objects())
+        found = self._objects.sizes({digest for _, _, digest, _ in wanted})
+        return all(found.get(digest) == size for _, _, digest, size in wanted)
 
     def resolve(self, prefix: str) -> SnapshotId:
         """The snapshot whose id begins with `prefix`; BadInput where there is none or more than one."""
         found = [s for s in self.snapshots() if s.startswith(prefix)] if prefix else []
         if len(found) != 1:
-            what = f"{len(found)} snapshots begin so; give more digits" if found else f"not in the store {self.root}"
-            raise BadInput(f"snapshot {prefix!r}: {what}")
+            what = f"{len(found)} snapshots begin so; give more digits"
+            raise BadInput(f"snapshot {prefix!r}: {what if found else f'not in the store {self.backend.url}'}")
         return found[0]
 
     def read_file(self, snapshot: SnapshotId, path: str) -> bytes:
@@ -180,16 +191,33 @@ class Store:
             raise Corrupt(f"{what}: object {digest} does not match its digest; run: mansard verify")
         return data
 
+    def snapshots(self) -> list[SnapshotId]:
+        """Every snapshot, by id."""
+        names = (listed.name.partition("/")[2] for listed in self.backend.listed(MANIFESTS))
+        return sorted(name for name in names if is_digest(name))
+
+    def verify(self, snapshot: SnapshotId | None = None, progress: Progress | None = None) -> list[Damage]:
+        """Hash the objects of one snapshot, or everything in the store; each object is read once."""
+        manifests: dict[SnapshotId, Manifest | None] = {}
+        for each in [snapshot] if snapshot else self.snapshots():
+            manifests[each] = None
+            with suppress(Corrupt):
+                manifests[each] = self.manifest(each)
+        damages = find_damage(self._objects, manifests, snapshot is None, progress)
+        listed = set(self.snapshots())  # a collect may have run meanwhile
+        return [d for d in damages if d.snapshot in listed or (not d.snapshot and d.what != ABSENT)]
+
     # Trees
 
     def restore(self, snapshot: SnapshotId, destination: Path) -> None:
         """Write the tree, byte for byte; `destination` must be absent or an empty folder."""
-        manifest = self.manifest(snapshot)
         target = Path(os.path.realpath(destination))
         if target.exists() and not (target.is_dir() and not any(target.iterdir())):
             raise BadInput(f"{destination}: is there and not empty; name a new folder")
         beside = target.with_name(f".{target.name}.{os.getpid()}.{os.urandom(4).hex()}")
-        with disk_errors(target.parent), self._sharing():
+        self.manifest(snapshot)  # before anything is made
+        with disk_errors(target.parent), self._reading():
+            manifest = self.manifest(snapshot)
             try:
                 lay_out(manifest, beside)
                 fill(self._objects, manifest, beside, 0o644)
@@ -206,70 +234,71 @@ class Store:
     @contextmanager
     def using(self, snapshot: SnapshotId) -> Iterator[Path]:
         """A read-only tree that stays while the context lasts."""
-        with self._trees.using(self.manifest(snapshot)) as tree:
+        self.manifest(snapshot)  # before anything is made
+        with self.trees.using(snapshot, lambda: self.manifest(snapshot)) as tree:
             yield tree
-
-    # Checks
-
-    def verify(self, snapshot: SnapshotId | None = None, progress: Progress | None = None) -> list[Damage]:
-        """Hash the objects of one snapshot, or everything in the store; each object is read once."""
-        damages: list[Damage] = []
-        uses: dict[str, list[tuple[SnapshotId, str, str | None, int | None]]] = {}
-        for each in [snapshot] if snapshot else self.snapshots():
-            try:
-                manifest = self.manifest(each)
-            except Corrupt:
-                damages.append(Damage(each, "", None, each, MANIFEST_DAMAGED))
-                continue
-            for path, tensor, digest, size_bytes in manifest.objects():
-                uses.setdefault(digest, []).append((each, path, tensor, size_bytes))
-        if snapshot is None:
-            for digest in self._objects.digests():
-                uses.setdefault(digest, [("", "", None, None)])
-        for digest, what in self._objects.check({d: u[0][3] for d, u in uses.items()}, progress):
-            damages += [Damage(each, path, tensor, digest, what) for each, path, tensor, _ in uses[digest]]
-        return sorted(damages, key=lambda d: (d.snapshot, d.file, d.tensor or ""))
-
-    def snapshots(self) -> list[SnapshotId]:
-        """Every snapshot, by id."""
-        folder = self.root / "manifests"
-        return sorted(p.name for p in folder.iterdir() if is_digest(p.name)) if folder.is_dir() else []
 
     # Recipes and lineage
 
     def recall(self, recipe: str) -> SnapshotId | None:
-        """What the recipe made, where that is remembered and still held."""
-        record = self._read_record(self.root / "recipes" / f"{_checked_name(recipe)}.json")
-        if record is None or not self.holds(record["snapshot"]):
+        """What the recipe made, where that is remembered and still held; it counts as used now."""
+        snapshot = self._recipes.snapshot_of(recipe)
+        if snapshot is None:
             return None
-        return str(record["snapshot"])
+        with self._writing():
+            if not self.holds(snapshot):
+                return None
+            self.backend.touch([_manifest_name(snapshot)])
+        return snapshot
 
     def remember(self, recipe: str, snapshot: SnapshotId, lineage: Mapping[str, Any]) -> None:
         """Record that `recipe` made `snapshot`, and how; BadInput where the store does not hold it."""
-        if not self.holds(snapshot):
-            raise BadInput(f"recipe {recipe}: snapshot {snapshot} is not in the store {self.root}")
-        name = f"{_checked_name(recipe)}.json"
         with self._writing():
-            write_atomically(self.root / "lineage" / snapshot / name, canonical_json({"format": 1, **lineage}))
-            record = {"format": 1, "snapshot": snapshot}
-            write_atomically(self.root / "recipes" / name, canonical_json(record))
+            if not self.holds(snapshot):
+                raise BadInput(f"recipe {recipe}: snapshot {snapshot} is not in the store {self.backend.url}")
+            self._recipes.remember(recipe, snapshot, lineage)
 
     def lineage(self, snapshot: SnapshotId) -> list[dict[str, Any]]:
         """The records of every recipe that made the snapshot, oldest first where they say `begun_at`."""
-        folder = self.root / "lineage" / snapshot
-        records = [self._read_record(p) for p in sorted(folder.glob("[!.]*.json"))]
-        return sorted((r for r in records if r is not None), key=lambda r: str(r.get("begun_at", "")))
+        return self._recipes.lineage(snapshot)
 
-    def _read_record(self, path: Path) -> dict[str, Any] | None:
+    # What stays
+
+    def pin(self, snapshot: SnapshotId, why: str = "") -> None:
+        """Keep a snapshot until it is unpinned; BadInput where the store does not hold it."""
+        with self._writing():
+            if not self.holds(snapshot):
+                raise BadInput(f"snapshot {snapshot}: not whole in the store {self.backend.url}; only what is can stay")
+            write_record(self.backend, _pin_name(snapshot), {"why": why})
+
+    def unpin(self, snapshot: SnapshotId) -> None:
+        """BadInput where it is not pinned."""
+        with self._writing():
+            if self.backend.remove([_pin_name(snapshot)]) == 0:
+                raise BadInput(f"snapshot {snapshot}: not pinned; mansard pin lists what is")
+
+    def pins(self) -> dict[SnapshotId, str]:
+        """Pinned snapshots, and why."""
+        found = {}
+        for listed in list(self.backend.listed(PINS)):
+            record = read_record(self.backend, listed.name)
+            if record is not None:
+                found[listed.name.removeprefix(f"{PINS}/").removesuffix(".json")] = str(record["why"])
+        return found
+
+    @contextmanager
+    def lease(self, snapshots: Collection[SnapshotId] = (), reach_seconds: float = 0.0) -> Iterator[None]:
+        """While this lasts nothing goes that is used from now on, or was used in the `reach_seconds` before.
+
+        `snapshots` count as used now.
+        """
+        with self._writing():
+            descriptor, path = self.leases.take(reach_seconds)
+            self.backend.touch([_manifest_name(snapshot) for snapshot in snapshots])
         try:
-            record: dict[str, Any] = json.loads(path.read_bytes())
-        except FileNotFoundError:
-            return None
-        except ValueError as error:
-            raise Corrupt(f"{path}: damaged ({error}); remove it and run again") from error
-        if record.get("format") != 1:
-            raise MansardError(f"{path}: format {record.get('format')!r}; this Mansard reads format 1: use a newer one")
-        return record
+            yield
+        finally:
+            self.leases.give_back(descriptor, path)
 
     # Locks and scratch
 
@@ -278,34 +307,76 @@ class Store:
         """Hold the lock of that name; waits for whoever holds it, in this process or another."""
         with ExitStack() as held:
             with disk_errors(self.root):
-                held.enter_context(file_lock(self.root / "locks" / _checked_name(name)))
+                held.enter_context(file_lock(self.root / "locks" / checked_name(name)))
             yield
+
+    @contextmanager
+    def deleting(self, wait_seconds: float) -> Iterator[bool]:
+        """Shut out whoever writes or lays out a tree; False where they did not leave within `wait_seconds`.
+
+        NotAllowed where the store is a bucket that belongs to another home.
+        """
+        check_owner(self._folder, self.backend)
+        with disk_errors(self.root), solo_lock(self._lock_file, wait_seconds) as is_ours:
+            yield is_ours
 
     def work(self, recipe: str) -> Path:
         """A scratch folder of the recipe that survives a kill."""
-        folder = self.root / "work" / _checked_name(recipe)
+        folder = self.root / "work" / checked_name(recipe)
         with disk_errors(self.root):
             folder.mkdir(parents=True, exist_ok=True)
         return folder
 
+    def scratch(self) -> Iterator[Listed]:
+        """The files of all scratch folders."""
+        return self._folder.listed("work")
+
     def discard_work(self, recipe: str) -> None:
-        shutil.rmtree(self.root / "work" / _checked_name(recipe), ignore_errors=True)
+        shutil.rmtree(self.root / "work" / checked_name(recipe), ignore_errors=True)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        with disk_errors(self.root), self._sharing():
+        """While this lasts, nothing goes."""
+        backend = self.backend
+        with disk_errors(self.root), crowd_lock(self._lock_file):
+            if not self._is_marked:
+                mark(self._folder, backend)
+                self._is_marked = True
             yield
 
-    def _sharing(self) -> AbstractContextManager[None]:
-        """While this lasts, no object goes."""
-        return file_lock(self.root / "locks" / "store", shared=True)
+    def _reading(self) -> AbstractContextManager[None]:
+        """While this lasts, nothing goes; a read-only disk will do."""
+        return reading_lock(self._lock_file)
 
-    def _manifest_path(self, snapshot: SnapshotId) -> Path:
-        if not is_digest(snapshot):
-            raise BadInput(f"snapshot {snapshot!r}: 64 hex digits are expected")
-        return self.root / "manifests" / snapshot
+    @property
+    def _lock_file(self) -> Path:
+        return self.root / "locks" / "store"
 
 
-def _checked_name(name: str) -> str:
-    assert name and "/" not in name and not name.startswith("."), f"bad name {name!r}"
-    return name
+def _bucket(url: str, root: Path) -> Backend:
+    from mansard.bucket import Bucket  # its client is loaded only where a site names a bucket
+
+    return Bucket.at(url, root)
+
+
+def _manifest_of(
+    cuts: list[Cut], digests: list[list[str]], headers: Mapping[str, tuple[str, tuple[TensorEntry, ...]]]
+) -> Manifest:
+    files: dict[str, Blob | TensorFile] = {}
+    for cut, made in zip(cuts, digests, strict=True):
+        if cut.name in headers:
+            text, entries = headers[cut.name]
+            files[cut.name] = TensorFile(text, dict(zip((e.name for e in entries), made, strict=True)), cut.state[0])
+        else:
+            files[cut.name] = Blob(made[0], cut.state[0])
+    return Manifest(files)
+
+
+def _manifest_name(snapshot: SnapshotId) -> str:
+    if not is_digest(snapshot):
+        raise BadInput(f"snapshot {snapshot!r}: 64 hex digits are expected")
+    return f"{MANIFESTS}/{snapshot}"
+
+
+def _pin_name(snapshot: SnapshotId) -> str:
+    return f"{PINS}/{snapshot}.json"

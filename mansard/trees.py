@@ -8,7 +8,7 @@ links, so nothing done to a tree reaches the store. What happens to a tree after
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,9 +16,10 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from mansard.disk import disk_errors, read_chunks, sync_folder, write_all
 from mansard.errors import Corrupt, MansardError
-from mansard.locks import file_lock, file_lock_if_free
-from mansard.objects import Objects, disk_errors, read_chunks, sync_folder, write_all
+from mansard.locks import crowd_lock, file_lock, file_lock_if_free
+from mansard.objects import Objects
 from mansard.records import SnapshotId
 from mansard.safetensors_header import header_prefix
 from mansard.snapshot import Blob, Manifest
@@ -60,9 +61,12 @@ class _Piece:
     begin: int
     size_bytes: int
 
+    @property
+    def place(self) -> str:
+        return f"{self.path}: tensor {self.tensor}" if self.tensor else self.path
+
     def damaged(self, what: str) -> Corrupt:
-        place = f"{self.path}: tensor {self.tensor}" if self.tensor else self.path
-        return Corrupt(f"{place}: object {self.digest} {what}; run: mansard verify")
+        return Corrupt(f"{self.place}: object {self.digest} {what}; run: mansard verify")
 
 
 def _pieces(manifest: Manifest) -> Iterator[_Piece]:
@@ -77,12 +81,12 @@ def _pieces(manifest: Manifest) -> Iterator[_Piece]:
 
 def _write_piece(objects: Objects, folder: Path, piece: _Piece) -> None:
     """Copy and hash in one pass, so that the bytes written are the bytes checked."""
-    found = objects.size_bytes(piece.digest)
-    if found != piece.size_bytes:
-        raise piece.damaged(f"has {found} bytes, {piece.size_bytes} are expected")
-    source = os.open(objects.path(piece.digest), os.O_RDONLY)
     target = os.open(folder / piece.path, os.O_WRONLY)
+    source = -1
     try:
+        source = objects.descriptor(piece.digest, f"{piece.place}: ")
+        if (found := os.fstat(source).st_size) != piece.size_bytes:
+            raise piece.damaged(f"has {found} bytes, {piece.size_bytes} are expected")
         hasher = blake3()
         is_hole = _is_hole(source)
         for begin, chunk in read_chunks(source, 0, piece.size_bytes):
@@ -94,8 +98,9 @@ def _write_piece(objects: Objects, folder: Path, piece: _Piece) -> None:
         if piece.size_bytes >= _SYNC_BYTES:
             os.fdatasync(target)  # one thread waits for the disk while others fill memory
     finally:
-        os.close(source)
         os.close(target)
+        if source >= 0:
+            os.close(source)
 
 
 def _is_hole(descriptor: int) -> bool:
@@ -136,20 +141,37 @@ class TreeCache:
         self._bound_bytes = bound_bytes
 
     @contextmanager
-    def using(self, manifest: Manifest) -> Iterator[Path]:
-        """The tree's folder, built where it is absent; not evicted while the context lasts."""
-        tree = self._folder / manifest.id
+    def using(self, snapshot: SnapshotId, load: Callable[[], Manifest]) -> Iterator[Path]:
+        """The tree's folder, built where it is absent; not evicted while the context lasts.
+
+        `load` reads the manifest, while nothing can go from the store.
+        """
+        tree = self._folder / snapshot
         while True:
-            with file_lock(self._lock(manifest.id), shared=True):
+            with file_lock(self._lock(snapshot), shared=True):
                 if tree.is_dir():
                     os.utime(tree)
                     yield tree
                     return
-            with file_lock(self._lock(manifest.id)):
+            with file_lock(self._lock(snapshot)):
                 if not tree.is_dir():
-                    self._build(manifest, tree)
+                    self._build(load, tree)
 
-    def _build(self, manifest: Manifest, tree: Path) -> None:
+    def sweep(self, listed: Collection[SnapshotId]) -> int:
+        """Remove trees of no listed snapshot that nobody uses, and halves of trees; the bytes that this freed.
+
+        Only while the store's lock is held exclusively: then nobody builds one.
+        """
+        freed_bytes = 0
+        for tree in sorted(self._folder.iterdir()) if self._folder.is_dir() else []:
+            if tree.name.startswith(".") or tree.name not in listed:
+                with file_lock_if_free(self._lock(tree.name.lstrip("."))) as is_ours:
+                    if is_ours:
+                        freed_bytes += _tree_bytes(tree)
+                        _remove(tree)
+        return freed_bytes
+
+    def _build(self, load: Callable[[], Manifest], tree: Path) -> None:
         """Under the tree's lock, so what lies beside was left by a writer that died.
 
         Names below `trees` change only under the lock of all trees, and files get their size there, so that builders
@@ -157,7 +179,8 @@ class TreeCache:
         """
         beside = tree.with_name(f".{tree.name}")
         all_trees = self._locks / "trees"
-        with disk_errors(self._folder), file_lock(self._locks / "store", shared=True):
+        with disk_errors(self._folder), crowd_lock(self._locks / "store"):
+            manifest = load()
             try:
                 with file_lock(all_trees):
                     shutil.rmtree(beside, ignore_errors=True)

@@ -72,7 +72,7 @@ def main(stage: str, request_file: str) -> int:
     message = json.loads(Path(request_file).read_text())
     try:
         _check_versions(stage, message["packages"])
-        store = Store(Path(message["store"]))
+        store = Store(Path(message["store"]), message.get("store_url"))
         module = importlib.import_module(declaration(stage).module)
         for request in message["requests"]:
             channel.send({"result": derive_here(store, stage, module.run, request, message["log"], channel)})
@@ -88,7 +88,7 @@ def derive_here(
 ) -> dict[str, Any]:
     """One derivation in this process, under its recipe's lock; recalled where another made it meanwhile."""
     recipe = request["recipe"]
-    with store.lock(recipe):
+    with store.lock(recipe), store.lease(request["inputs"].values()):
         known = store.recall(recipe)
         if known is not None:
             return {"recipe": recipe, "snapshot": known, "reused": True, "seconds": 0.0}

@@ -19,6 +19,8 @@ from mansard.store import Store
 from tasks import tracking
 from tasks.terminal import stage_progress
 
+LEASE_REACH_SECONDS = 600.0
+"""What an upgrade took into the store just before its work began (its suites) stays as long as the work lasts."""
 ARTIFACT_SECONDS = 2.0
 """Prefect's progress artifact is updated at most this often."""
 
@@ -32,15 +34,17 @@ class Work:
 
     @property
     def store(self) -> Store:
-        return Store(self.site.store)
+        return Store.of(self.site)
 
 
 @contextlib.contextmanager
 def recorded(site: Site, model_name: str, title: str, key: str, tags: Mapping[str, str]) -> Iterator[Work]:
     """The work of one upgrade, with its parent run in MLflow; the run ends as the block does."""
     run = tracking.open_upgrade(model_name, title, key, tags)
+    work = Work(site, run)
     try:
-        yield Work(site, run)
+        with work.store.lease(reach_seconds=LEASE_REACH_SECONDS):
+            yield work
     except BaseException as error:
         status = "FAILED" if isinstance(error, Exception) else "KILLED"
         with contextlib.suppress(MansardError):  # the first trouble is the one to tell
@@ -94,7 +98,7 @@ def derive_many(work: Work, asked: Sequence[Asked], has_bar: bool = True) -> lis
         made = derive_all(work.store, work.site, [a.request for a in asked], together(reports))
         for running, derivation, one in zip(runs, made, asked, strict=True):
             tracking.finish_stage(
-                running, derivation, one.title, one.inputs(), work.site.store, facts=one.request.spec
+                running, derivation, one.title, one.inputs(), work.site.store_uri, facts=one.request.spec
             )
     return made
 

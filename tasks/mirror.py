@@ -78,7 +78,7 @@ def reconcile(site: Site, journal: Journal) -> int:
         for model in site.models:
             found, numbers = registry.listed(client, model)
             changes = registry.plan(registry.wanted(journal, model), found)
-            registry.apply(client, model, changes, numbers, site.store)
+            registry.apply(client, model, changes, numbers, site.store_uri)
             num_changes += len(changes)
     return num_changes
 

@@ -7,7 +7,6 @@ other names are left alone. Not covered: deleting a version (the journal never d
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
@@ -105,12 +104,14 @@ def plan(goal: Listed, found: Listed) -> list[Change]:
     return changes
 
 
-def apply(client: MlflowClient, model: str, changes: Sequence[Change], numbers: Mapping[int, str], store: Path) -> None:
+def apply(
+    client: MlflowClient, model: str, changes: Sequence[Change], numbers: Mapping[int, str], store_uri: str
+) -> None:
     """Make the changes. Safe to repeat: each is found or set by its own key."""
     numbers = dict(numbers)
     for change in changes:
         if change.verb == "create":
-            numbers[change.version] = _create(client, model, dict(change.tags), store)
+            numbers[change.version] = _create(client, model, dict(change.tags), store_uri)
         elif change.verb == "tag":
             for key, value in change.tags:
                 client.set_model_version_tag(model, numbers[change.version], key, value)
@@ -120,7 +121,7 @@ def apply(client: MlflowClient, model: str, changes: Sequence[Change], numbers: 
             client.delete_registered_model_alias(model, change.alias)
 
 
-def _create(client: MlflowClient, model: str, tags: dict[str, str], store: Path) -> str:
+def _create(client: MlflowClient, model: str, tags: dict[str, str], store_uri: str) -> str:
     """A registered version of the artifact's logged model; the model name with it where it is the first."""
     try:
         client.create_registered_model(model, tags={"mansard": "true"})
@@ -128,7 +129,7 @@ def _create(client: MlflowClient, model: str, tags: dict[str, str], store: Path)
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     artifact: SnapshotId = tags["mansard_artifact"]
-    made = tracking.logged_model(tracking.experiment_of(model), artifact, "artifact", store)
+    made = tracking.logged_model(tracking.experiment_of(model), artifact, "artifact", store_uri)
     version = client.create_model_version(
         model,
         source=f"models:/{made.model_id}",

@@ -70,7 +70,7 @@ def take_base(work: Work, order: Order[Spec], version: int | None) -> BaseModel:
     taken = Derivation("snapshot", snapshot, recipe, reused=is_known, seconds=seconds, log="")
     with tracking.stage_run(work.run, "snapshot", "base", recipe) as running:
         source = order.spec.base.model_dump(mode="json", exclude_none=True)
-        tracking.finish_stage(running, taken, "base", tracking.Inputs({}, {}), work.site.store, {"base": source})
+        tracking.finish_stage(running, taken, "base", tracking.Inputs({}, {}), work.site.store_uri, {"base": source})
     return BaseModel(snapshot, version, taken)
 
 
@@ -95,7 +95,7 @@ def take_data(work: Work, data: Data) -> tuple[TakenData, ...]:
 
 def take_suites(order: Order[Spec]) -> tuple[tuple[str, SnapshotId], ...]:
     """(suite, snapshot) pairs in the spec's order; BadInput for a suite without items."""
-    store = Store(order.site.store)
+    store = Store.of(order.site)
     return tuple((suite.name, take_suite(store, suite, order.site.data)) for suite in order.suites)
 
 

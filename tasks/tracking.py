@@ -155,7 +155,7 @@ def stage_run(
 
 
 def finish_stage(
-    running: StageRun, derivation: Derivation, title: str, inputs: Inputs, store: Path, facts: Mapping[str, Any]
+    running: StageRun, derivation: Derivation, title: str, inputs: Inputs, store_uri: str, facts: Mapping[str, Any]
 ) -> None:
     """Record what a stage made: its logged model, inputs, facts (as parameters) and log. A repeat does nothing."""
     if running.is_finished:
@@ -163,12 +163,12 @@ def finish_stage(
     running.flush()
     with mlflow_errors():
         client = MlflowClient()
-        made = logged_model(running.parent.experiment_id, derivation.snapshot, title, store, running.run_id)
+        made = logged_model(running.parent.experiment_id, derivation.snapshot, title, store_uri, running.run_id)
         client.log_outputs(running.run_id, [LoggedModelOutput(made.model_id, 0)])
         known = [find_logged_model(running.parent.experiment_id, s) for s in inputs.models.values()]
         client.log_inputs(
             running.run_id,
-            datasets=[data_set(name, snapshot, store) for name, snapshot in inputs.data.items()],
+            datasets=[data_set(name, snapshot, store_uri) for name, snapshot in inputs.data.items()],
             models=[LoggedModelInput(model.model_id) for model in known if model is not None],
         )
         now = int(time.time() * 1000)
@@ -189,7 +189,7 @@ def finish_stage(
 
 
 def logged_model(
-    experiment_id: str, snapshot: SnapshotId, title: str, store: Path, run_id: str | None = None
+    experiment_id: str, snapshot: SnapshotId, title: str, store_uri: str, run_id: str | None = None
 ) -> LoggedModel:
     """The external logged model of a snapshot: the one there is, or a new one."""
     known = find_logged_model(experiment_id, snapshot)
@@ -198,8 +198,8 @@ def logged_model(
     return mlflow.create_external_model(
         name=f"{title}-{snapshot[:12]}".replace(".", "-"),
         source_run_id=run_id,
-        tags={"mansard_snapshot": snapshot, "mansard_uri": snapshot_uri(store, snapshot)},
-        params={"snapshot": snapshot, "uri": snapshot_uri(store, snapshot)},
+        tags={"mansard_snapshot": snapshot, "mansard_uri": snapshot_uri(store_uri, snapshot)},
+        params={"snapshot": snapshot, "uri": snapshot_uri(store_uri, snapshot)},
         model_type=title,
         experiment_id=experiment_id,
     )
@@ -212,14 +212,14 @@ def find_logged_model(experiment_id: str, snapshot: SnapshotId) -> LoggedModel |
     return found[0] if found else None
 
 
-def snapshot_uri(store: Path, snapshot: SnapshotId) -> str:
+def snapshot_uri(store_uri: str, snapshot: SnapshotId) -> str:
     """Where a snapshot is: the store, and the snapshot in it. `mansard restore` brings it back."""
-    return f"{store.as_uri()}#{snapshot}"
+    return f"{store_uri}#{snapshot}"
 
 
-def data_set(name: str, snapshot: SnapshotId, store: Path) -> DatasetInput:
+def data_set(name: str, snapshot: SnapshotId, store_uri: str) -> DatasetInput:
     """A data snapshot as MLflow's data set."""
-    source = json.dumps({"uri": snapshot_uri(store, snapshot), "snapshot": snapshot})
+    source = json.dumps({"uri": snapshot_uri(store_uri, snapshot), "snapshot": snapshot})
     made = Dataset(name=name, digest=snapshot[:DATASET_DIGEST_LENGTH], source_type="mansard", source=source)
     return DatasetInput(made, [InputTag("mlflow.data.context", name.partition(".")[0])])
 

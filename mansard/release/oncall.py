@@ -66,7 +66,7 @@ def why(site: Site, model: str, version: int) -> dict[str, Any]:
     """
     from mansard.store import Store  # BLAKE3 is loaded only where evidence is read
 
-    store = Store(site.store)
+    store = Store.of(site)
     with Journal.open(site.journal) as journal:
         journal.evidence(model, version)
         problems: list[str] = []
@@ -143,8 +143,8 @@ def target_warnings(site: Site, journal: Journal, model: str, version: int, hard
     try:
         if entry.digest != entry.computed_digest():
             raise Corrupt(f"journal entry {entry.sequence} was changed")
-        if not Store(site.store).holds(artifact):
-            raise Corrupt(f"its artifact {artifact[:12]} is not whole in {site.store}")
+        if not Store.of(site).holds(artifact):
+            raise Corrupt(f"its artifact {artifact[:12]} is not whole in {site.store_uri}")
     except Corrupt as error:
         if not hard:
             raise Corrupt(f"{model} version {version}: {error}; --to another version, or --hard") from error

@@ -49,7 +49,7 @@ class Host:
     def __init__(self, site: Site, journal: Journal, session: aiohttp.ClientSession) -> None:
         self.site = site
         self.journal = journal
-        self.store = Store(site.store)
+        self.store = Store.of(site)
         self.traffic = Traffic(site)
         fingerprints = Fingerprints(journal, self.store)
         self.residents = Residents(site, journal, self.traffic, fingerprints.warn)

@@ -1,9 +1,10 @@
 """Small Hugging Face checkpoints without torch: a Llama of random half-precision tensors."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from safetensors.numpy import save_file
 
 from mansard.models.families import LLAMA
 from mansard.store import Store
+from tests.mansard.s3_server import environment, make_bucket, s3_server
 
 # The same examples on every run, and no clock: a slow machine must not fail a test.
 settings.register_profile("steady", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -24,6 +26,23 @@ HIDDEN, INTERMEDIATE, VOCABULARY, HEADS = 16, 24, 32, 4
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "store")
+
+
+@pytest.fixture(scope="session")
+def s3_url() -> Iterator[str]:
+    """A real S3 server, for the session."""
+    with s3_server() as url:
+        yield url
+
+
+@pytest.fixture
+def bucket_url(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A new, empty bucket; the environment names its server."""
+    for name, value in environment(s3_url).items():
+        monkeypatch.setenv(name, value)
+    name = f"store-{uuid4().hex[:12]}"
+    make_bucket(s3_url, name)
+    return f"s3://{name}/some/prefix"
 
 
 @pytest.fixture

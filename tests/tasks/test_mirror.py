@@ -97,7 +97,7 @@ def test_alias_leads_to_the_artifact_and_its_base(site: Site, journal: Journal) 
 def test_mlflow_may_count_otherwise_than_the_journal(site: Site, journal: Journal) -> None:
     client = MlflowClient()
     client.create_registered_model("demo")
-    strange = tracking.logged_model(tracking.experiment_of("demo"), "9" * 64, "by-hand", site.store)
+    strange = tracking.logged_model(tracking.experiment_of("demo"), "9" * 64, "by-hand", site.store_uri)
     client.create_model_version("demo", f"models:/{strange.model_id}", model_id=strange.model_id)
     journal.register(FIRST, None)
     release(journal, 1)

@@ -25,13 +25,18 @@ def derived(stage: str, snapshot: str, recipe: str, reused: bool = False, log: s
     return Derivation(stage, snapshot, recipe, reused=reused, seconds=1.5, log=log)
 
 
-def record(store: Path, log: str = "", reused: bool = False) -> tracking.UpgradeRun:
+def record(store_uri: str, log: str = "", reused: bool = False) -> tracking.UpgradeRun:
     """One upgrade of two stages."""
     run = tracking.open_upgrade("demo", "upgrade demo", "k" * 64, {"mansard_author": "ada"})
     none: dict[str, str] = {}
     with tracking.stage_run(run, "pretrain", "base", "0" * 64) as base:
         tracking.finish_stage(
-            base, derived("pretrain", BASE, "0" * 64, reused), "base", tracking.Inputs(none, {"data": DATA}), store, {}
+            base,
+            derived("pretrain", BASE, "0" * 64, reused),
+            "base",
+            tracking.Inputs(none, {"data": DATA}),
+            store_uri,
+            {},
         )
     with tracking.stage_run(run, "expand", "expand", "1" * 64) as expand:
         expand.add({"loss": 2.0}, 10)
@@ -40,7 +45,7 @@ def record(store: Path, log: str = "", reused: bool = False) -> tracking.Upgrade
             derived("expand", GROWN, "1" * 64, reused, log),
             "expand",
             tracking.Inputs({"model": BASE}, none),
-            store,
+            store_uri,
             {"expand": {"blocks": 2, "positions": [0, 1]}},
         )
     tracking.close_upgrade(run, "FINISHED", {"mansard_verdict": "pass"})
@@ -50,7 +55,7 @@ def record(store: Path, log: str = "", reused: bool = False) -> tracking.Upgrade
 def test_an_upgrade_is_a_parent_run_with_a_child_for_each_stage(mlflow_here: MlflowClient, tmp_path: Path) -> None:
     log = tmp_path / "expand.log"
     log.write_text("what the stage said\n")
-    run = record(tmp_path / "store", str(log))
+    run = record((tmp_path / "store").as_uri(), str(log))
     children = mlflow_here.search_runs([run.experiment_id], f"tags.mlflow.parentRunId = '{run.run_id}'")
     by_stage = {child.data.tags["mansard_stage"]: child for child in children}
     assert sorted(by_stage) == ["expand", "pretrain"]
@@ -65,7 +70,7 @@ def test_an_upgrade_is_a_parent_run_with_a_child_for_each_stage(mlflow_here: Mlf
 
 
 def test_logged_models_lead_from_a_snapshot_to_what_it_was_made_of(mlflow_here: MlflowClient, tmp_path: Path) -> None:
-    run = record(tmp_path / "store")
+    run = record((tmp_path / "store").as_uri())
     grown = tracking.find_logged_model(run.experiment_id, GROWN)
     assert grown is not None and grown.tags["mansard_uri"] == f"{(tmp_path / 'store').as_uri()}#{GROWN}"
     source = mlflow_here.get_run(grown.source_run_id)
@@ -77,8 +82,8 @@ def test_logged_models_lead_from_a_snapshot_to_what_it_was_made_of(mlflow_here: 
 
 
 def test_a_repeat_adds_neither_runs_nor_models(mlflow_here: MlflowClient, tmp_path: Path) -> None:
-    first = record(tmp_path / "store")
-    assert record(tmp_path / "store", reused=True) == first
+    first = record((tmp_path / "store").as_uri())
+    assert record((tmp_path / "store").as_uri(), reused=True) == first
     assert len(mlflow_here.search_runs([first.experiment_id])) == 3
     assert len(mlflow_here.search_logged_models([first.experiment_id])) == 2
 
