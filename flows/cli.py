@@ -31,6 +31,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "why": ("flows.verbs_on_call:why", "the chain of evidence behind a version"),
     "snapshot": ("flows.verbs_store:snapshot", "take a folder into the store"),
     "restore": ("flows.verbs_store:restore", "bring a snapshot back, byte for byte"),
+    "pin": ("flows.verbs_store:pin", "keep a snapshot that no version needs"),
+    "collect": ("flows.verbs_store:collect", "delete what no version, pin or running work needs"),
     "verify": ("flows.verbs_store:verify", "find flipped bits in the store, or edits in the journal"),
 }
 
@@ -57,6 +59,13 @@ def parser() -> argparse.ArgumentParser:
     made["snapshot"].add_argument("folder", metavar="DIR")
     made["restore"].add_argument("snapshot", metavar="ID")
     made["restore"].add_argument("folder", metavar="DIR")
+    made["pin"].add_argument("snapshot", metavar="ID", nargs="?", help="without it, list what is pinned")
+    made["pin"].add_argument("--remove", action="store_true", help="let it go again")
+    made["pin"].add_argument("--reason", default="", metavar="TEXT")
+    made["collect"].add_argument("--dry-run", action="store_true", help="show what would go")
+    made["collect"].add_argument(
+        "--grace-hours", type=float, default=24.0, metavar="H", help="keep what was used in the last H hours (24)"
+    )
     made["verify"].add_argument("snapshot", metavar="ID", nargs="?")
     made["verify"].add_argument("--journal", action="store_true")
     return top

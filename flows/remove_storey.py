@@ -33,7 +33,7 @@ def remove_storey(version: int, storey: int, site_path: str, author: str, model:
     terms = terms_without_targets(site, registration, author, wish)
     against = standing(site, name, terms.gate.anchor_version)
     attempt = count_attempts(site, name, tuple(dict(terms.snapshots)), spec_digest=terms.asked)
-    check_power(Store(site.store), terms, attempt)
+    check_power(Store.of(site), terms, attempt)
     tags = {"mansard_author": author, "mansard_base_version": str(version)}
     with recorded(site, name, f"remove storey {storey} of {version}", digest_json(wish), tags) as work:
         rest = take_away(work, registration.model, storey)

@@ -30,7 +30,7 @@ def upgrade(spec_path: str, site_path: str, as_person: str | None = None, model:
     against = standing(order.site, order.model_name, spec.gate.anchor_version)
     terms = terms_of(order, suites := take_suites(order))
     attempt = count_attempts(order.site, order.model_name, tuple(dict(suites)), spec_digest=terms.asked)
-    check_power(Store(order.site.store), terms, attempt)
+    check_power(Store.of(order.site), terms, attempt)
     key = digest_json({"verb": "upgrade", "asked": terms.asked, "base": version})
     tags = {"mansard_author": order.author, "mansard_base_version": str(version)}
     with recorded(order.site, order.model_name, f"upgrade {spec.name}", key, tags) as work:

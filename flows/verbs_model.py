@@ -58,7 +58,7 @@ def remove_storey(args: argparse.Namespace) -> int:
     name, author = site.model_named(args.model), person(args)
     check_author(site, author)
     registration = recorded_version(site, name, args.version)
-    check_removable(Store(site.store), registration.model, args.storey)
+    check_removable(Store.of(site), registration.model, args.storey)
     check_suites_unchanged(site, recorded_evidence(site, registration), args.version)
     site = _ready(args, None)
     from flows.remove_storey import remove_storey as flow

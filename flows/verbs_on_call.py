@@ -145,7 +145,7 @@ def _add_storeys(site: Site, found: dict[str, Any]) -> None:
     for link in reversed(found["chain"]):
         link["storeys"] = []
         try:
-            link["storeys"] = told_storeys(Store(site.store), link["model"])
+            link["storeys"] = told_storeys(Store.of(site), link["model"])
         except MansardError as error:
             found["problems"].append(f"storeys of version {link['version']}: {error}")
         for storey in link["storeys"]:

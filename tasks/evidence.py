@@ -46,7 +46,7 @@ def recorded_version(site: Site, model_name: str, version: int) -> Registration:
 
 def recorded_evidence(site: Site, registration: Registration) -> Evidence:
     """Gate, suites and serving of a version."""
-    store = Store(site.store)
+    store = Store.of(site)
     judged = _lineage(store, "judge", registration.verdict_record)
     suites = tuple(Suite.model_validate(suite) for suite in judged["spec"]["suites"])
     gate = Gate.model_validate(judged["spec"]["gate"])
@@ -59,7 +59,7 @@ def recorded_evidence(site: Site, registration: Registration) -> Evidence:
 
 def recorded_quantization(site: Site, registration: Registration) -> Quantization:
     """Settings and calibration text of the version's artifact."""
-    made = _lineage(Store(site.store), "quantize", registration.artifact, {"model": registration.model})
+    made = _lineage(Store.of(site), "quantize", registration.artifact, {"model": registration.model})
     return Quantization(Quantize.model_validate(made["spec"]), made["inputs"]["data"])
 
 
@@ -69,7 +69,7 @@ def terms_without_targets(site: Site, registration: Registration, author: str, a
     What takes something away improves nothing, so a target that must improve would forbid it; a person reads in the
     report what is given up. `asked` says what is asked for, beside the evidence.
     """
-    evidence, store = recorded_evidence(site, registration), Store(site.store)
+    evidence, store = recorded_evidence(site, registration), Store.of(site)
     snapshots = evidence.snapshots
     roles = [r.model_copy(update={"role": "report"}) if r.role == "target" else r for r in evidence.gate.suites]
     gate = evidence.gate.model_copy(update={"suites": roles})
@@ -96,7 +96,7 @@ def check_suites_unchanged(site: Site, evidence: Evidence, version: int) -> None
 
     A file that is gone is no trouble: the store has its items.
     """
-    store = Store(site.store)
+    store = Store.of(site)
     for suite, (_, snapshot) in zip(evidence.suites, evidence.snapshots, strict=True):
         path = None if suite.items is None else site.data / suite.items
         if path is None or not path.exists():

@@ -1,8 +1,11 @@
 """Bad input through the command: one line on standard error, the documented exit code, nothing lost."""
 
+import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -127,6 +130,36 @@ def test_a_flipped_bit_is_named_and_is_exit_6(
     capsys.readouterr()
     assert main(["verify", taken, "--site", str(site.path)]) == 6
     assert "a.txt" in capsys.readouterr().err
+
+
+def test_pin_and_collect_by_hand(site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = ["--site", str(site.path), "--json"]
+
+    def told(*words: str) -> dict[str, Any]:
+        assert main([*words, *where]) == 0
+        facts: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return facts
+
+    ids = []
+    for name in ("kept", "gone"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text(name * 1000)
+        ids.append(told("snapshot", str(tmp_path / name))["snapshot"])
+    told("pin", ids[0][:12], "--reason", "for the paper")
+    assert told("pin")["pins"] == {ids[0]: "for the paper"}
+    assert told("collect")["snapshots"] == []  # both were taken just now
+    for path in site.store.rglob("*"):
+        if path.is_file():
+            os.utime(path, (1, 1))
+    would = told("collect", "--dry-run")
+    assert (would["snapshots"], would["objects"]) == ([ids[1]], 1)
+    done = told("collect")
+    assert (done["snapshots"], done["objects"], done["kept"]["pins"]) == ([ids[1]], 1, 1)
+    assert done["freed_bytes"] >= 4000
+    assert Store(site.store).snapshots() == [ids[0]]
+    told("pin", ids[0][:12], "--remove")
+    assert main(["pin", "abc", *where]) == 2
+    assert main(["collect", "--grace-hours", "-1", *where]) == 2
 
 
 def test_on_call_verbs_on_a_site_where_nothing_happened(site: Site, capsys: pytest.CaptureFixture[str]) -> None:

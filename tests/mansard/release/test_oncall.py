@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from mansard.collection import collect
 from mansard.errors import BadInput, Conflict, Corrupt, MansardError
 from mansard.records import Registration
 from mansard.release import oncall, oncall_text
 from mansard.release.approval import approve, sign_registration
 from mansard.release.events import Pointers
 from mansard.release.journal import Journal
+from mansard.release.roots import version_roots
 from mansard.serving import split as splits
 from mansard.site import Person, Site
 from mansard.store import Store
@@ -348,6 +350,17 @@ def test_why_walks_from_the_pointer_to_the_first_base(derived: Site, store: Stor
     text = oncall_text.why_text(told)
     assert f"base of version 1: {told['base']}" in text
     assert "approved by grace" in text and "bits (guard): pass, n 3, change +0.1000" in text
+
+
+def test_a_collect_leaves_all_that_why_tells_of(derived: Site, store: Store) -> None:
+    unused = store.put_files({"x": b"no version came of it"})
+    before = oncall.why(derived, "demo", 2)
+    with Journal.open(derived.journal) as journal:
+        done = collect(store, lambda: version_roots(journal, store), grace_seconds=-1e6)
+    assert unused in done.snapshots
+    assert oncall.why(derived, "demo", 2) == before
+    assert before["problems"] == []
+    assert store.verify() == []
 
 
 def test_why_tells_what_is_damaged_or_gone(derived: Site, store: Store) -> None:
