@@ -12,6 +12,7 @@ from flows.person import person
 from mansard.records import Registration
 from mansard.release import approval, keys
 from mansard.release.journal import Journal
+from mansard.release.pointer import approvals_in_force
 from mansard.site import find_site, load_site
 from mansard.store import Store
 
@@ -137,7 +138,10 @@ def approve(args: argparse.Namespace) -> int:
     who = person(args)
     with Journal.open(site.journal) as journal:
         made = approval.approve(site, journal, Store.of(site), model, args.version, who, args.reason)
-    text = f"{model} version {args.version} is approved by {who}\nnext: mansard release {args.version}"
+        given = {e.who for e in approvals_in_force(journal.entries(model), model, args.version)}
+    missing = site.approval.approvals - len(given)
+    following = f"mansard release {args.version}" if missing <= 0 else f"{missing} more: mansard review {args.version}"
+    text = f"{model} version {args.version} is approved by {who}, until {made.expires_at[:10]}\nnext: {following}"
     print(json.dumps(made.payload()) if args.json else text)
     return 0
 

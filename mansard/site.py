@@ -11,6 +11,7 @@ import re
 import types
 import typing
 from dataclasses import dataclass, field
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,6 +22,8 @@ from mansard.canonical import sha256_json
 from mansard.errors import BadInput
 
 ROLES = ("author", "reviewer", "operator")
+RESERVED_NAMES = ("host",)
+"""Not for people: what the journal says where the host itself decided."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +65,24 @@ class RouterSite:
 
 @dataclass(frozen=True, slots=True)
 class Person:
-    """`public_key` is the key itself (64 hex digits, raw Ed25519) or the path of a file that holds it."""
+    """`public_key` is the key itself (64 hex digits, raw Ed25519) or the path of a file that holds it.
+
+    The key counts from `valid_from` to just before `valid_until`, and never once `revoked` says why it does not.
+    """
 
     roles: tuple[str, ...]
     public_key: str
+    valid_from: datetime | None = None
+    valid_until: datetime | None = None
+    revoked: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ApprovalPolicy:
+    """So many different reviewers must approve a version, and so long an approval counts."""
+
+    approvals: int = 1
+    days: int = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +109,7 @@ class Site:
     engine: EngineSite = EngineSite()
     people: dict[str, Person] = field(default_factory=dict)
     router: RouterSite = RouterSite()
+    approval: ApprovalPolicy = ApprovalPolicy()
     api_keys: Path | None = None
     operator_tokens: Path | None = None
     rollback_window: int = 2
@@ -163,10 +181,23 @@ class Site:
             raise BadInput(f"{source}: a public key has 32 bytes, this has {len(raw)}")
         return raw
 
+    def people_record(self) -> dict[str, Any]:
+        """The people section with the keys resolved, and the approval policy, as JSON: who may do what."""
+        people = {
+            name: {
+                "roles": sorted(person.roles),
+                "key": self.public_key(name).hex(),
+                "valid_from": person.valid_from and person.valid_from.isoformat(),
+                "valid_until": person.valid_until and person.valid_until.isoformat(),
+                "revoked": person.revoked,
+            }
+            for name, person in self.people.items()
+        }
+        return {"people": people, "approval": dataclasses.asdict(self.approval)}
+
     def people_digest(self) -> str:
-        """Digest of the people section with the keys resolved; approvals name it."""
-        people = {n: {"roles": sorted(p.roles), "key": self.public_key(n).hex()} for n, p in self.people.items()}
-        return sha256_json(people)
+        """Digest of `people_record`; approvals name it."""
+        return sha256_json(self.people_record())
 
     def model_named(self, name: str | None) -> str:
         """`name`, or the site's only model; BadInput when that is not clear."""
@@ -212,10 +243,7 @@ def _check(site: Site) -> None:
         if name not in site.environments:
             known = ", ".join(site.environments)
             raise BadInput(f"{site.path}: {stage}: environment {name!r} is not one of: {known}")
-    for name, person in site.people.items():
-        for role in person.roles:
-            if role not in ROLES:
-                raise BadInput(f"{site.path}: people.{name}.roles: {role!r} is not one of {', '.join(ROLES)}")
+    _check_people(site)
     if site.journal_url:
         _check_journal(site)
     if site.router.workers < 1:
@@ -224,6 +252,22 @@ def _check(site: Site) -> None:
         raise BadInput(f"{site.path}: models: name at least one model")
     if site.store_url is not None and not re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]+(/[^/\s]+)*/?", site.store_url):
         raise BadInput(f"{site.path}: store: {site.store_url!r} is not of the form s3://BUCKET or s3://BUCKET/PREFIX")
+
+
+def _check_people(site: Site) -> None:
+    for name, person in site.people.items():
+        where = f"{site.path}: people.{name}"
+        if name in RESERVED_NAMES:
+            raise BadInput(f"{where}: the journal names the host so; take another name")
+        for role in person.roles:
+            if role not in ROLES:
+                raise BadInput(f"{where}.roles: {role!r} is not one of {', '.join(ROLES)}")
+        begins, ends = person.valid_from, person.valid_until
+        if begins is not None and ends is not None and begins >= ends:
+            raise BadInput(f"{where}.valid_until: {ends} is not after valid_from {begins}")
+    for key in ("approvals", "days"):
+        if getattr(site.approval, key) < 1:
+            raise BadInput(f"{site.path}: approval.{key}: {getattr(site.approval, key)} is less than 1")
 
 
 def _check_journal(site: Site) -> None:
@@ -261,9 +305,25 @@ def _read(kind: Any, value: Any, where: str, folder: Path) -> Any:  # noqa: ANN4
             raise BadInput(f"{where}: {value!r} is not a path")
         # Not resolved: an interpreter in a virtual environment is a link that must stay one.
         return Path(os.path.normpath(folder / Path(value).expanduser()))
+    if kind is datetime:
+        return _read_moment(value, where)
     if type(value) is not kind:
         raise BadInput(f"{where}: {value!r} is not of type {kind.__name__}")
     return value
+
+
+def _read_moment(value: object, where: str) -> datetime:
+    """A date is its first moment; without a time zone it is UTC. YAML has read most forms already."""
+    if isinstance(value, str):
+        try:
+            value = datetime.fromisoformat(value)
+        except ValueError as error:
+            raise BadInput(f"{where}: {value!r} is not a date (2027-01-31) or a moment (ISO 8601)") from error
+    if isinstance(value, date) and not isinstance(value, datetime):
+        value = datetime(value.year, value.month, value.day, tzinfo=UTC)
+    if not isinstance(value, datetime):
+        raise BadInput(f"{where}: {value!r} is not a date (2027-01-31) or a moment (ISO 8601)")
+    return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
 
 
 def _read_record(kind: Any, value: Any, where: str, folder: Path) -> Any:  # noqa: ANN401 - an instance of `kind`

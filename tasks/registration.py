@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from mansard.errors import Conflict
 from mansard.records import Registration, SnapshotId
-from mansard.release.approval import sign_registration
+from mansard.release.approval import is_signed, sign_registration
 from mansard.release.events import EVIDENCE, PROMOTED
 from mansard.release.journal import Journal
 from mansard.site import Site
@@ -82,8 +82,11 @@ def register(site: Site, registration: Registration) -> int:
 
 @policy.record
 def register_judgement(site: Site, version: int, registration: Registration, why: str) -> None:
-    """A version judged again, signed by its author's key; it needs a new approval. A repeat adds nothing."""
+    """A version judged again, signed by its author's key; it needs a new approval. A repeat adds nothing, unless the
+    author has another key by now."""
     with Journal.open(site.journal) as journal:
-        if journal.registration(registration.model_name, version) != registration:
+        model = registration.model_name
+        known = journal.signature(model, version)
+        if journal.registration(model, version) != registration or not is_signed(site, registration, known):
             signature = sign_registration(site, registration)
             journal.judge(version, registration, signature, registration.author, why)

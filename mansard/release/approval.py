@@ -1,38 +1,35 @@
 """Approvals: records signed by people, for exactly one artifact, one verdict record, one baseline, one people section.
 
-Guarantees: nobody approves their own upgrade, by name or by key; no failed or unknown verdict is approved; an
-approval holds only while nothing that it names has changed, no later rejection, abort or rollback stands against it,
-and its signature is of a key that the site still knows. Not covered: expiry, several approvals, a signed tip.
+Guarantees: nobody approves their own upgrade, by name or by key; no failed or unknown verdict is approved; a decision
+is recorded right after the entry that its signer had seen last. Whether an approval still counts is permission.py's.
 """
 
 from dataclasses import asdict, dataclass
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from mansard.errors import BadInput, Conflict, Corrupt, NotAllowed
 from mansard.records import Registration, SnapshotId
 from mansard.release import keys
-from mansard.release.events import (
-    ABORTED,
-    APPROVED,
-    DECISIONS,
-    PEOPLE_CHANGED,
-    REJECTED,
-    ROLLED_BACK,
-    Entry,
-    as_text,
-    utc_now,
-)
+from mansard.release.events import APPROVED, REJECTED, as_text, utc_now
 from mansard.release.journal import Journal
-from mansard.release.pointer import needs_new_approval
+from mansard.release.people import record_people
 from mansard.site import Site
 
 if TYPE_CHECKING:
     from mansard.store import Store
 
 
+ATTEMPTS = 5
+"""So often a decision is signed anew when somebody else wrote to the journal meanwhile."""
+
+
 @dataclass(frozen=True, slots=True)
 class Approval:
-    """A person's decision, approve or reject. `seen_*` name the journal's newest entry when it was signed."""
+    """A person's decision, approve or reject. Format 1 had no expiry and no baseline's artifact: it counts no more.
+
+    `seen_*` name the journal's newest entry when it was signed.
+    """
 
     format: int
     model: str
@@ -40,9 +37,11 @@ class Approval:
     artifact: SnapshotId
     verdict_record: SnapshotId
     baseline_version: int | None
+    baseline_artifact: SnapshotId | None
     people_digest: str
     who: str
     at: str
+    expires_at: str
     reason: str
     decision: str
     seen_sequence: int
@@ -54,17 +53,29 @@ class Approval:
 
 
 def sign_registration(site: Site, registration: Registration) -> str:
-    """The author's signature. NotAllowed unless the author has the role and their private key is here."""
-    keys.require_person(site, registration.author, "author")
+    """The author's signature. NotAllowed unless the author has the role and a key that counts, private half here."""
+    keys.require_key(site, registration.author, "author", utc_now())
     return keys.sign(registration.author, site, _registration_payload(registration))
 
 
-def check_registration(site: Site, registration: Registration, signature: str | None) -> None:
-    """NotAllowed unless the author, whom the site still knows as one, signed exactly this registration."""
+def is_signed(site: Site, registration: Registration, signature: str | None) -> bool:
+    """Whether the key that the site knows for the author signed exactly this registration."""
+    if signature is None or registration.author not in site.people:
+        return False
+    return keys.verify(site.public_key(registration.author), _registration_payload(registration), signature)
+
+
+def check_registration(
+    site: Site, registration: Registration, signature: str | None, now: datetime | None = None
+) -> None:
+    """NotAllowed unless the author, whose key counts now, signed exactly this registration."""
     author = registration.author
-    keys.require_person(site, author, "author")
-    if signature is None or not keys.verify(site.public_key(author), _registration_payload(registration), signature):
-        raise NotAllowed(f"the registration of {registration.model_name} is not signed by its author {author}'s key")
+    keys.require_key(site, author, "author", now or utc_now())
+    if not is_signed(site, registration, signature):
+        raise NotAllowed(
+            f"the registration of {registration.model_name} is not signed by its author {author}'s key of today; "
+            "mansard gate signs a version anew"
+        )
 
 
 def approve(
@@ -75,8 +86,8 @@ def approve(
     Raises BadInput (unknown version, empty reason), NotAllowed, Corrupt (evidence changed), Conflict (baseline moved).
     """
     registration, signature = _registered(journal, model, version)
-    _check_reviewer(site, registration, version, who, reason)
-    _check_verdict(registration, version)
+    check_reviewer(site, registration, version, who, reason)
+    check_verdict(registration, version)
     _check_baseline(journal, registration, version)
     check_registration(site, registration, signature)
     check_evidence(store, registration)
@@ -86,36 +97,8 @@ def approve(
 def reject(site: Site, journal: Journal, model: str, version: int, who: str, reason: str) -> Approval:
     """Sign and record that `version` may not be released; any approval before it is void."""
     registration, _ = _registered(journal, model, version)
-    _check_reviewer(site, registration, version, who, reason)
+    check_reviewer(site, registration, version, who, reason)
     return _record(site, journal, registration, version, who, reason, "reject")
-
-
-def check_approval(site: Site, journal: Journal, model: str, version: int) -> Approval:
-    """The approval under which `version` may be released now. Raises NotAllowed, or Conflict for a moved baseline."""
-    registration, signature = _registered(journal, model, version)
-    decisions = [e for e in journal.entries(model, kinds=DECISIONS) if e.version == version]
-    if not decisions:
-        raise NotAllowed(f"{model} version {version} is not approved; next: {_next(version)}")
-    newest = decisions[-1]
-    if newest.kind == REJECTED:
-        raise NotAllowed(f"{model} version {version} was rejected by {newest.who} at {newest.at}: {newest.why}")
-    _check_not_retreated(journal, model, version)
-    approval = _read_approval(newest, f"{model} version {version}")
-    _check_signature(site, approval, newest, registration)
-    _check_position(journal, approval, newest)
-    if (approval.artifact, approval.verdict_record) != (registration.artifact, registration.verdict_record):
-        raise NotAllowed(f"{model} version {version} was judged again after its approval; next: {_next(version)}")
-    if approval.people_digest != site.people_digest():
-        raise NotAllowed(
-            f"{model} version {version}: the people of {site.path} changed since it was approved at {approval.at}; "
-            f"next: {_next(version)}"
-        )
-    _check_verdict(registration, version)
-    check_registration(site, registration, signature)
-    stable = journal.pointers(model).stable
-    if stable != approval.baseline_version or approval.baseline_version != registration.baseline_version:
-        raise _baseline_moved(model, version, stable, approval.baseline_version)
-    return approval
 
 
 def check_evidence(store: "Store", registration: Registration) -> None:
@@ -128,39 +111,40 @@ def check_evidence(store: "Store", registration: Registration) -> None:
             raise Corrupt(f"{what} {snapshot[:12]} of {registration.model_name} changed in the store: {damages[0]}")
 
 
-def record_people(site: Site, journal: Journal, who: str) -> None:
-    """Journal the people section when it is not the one recorded last."""
-    digest = site.people_digest()
-    known = journal.entries(kinds=(PEOPLE_CHANGED,))
-    if not known or known[-1].body["people_digest"] != digest:
-        people = {n: {"roles": list(p.roles), "key": site.public_key(n).hex()} for n, p in site.people.items()}
-        journal.append("", PEOPLE_CHANGED, who, str(site.path.name), {"people_digest": digest, "people": people})
-
-
 def _record(
     site: Site, journal: Journal, registration: Registration, version: int, who: str, reason: str, decision: str
 ) -> Approval:
-    tip = journal.tip()
-    assert tip is not None, "there is a registration"
-    approval = Approval(
-        format=1,
-        model=registration.model_name,
-        version=version,
-        artifact=registration.artifact,
-        verdict_record=registration.verdict_record,
-        baseline_version=registration.baseline_version,
-        people_digest=site.people_digest(),
-        who=who,
-        at=as_text(utc_now()),
-        reason=reason.strip(),
-        decision=decision,
-        seen_sequence=tip.sequence,
-        seen_digest=tip.digest,
-    )
-    body = {"version": version, "approval": asdict(approval), "signature": keys.sign(who, site, approval.payload())}
+    """Sign for the newest entry and append right after it; where another decision came between, sign anew."""
     record_people(site, journal, who)
-    kind = APPROVED if decision == "approve" else REJECTED
-    journal.append(approval.model, kind, who, approval.reason, body)
+    model, baseline = registration.model_name, registration.baseline_version
+    for attempt in range(1, ATTEMPTS + 1):
+        tip, now = journal.tip(), utc_now()
+        assert tip is not None, "there is a registration"
+        approval = Approval(
+            format=2,
+            model=model,
+            version=version,
+            artifact=registration.artifact,
+            verdict_record=registration.verdict_record,
+            baseline_version=baseline,
+            baseline_artifact=None if baseline is None else journal.registration(model, baseline).artifact,
+            people_digest=site.people_digest(),
+            who=who,
+            at=as_text(now),
+            expires_at=as_text(now + timedelta(days=site.approval.days)),
+            reason=reason.strip(),
+            decision=decision,
+            seen_sequence=tip.sequence,
+            seen_digest=tip.digest,
+        )
+        body = {"version": version, "approval": asdict(approval), "signature": keys.sign(who, site, approval.payload())}
+        try:
+            kind = APPROVED if decision == "approve" else REJECTED
+            journal.append(model, kind, who, approval.reason, body, expected_tip=tip.sequence)
+            break
+        except Conflict:
+            if attempt == ATTEMPTS:
+                raise
     return approval
 
 
@@ -173,10 +157,13 @@ def _registration_payload(registration: Registration) -> dict[str, Any]:
     return {"record": "registration", "format": 1, **registration.as_json()}
 
 
-def _check_reviewer(site: Site, registration: Registration, version: int, who: str, reason: str) -> None:
+def check_reviewer(
+    site: Site, registration: Registration, version: int, who: str, reason: str, now: datetime | None = None
+) -> None:
+    """NotAllowed unless `who` may decide on this version; BadInput without a reason."""
     if not reason.strip():
         raise BadInput("--reason is empty; say in a sentence why, the next reader has only that")
-    keys.require_person(site, who, "reviewer")
+    keys.require_key(site, who, "reviewer", now or utc_now())
     author = registration.author
     if who == author or (author in site.people and site.public_key(who) == site.public_key(author)):
         raise NotAllowed(
@@ -184,7 +171,8 @@ def _check_reviewer(site: Site, registration: Registration, version: int, who: s
         )
 
 
-def _check_verdict(registration: Registration, version: int) -> None:
+def check_verdict(registration: Registration, version: int) -> None:
+    """NotAllowed for a verdict that cannot be approved."""
     if registration.verdict not in ("pass", "baseline"):
         raise NotAllowed(
             f"{registration.model_name} version {version} has the verdict {registration.verdict}; only pass, or "
@@ -200,10 +188,12 @@ def _check_baseline(journal: Journal, registration: Registration, version: int) 
             f"version {stable} is; judge it against that: mansard gate {version}"
         )
     if stable != registration.baseline_version:
-        raise _baseline_moved(model, version, stable, registration.baseline_version)
+        raise baseline_moved(registration, version, stable)
 
 
-def _baseline_moved(model: str, version: int, stable: int | None, baseline: int | None) -> Conflict:
+def baseline_moved(registration: Registration, version: int, stable: int | None) -> Conflict:
+    """What to say, and the way forward, when stable is not what the version was judged against."""
+    model, baseline = registration.model_name, registration.baseline_version
     if stable == version:
         return Conflict(f"{model} version {version} is stable already; nothing to release")
     named = "nothing" if baseline is None else f"version {baseline}"
@@ -213,48 +203,6 @@ def _baseline_moved(model: str, version: int, stable: int | None, baseline: int 
     )
 
 
-def _check_not_retreated(journal: Journal, model: str, version: int) -> None:
-    entries = journal.entries(model, kinds=(APPROVED, ABORTED, ROLLED_BACK))
-    if needs_new_approval(entries, model, version):
-        last = [e for e in entries if e.version == version and e.kind != APPROVED][-1]
-        did = "rolled back" if last.kind == ROLLED_BACK else "aborted"
-        raise NotAllowed(
-            f"{model} version {version} was {did} by {last.who} at {last.at}, after its approval; "
-            f"next: {_next(version)}"
-        )
-
-
-def _read_approval(entry: Entry, what: str) -> Approval:
-    try:
-        return Approval(**entry.body["approval"])
-    except (KeyError, TypeError) as error:
-        raise NotAllowed(f"{what}: entry {entry.sequence} holds no approval of format 1; approve it again") from error
-
-
-def _check_signature(site: Site, approval: Approval, entry: Entry, registration: Registration) -> None:
-    """The entry is what its signer signed, for this version, by somebody who may."""
-    what = f"the approval of {registration.model_name} version {entry.version} (entry {entry.sequence})"
-    signature = entry.body.get("signature")
-    keys.require_person(site, approval.who, "reviewer")
-    if not isinstance(signature, str) or not keys.verify(site.public_key(approval.who), approval.payload(), signature):
-        raise NotAllowed(f"{what} is not signed by {approval.who}'s key; a reviewer approves it again")
-    named = (approval.format, approval.model, approval.version, approval.who, approval.decision)
-    if named != (1, registration.model_name, entry.version, entry.who, "approve"):
-        raise NotAllowed(f"{what} was signed for something else: {', '.join(map(str, named[1:]))}")
-    _check_reviewer(site, registration, approval.version, approval.who, approval.reason)
-
-
-def _check_position(journal: Journal, approval: Approval, entry: Entry) -> None:
-    """An approval copied to a later place in the journal says that its signer had not seen what lies between."""
-    seen = journal.entry(approval.seen_sequence)
-    between = journal.entries(approval.model, after=approval.seen_sequence, kinds=(*DECISIONS, ABORTED, ROLLED_BACK))
-    unseen = [e for e in between if e.version == approval.version and e.sequence < entry.sequence]
-    if seen is None or seen.digest != approval.seen_digest or unseen:
-        raise NotAllowed(
-            f"the approval of {approval.model} version {approval.version} (entry {entry.sequence}) was signed for an "
-            f"earlier place in the journal, after entry {approval.seen_sequence}; next: {_next(approval.version)}"
-        )
-
-
-def _next(version: int) -> str:
+def next_step(version: int) -> str:
+    """The commands that a reviewer types."""
     return f"mansard review {version}, then mansard approve {version} --reason TEXT"

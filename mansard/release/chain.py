@@ -12,6 +12,7 @@ from mansard.errors import MansardError
 from mansard.records import Registration
 from mansard.release.events import DECISIONS, REGISTERED
 from mansard.release.journal import Journal
+from mansard.release.pointer import approvals_in_force
 
 if TYPE_CHECKING:
     from mansard.store import Store
@@ -21,7 +22,8 @@ def link_of(journal: Journal, store: "Store", model: str, version: int, problems
     """The evidence of one version as JSON. Adds to `problems`; raises BadInput for an unknown version."""
     entry = journal.evidence(model, version)
     registration = Registration.from_json(entry.body["registration"])
-    decisions = [e for e in journal.entries(model, kinds=DECISIONS) if e.version == version]
+    entries = journal.entries(model)
+    decisions = [e for e in entries if e.version == version and e.kind in DECISIONS]
     stages, data = _derivations(store, registration, _of_others(journal, registration, version), problems)
     return {
         "version": version,
@@ -29,6 +31,7 @@ def link_of(journal: Journal, store: "Store", model: str, version: int, problems
         "author": registration.author,
         "spec": {"name": registration.spec_name, "digest": registration.spec_digest},
         "decision": _decision(decisions[-1].body, decisions[-1].kind) if decisions else None,
+        "approvals": [_decision(e.body, e.kind) for e in approvals_in_force(entries, model, version)],
         "verdict": registration.verdict,
         "verdict_record": registration.verdict_record,
         "suites": _suites(store, registration, problems),
@@ -45,7 +48,7 @@ def link_of(journal: Journal, store: "Store", model: str, version: int, problems
 
 def _decision(body: dict[str, Any], kind: str) -> dict[str, Any]:
     approval = body.get("approval", {})
-    names = ("who", "at", "reason", "artifact", "verdict_record", "baseline_version", "people_digest")
+    names = ("who", "at", "reason", "artifact", "verdict_record", "baseline_version", "people_digest", "expires_at")
     return {"kind": kind, **{name: approval.get(name) for name in names}, "signature": body.get("signature")}
 
 

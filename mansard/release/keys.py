@@ -1,13 +1,14 @@
 """Ed25519 keys of people, and signatures over canonical JSON.
 
 NAME.key holds the 32 raw private bytes as hex, mode 600, in the folder `site.keys`; NAME.pub the public key as 64 hex
-digits. A key is never overwritten. Not covered: expiry and revocation, other than taking a key out of the site.
+digits. A key is never overwritten. Whose key counts, and when, says the site's people section.
 """
 
 import os
 import re
 import stat
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from mansard.canonical import canonical_json, write_atomically
 from mansard.errors import BadInput, MansardError, NotAllowed
-from mansard.site import Site
+from mansard.site import RESERVED_NAMES, Person, Site
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -28,6 +29,8 @@ def generate_key(name: str, site: Site) -> tuple[Path, str]:
     """
     if not _NAME.fullmatch(name):
         raise BadInput(f"{name!r} cannot name a key: letters, digits, dot, dash and underscore are expected")
+    if name in RESERVED_NAMES:
+        raise BadInput(f"{name!r} is no person: the journal names the host so; take another name")
     private_file, public_file = site.keys / f"{name}.key", site.keys / f"{name}.pub"
     if public_file.exists():
         raise BadInput(f"{public_file} exists, and a key is never overwritten; move it away or take another name")
@@ -71,6 +74,25 @@ def require_person(site: Site, name: str, role: str | None = None) -> None:
         able = ", ".join(n for n, p in site.people.items() if role in p.roles) or "nobody"
         has = ", ".join(site.people[name].roles) or "none"
         raise NotAllowed(f"{name} has the roles {has}, not {role}; who may: {able}")
+
+
+def require_key(site: Site, name: str, role: str, now: datetime) -> None:
+    """NotAllowed unless the person has the role and their key counts now: valid, and not revoked."""
+    require_person(site, name, role)
+    trouble = key_trouble(site.people[name], now)
+    if trouble:
+        raise NotAllowed(f"{name}'s key {trouble} by {site.path}; with a new key (mansard keygen) {name} signs again")
+
+
+def key_trouble(person: Person, now: datetime) -> str:
+    """Why a person's key does not count now; empty when it does."""
+    if person.revoked:
+        return f"is revoked ({person.revoked})"
+    if person.valid_from is not None and now < person.valid_from:
+        return f"is valid from {person.valid_from.isoformat()} on, not yet"
+    if person.valid_until is not None and now >= person.valid_until:
+        return f"was valid until {person.valid_until.isoformat()}"
+    return ""
 
 
 def _read_private(path: Path, name: str) -> Ed25519PrivateKey:

@@ -28,7 +28,7 @@ from mansard.release.events import (
     utc_now,
 )
 from mansard.release.journal import Journal
-from mansard.release.pointer import RollbackPlan, last_move, plan_rollback
+from mansard.release.pointer import RollbackPlan, approvals_in_force, last_move, plan_rollback
 from mansard.site import Site
 
 ATTEMPTS = 5
@@ -154,6 +154,9 @@ def target_warnings(site: Site, journal: Journal, model: str, version: int, hard
     for name, role in signers.items():
         if name not in site.people or role not in site.people[name].roles:
             warnings.append(f"version {version}: {name}, its {role}, has that role in {site.path.name} no more")
+        elif site.people[name].revoked:
+            why = site.people[name].revoked
+            warnings.append(f"version {version}: the key of {name}, its {role}, is revoked: {why}")
     return warnings
 
 
@@ -246,7 +249,7 @@ def _status(
             "prefect": f"http://127.0.0.1:{site.ports.prefect}",
             "mlflow": f"http://127.0.0.1:{site.ports.mlflow}",
         },
-        "next": _next(versions, pointers),
+        "next": _next(versions, pointers, site.approval.approvals),
     }
 
 
@@ -266,6 +269,7 @@ def _version_row(entries: list[Entry], registered: Entry, pointers: Pointers) ->
         "author": newest["author"],
         "registered_at": registered.at,
         "decision": _brief(decisions[-1]) if decisions else None,
+        "approvals": sorted({e.who for e in approvals_in_force(entries, registered.model, version)}),
     }
 
 
@@ -325,7 +329,7 @@ def _mirror(site: Site, sequence: int) -> dict[str, Any] | None:
         return {"sequence": None, "at": None, "lag": None, "trouble": f"{site.run / 'mirror.json'}: damaged: {error}"}
 
 
-def _next(versions: list[dict[str, Any]], pointers: Pointers) -> str:
+def _next(versions: list[dict[str, Any]], pointers: Pointers, num_approvals: int) -> str:
     """The command that a person most likely needs now."""
     if pointers.canary is not None:
         return "mansard rollback   (aborts the rollout)"
@@ -334,8 +338,7 @@ def _next(versions: list[dict[str, Any]], pointers: Pointers) -> str:
     if not waiting:
         return "mansard upgrade SPEC" if versions else "mansard adopt SPEC"
     newest = waiting[-1]
-    decision = newest["decision"]
-    if decision is not None and decision["kind"] == APPROVED:
+    if len(newest["approvals"]) >= num_approvals:
         return f"mansard release {newest['version']}"
     return f"mansard review {newest['version']}"
 

@@ -104,7 +104,7 @@ def _version_cells(version: dict[str, Any]) -> tuple[object, ...]:
         version["version"],
         ", ".join(version["is"]) or None,
         version["verdict"],
-        _decided(version["decision"]),
+        _decided(version["decision"], version["approvals"]),
         version["base_version"],
         version["spec"],
         version["author"],
@@ -113,8 +113,10 @@ def _version_cells(version: dict[str, Any]) -> tuple[object, ...]:
     )
 
 
-def _decided(decision: dict[str, Any] | None) -> str:
-    return "waiting" if decision is None else f"{decision['kind']} by {decision['who']}"
+def _decided(decision: dict[str, Any] | None, approvals: list[str]) -> str:
+    if decision is None:
+        return "waiting"
+    return f"{decision['kind']} by {', '.join(approvals) or decision['who']}"
 
 
 def _split_line(split: dict[str, Any]) -> str:
@@ -143,10 +145,9 @@ def _link_lines(link: dict[str, Any]) -> list[str]:
         f"version {link['version']}, registered {moment(link['registered']['at'])} UTC by {link['author']} ({signed}), "
         f"spec {link['spec']['name']} {link['spec']['digest'][:SHORT]}",
     ]
-    decision = link["decision"]
-    if decision is None:
+    if link["decision"] is None:
         lines.append("  approval: none")
-    else:
+    for decision in link["approvals"] or ([] if link["decision"] is None else [link["decision"]]):
         lines.append(
             f"  {decision['kind']} by {decision['who']} at {decision['at'] and moment(decision['at'])} UTC: "
             f"{decision['reason']}"

@@ -16,8 +16,10 @@ from mansard.release.events import (
     ABORTED,
     APPROVED,
     CANARY_STEP,
+    JUDGED,
     MOVES,
     PROMOTED,
+    REJECTED,
     ROLLED_BACK,
     ROLLOUT_STARTED,
     Entry,
@@ -135,6 +137,15 @@ def needs_new_approval(entries: Iterable[Entry], model: str, version: int) -> bo
             else:
                 retreated = entry.sequence
     return approved <= retreated
+
+
+def approvals_in_force(entries: Iterable[Entry], model: str, version: int) -> list[Entry]:
+    """Approvals of a version that no later rejection, judgement, abort or rollback of it stands against, by order."""
+    standing: list[Entry] = []
+    for entry in _of(entries, model, (APPROVED, REJECTED, JUDGED, ABORTED, ROLLED_BACK)):
+        if entry.version == version:
+            standing = [*standing, entry] if entry.kind == APPROVED else []
+    return standing
 
 
 def after_move(earlier: Sequence[Entry], new: Entry, before: Pointers, term: int) -> Pointers:

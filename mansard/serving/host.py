@@ -23,8 +23,9 @@ import aiohttp
 from aiohttp import web
 
 from mansard.errors import BadInput, MansardError
-from mansard.release.approval import check_approval, check_evidence
+from mansard.release.approval import check_evidence
 from mansard.release.journal import Journal
+from mansard.release.permission import check_approval, guard_of
 from mansard.serving.engine import Engine
 from mansard.serving.host_api import make_app
 from mansard.serving.host_engines import Engines
@@ -132,7 +133,7 @@ async def serve(site: Site) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     loop.add_signal_handler(signal.SIGHUP, _set_both, keep_engines, stop)
-    with Journal.open(site.journal) as journal:
+    with Journal.open(site.journal, guard=guard_of(site.path)) as journal:
         async with aiohttp.ClientSession() as session:
             host = Host(site, journal, session)
             async with _listening(host, site.host_socket):

@@ -9,8 +9,9 @@ import pytest
 
 from mansard.errors import BadInput, Conflict, Corrupt, MansardError, NotAllowed
 from mansard.records import Registration
-from mansard.release.approval import approve, check_approval, check_evidence, reject, sign_registration
+from mansard.release.approval import approve, check_evidence, reject, sign_registration
 from mansard.release.journal import Journal
+from mansard.release.permission import check_approval
 from mansard.site import Person, Site
 from mansard.store import Store
 
@@ -41,7 +42,7 @@ def two(site: Site, journal: Journal, store: Store, candidate: Make) -> Journal:
 def test_an_approval_names_everything_it_speaks_of(site: Site, two: Journal, store: Store) -> None:
     given = approve(site, two, store, "demo", 2, "grace", " code is better ")
     registration = two.registration("demo", 2)
-    assert given == check_approval(site, two, "demo", 2)
+    assert (given,) == check_approval(site, two, "demo", 2)
     assert (given.artifact, given.verdict_record) == (registration.artifact, registration.verdict_record)
     assert (given.who, given.reason, given.decision) == ("grace", "code is better", "approve")
     assert given.baseline_version == 1
@@ -155,7 +156,7 @@ def test_an_unapproved_or_rejected_version_is_not_released(site: Site, two: Jour
     with pytest.raises(NotAllowed, match=r"was rejected by both at .*: no: wrong licence"):
         check_approval(site, two, "demo", 2)
     approve(site, two, store, "demo", 2, "grace", "licence is right now")
-    assert check_approval(site, two, "demo", 2).reason == "licence is right now"
+    assert check_approval(site, two, "demo", 2)[0].reason == "licence is right now"
 
 
 def test_a_moved_baseline_is_a_conflict_that_names_gate(
@@ -185,7 +186,7 @@ def test_a_version_judged_again_needs_a_new_approval(site: Site, two: Journal, s
     with pytest.raises(NotAllowed, match="was judged again after its approval"):
         check_approval(site, two, "demo", 3)
     approve(site, two, store, "demo", 3, "grace", "still good")
-    assert check_approval(site, two, "demo", 3).baseline_version == 2
+    assert check_approval(site, two, "demo", 3)[0].baseline_version == 2
 
 
 @pytest.mark.parametrize("retreat", ["abort", "rollback"])
@@ -258,7 +259,7 @@ def forge(journal: Journal, **changes: object) -> None:
         ({"approval": {"who": "mallory"}, "entry_who": "mallory"}, "'mallory' is not one of the people"),
         ({"signature": None}, "not signed"),
         ({"signature": "00" * 64}, "not signed"),
-        ({"approval": {"more": 1}}, "holds no approval of format 1"),
+        ({"approval": {"more": 1}}, "holds no approval of format 2"),
         ({"entry_who": "both"}, "signed for something else"),
         ({"version": 3}, "signed for something else"),
     ],
