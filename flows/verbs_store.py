@@ -4,6 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
+from flows.journal_proof import journal_text, verify_journal
 from mansard import collection
 from mansard.collection import Collected
 from mansard.errors import BadInput, Corrupt
@@ -42,10 +43,8 @@ def verify(args: argparse.Namespace) -> int:
     """Read every byte of one snapshot, of all, or every entry of the journal."""
     site = load_site(find_site(args.site))
     if args.journal:
-        with Journal.open(site.journal) as journal:
-            journal.verify()
-            count = len(journal.entries())
-        _tell(args, {"entries": count}, f"journal: {count} entries, the chain is whole")
+        facts = verify_journal(site)
+        _tell(args, facts, journal_text(facts))
         return 0
     store = Store.of(site)
     damages = store.verify(store.resolve(args.snapshot) if args.snapshot else None)

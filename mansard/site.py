@@ -116,6 +116,7 @@ class Site:
     stage_timeout_seconds: int = 14400
     schedules: tuple[Schedule, ...] = ()
     journal_url: str = field(default="", metadata={"key": "journal"})
+    host_public_key: str = ""
     store_url: str | None = field(default=None, metadata={"key": "store"})
     """A bucket, s3://BUCKET/PREFIX, where the store's content lasts; without it, it lasts in `store`."""
 
@@ -155,6 +156,15 @@ class Site:
     @property
     def host_socket(self) -> Path:
         return self.run / "host.sock"
+
+    @property
+    def tip_file(self) -> Path:
+        """The journal's newest entry as the host signed it."""
+        return self.home / "tip.json"
+
+    def host_keys(self) -> tuple[Path, Path]:
+        """Private and public half of the key that signs tips; the host makes them."""
+        return self.home / "host.key", self.home / "host.pub"
 
     def environment_of(self, stage: str) -> Environment:
         """The environment that runs `stage`."""

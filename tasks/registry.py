@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+from mansard.errors import Corrupt
 from mansard.records import Registration, SnapshotId
 from mansard.release.journal import Journal
+from mansard.release.tip import Tip, parse_tip
 from tasks import tracking
+from tasks.signed_tip import TAG
 
 ALIASES = ("stable", "canary", "previous")
 STATES = {
@@ -119,6 +122,25 @@ def apply(
             client.set_registered_model_alias(model, change.alias, numbers[change.version])
         else:
             client.delete_registered_model_alias(model, change.alias)
+
+
+def publish_tip(client: MlflowClient, model: str, tip: Tip) -> None:
+    """The journal's signed tip beside the versions. Corrupt where MLflow has a later one: the journal lost entries."""
+    try:
+        known = client.get_registered_model(model).tags.get(TAG)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return  # nothing of the model is registered yet
+        raise
+    if known is not None:
+        before = parse_tip(known.encode(), f"MLflow's model {model}")
+        if before.sequence > tip.sequence:
+            raise Corrupt(
+                f"MLflow's model {model} has the signed tip of entry {before.sequence} from {before.at}, and the "
+                f"host's newest is of entry {tip.sequence}: was the journal cut off? mansard verify --journal"
+            )
+    if known is None or before.sequence < tip.sequence:
+        client.set_registered_model_tag(model, TAG, tip.as_bytes().decode().strip())
 
 
 def _create(client: MlflowClient, model: str, tags: dict[str, str], store_uri: str) -> str:

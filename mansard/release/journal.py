@@ -232,7 +232,7 @@ class Journal:
         with self._ledger.transaction(writes=False):
             versions = self._ledger.rows("SELECT model, version, registration_digest, sequence FROM versions")
             rows = self._ledger.rows("SELECT model, stable, canary, previous, term FROM pointers")
-            pointers = {model: Pointers(*values) for model, *values in rows}
+            pointers = {str(model): Pointers(*values) for model, *values in rows}
             return proof.Whole(self.name, self.entries(), frozenset(versions), pointers, self.term())
 
     def verify(self) -> None:

@@ -34,11 +34,22 @@ def generate_key(name: str, site: Site) -> tuple[Path, str]:
     private_file, public_file = site.keys / f"{name}.key", site.keys / f"{name}.pub"
     if public_file.exists():
         raise BadInput(f"{public_file} exists, and a key is never overwritten; move it away or take another name")
+    return private_file, make_pair(private_file, public_file, name)
+
+
+def make_pair(private_file: Path, public_file: Path, name: str) -> str:
+    """The public key (64 hex digits) of a pair in these files; what is missing of it is made."""
     if not private_file.exists():  # otherwise an earlier call was killed between the two files
         _write_once(private_file, Ed25519PrivateKey.generate().private_bytes_raw().hex().encode() + b"\n")
     public = _read_private(private_file, name).public_key().public_bytes_raw().hex()
-    write_atomically(public_file, public.encode() + b"\n")
-    return private_file, public
+    if not public_file.exists():
+        write_atomically(public_file, public.encode() + b"\n")
+    return public
+
+
+def sign_with(private_file: Path, name: str, payload: Mapping[str, Any]) -> str:
+    """Hex signature over the canonical JSON of `payload` by the private key in this file."""
+    return _read_private(private_file, name).sign(canonical_json(dict(payload))).hex()
 
 
 def sign(name: str, site: Site, payload: Mapping[str, Any]) -> str:

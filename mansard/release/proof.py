@@ -25,6 +25,13 @@ class Whole:
 def check(whole: Whole) -> None:
     """Raises Corrupt that names the first bad entry, or the table that no entry explains."""
     check_chain(whole)
+    try:
+        _check_tables(whole)
+    except (KeyError, TypeError, ValueError) as error:  # a whole chain of entries that Mansard never wrote
+        raise Corrupt(f"journal {whole.name}: an entry's body lacks what its kind needs: {error!r}") from error
+
+
+def _check_tables(whole: Whole) -> None:
     versions = {
         (e.model, e.version, sha256_json(e.body["registration"]), e.sequence)
         for e in whole.entries

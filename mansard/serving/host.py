@@ -34,6 +34,7 @@ from mansard.serving.host_residents import Residents
 from mansard.serving.host_rollback import Rollback
 from mansard.serving.host_rollouts import Rollouts
 from mansard.serving.host_traffic import Traffic
+from mansard.serving.host_watch import JournalWatch
 from mansard.site import Site, find_site, load_site
 from mansard.store import Store
 
@@ -133,7 +134,7 @@ async def serve(site: Site) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     loop.add_signal_handler(signal.SIGHUP, _set_both, keep_engines, stop)
-    with Journal.open(site.journal, guard=guard_of(site.path)) as journal:
+    with Journal.open(site.journal, guard=guard_of(site.path)) as journal, JournalWatch(site):
         async with aiohttp.ClientSession() as session:
             host = Host(site, journal, session)
             async with _listening(host, site.host_socket):

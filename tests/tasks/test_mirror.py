@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from mansard.errors import Corrupt
 from mansard.records import Registration
+from mansard.release import tip
 from mansard.release.journal import Journal
 from mansard.site import Site, load_site
 from tasks import mirror, registry, tracking
@@ -137,6 +139,60 @@ def test_a_rollback_moves_the_aliases_back(site: Site, journal: Journal) -> None
     assert {k: str(v) for k, v in client.get_registered_model("demo").aliases.items()} == {"stable": "1"}
     [second] = [v for v in client.search_model_versions("name = 'demo'") if v.tags["mansard_version"] == "2"]
     assert second.tags["mansard_state"] == "rolled back"
+
+
+def signed(site: Site, journal: Journal) -> tip.Tip:
+    newest = journal.tip()
+    assert newest is not None
+    made = tip.sign_tip(site, newest)
+    tip.write_tip(site, made)
+    return made
+
+
+def test_mlflow_shows_the_signed_tip_and_never_an_earlier_one(site: Site, journal: Journal) -> None:
+    journal.register(FIRST, None)
+    early = signed(site, journal)
+    release(journal, 1)
+    late = signed(site, journal)
+    mirror.reconcile(site, journal)
+    client = MlflowClient()
+    assert client.get_registered_model("demo").tags["mansard_tip"] == late.as_bytes().decode().strip()
+    tip.write_tip(site, early)
+    with pytest.raises(Corrupt, match=f"has the signed tip of entry {late.sequence}.*was the journal cut off"):
+        mirror.reconcile(site, journal)
+    assert client.get_registered_model("demo").tags["mansard_tip"] == late.as_bytes().decode().strip()
+
+
+def test_a_new_tip_reaches_mlflow_without_a_new_entry(site: Site, journal: Journal) -> None:
+    journal.register(FIRST, None)
+    watch = mirror.Mirror(site)
+    watch.look(journal)
+    assert "mansard_tip" not in MlflowClient().get_registered_model("demo").tags
+    signed(site, journal)
+    watch.look(journal)
+    assert "mansard_tip" in MlflowClient().get_registered_model("demo").tags
+
+
+def test_mirror_waits_for_a_journal_that_is_down(site: Site, tmp_path: Path) -> None:
+    """A folder where the file should be: SQLite cannot open it."""
+    site.journal.mkdir(parents=True)  # type: ignore[union-attr]
+    stop = threading.Event()
+    thread = threading.Thread(target=mirror.run, args=(site, stop))
+    thread.start()
+    try:
+        waiting = threading.Event()
+        while not (site.run / "mirror.json").exists() and thread.is_alive():
+            waiting.wait(0.05)
+        assert "unable to open" in json.loads((site.run / "mirror.json").read_text())["trouble"]
+        site.journal.rmdir()  # type: ignore[union-attr]
+        with Journal.open(site.journal) as opened:
+            opened.register(FIRST, None)
+        while json.loads((site.run / "mirror.json").read_text())["sequence"] == 0 and thread.is_alive():
+            waiting.wait(0.05)
+        assert thread.is_alive()
+    finally:
+        stop.set()
+        thread.join(timeout=60)
 
 
 def test_mirror_waits_for_an_mlflow_that_is_down(
