@@ -41,7 +41,10 @@ bench-surgery: setup
 bench-gate: setup
 	@$(MAIN) tests/benchmarks/bench_gate.py
 
-bench-router: setup
+.venv-litellm/.ready: infra/constraints/litellm.txt infra/setup-environment.sh
+	@PYTHON=$(PYTHON) bash infra/setup-environment.sh litellm
+
+bench-router: setup .venv-litellm/.ready
 	@$(MAIN) tests/benchmarks/bench_router.py
 
 clean:

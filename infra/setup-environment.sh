@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# infra/setup-environment.sh main|serve: makes .venv or .venv-serve from its lock, with packages taken as pip is configured.
+# infra/setup-environment.sh main|serve|litellm: makes .venv, .venv-serve or .venv-litellm (for a benchmark) from its
+# lock, with packages taken as pip is configured.
 #
 # torch comes first and through pip itself, because pip knows its own settings (find-links, extra indexes). On a machine
 # without a GPU the locked CPU build is taken; where pip finds none, from PyTorch's own CPU index. The rest is installed
@@ -23,15 +24,18 @@ if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; 
 case $name in
   main) folder=.venv; lock=infra/constraints/main.txt ;;
   serve) folder=.venv-serve; lock=infra/constraints/serve-cpu.txt; [ $gpu = no ] || lock=infra/constraints/serve-cuda.txt ;;
-  *) stop "unknown environment $name: main or serve" ;;
+  litellm) folder=.venv-litellm; lock=infra/constraints/litellm.txt ;;
+  *) stop "unknown environment $name: main, serve or litellm" ;;
 esac
 
 say "setup: $folder from $lock"
 "$python" -m venv "$folder" || stop "cannot make $folder; on Debian: apt-get install python3.11-venv"
 pip="$folder/bin/python -m pip --disable-pip-version-check"
 
-torch=$(grep -E '^torch==' "$lock")
-if [ $gpu = yes ]; then
+torch=$(grep -E '^torch==' "$lock" || true)
+if [ -z "$torch" ]; then
+  :
+elif [ $gpu = yes ]; then
   wanted=${torch%%+*}
   $pip install --quiet "$wanted" || stop "pip found no $wanted; set pip's index (PIP_INDEX_URL) to one that has it"
 elif ! $pip install --quiet --no-deps "$torch" 2>/dev/null; then

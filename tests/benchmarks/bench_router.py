@@ -1,11 +1,13 @@
-"""What the router adds to the time to first token, and how many small requests a second it passes.
+"""What the router adds to the time to first token, and how many requests a second it passes beside other programs.
 
 64 streams at once, 20 tokens a second each, a new one as each ends, in front of an instant engine: rounds straight to
 the engine and through the router take turns, so that both see the same machine. A canary at 25 % is on, sessions are
-many. The load, the engine and the router are three processes that share the machine's cores. The last line is JSON:
-added_ttft_p50_ms, added_ttft_p99_ms (a quantile through the router minus the one straight), added_200kb_p50_ms
-(streams of 200 KB prompts), requests_per_second and ratio_to_direct (small, not streamed, 16 at once).
-Not yet: the ratios to LiteLLM and HAProxy. Where others use the machine, `chrt -f 10` in front shows what it would be.
+many. Then small chat requests, not streamed, 16 at once, in turn through the router, LiteLLM's proxy (an environment of
+its own, .venv-litellm) and HAProxy (the system's): each is one worker that has core 0 for itself, load and engine share
+core 1. The last line is JSON: added_ttft_p50_ms, added_ttft_p99_ms (a quantile through the router minus the one
+straight), added_200kb_p50_ms (streams of 200 KB prompts), requests_per_second, ratio_to_litellm, ratio_to_haproxy,
+ratio_to_direct; a ratio is null where the program is missing. Where the router outruns the load on core 1, its rate and
+HAProxy's are lower bounds. Where others use the machine, `chrt -f 10` in front shows what it would be.
 """
 
 import argparse
@@ -21,9 +23,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import rivals
+
 from mansard.serving.split import Split, with_canary, with_stable, write_split
 
 ROOT = Path(__file__).resolve().parents[2]
+ENGINE = str(Path(__file__).with_name("instant_engine.py"))
 NUM_STREAMS = 64
 TOKENS, INTERVAL_MS = 40, 50
 STREAM_SECONDS = TOKENS * INTERVAL_MS / 1000
@@ -82,8 +87,11 @@ class Client(asyncio.Protocol):
 
 
 def request_bytes(session: str, prompt: str, is_streamed: bool) -> bytes:
-    body = json.dumps({"model": "tiny", "prompt": prompt, "stream": is_streamed}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\nx-mansard-session: {session}\r\n"
+    """A streamed completion, or a whole chat answer."""
+    asked = {"prompt": prompt} if is_streamed else {"messages": [{"role": "user", "content": prompt}]}
+    body = json.dumps({"model": "tiny", "stream": is_streamed, **asked}).encode()
+    path = "/v1/completions" if is_streamed else "/v1/chat/completions"
+    head = f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1\r\nx-mansard-session: {session}\r\n"
     return f"{head}content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body
 
 
@@ -143,10 +151,10 @@ def added(ports: dict[str, int], rounds: int, round_seconds: float, prompt: str)
 
 
 @contextlib.contextmanager
-def _process(*command: str) -> Iterator[int]:
+def _process(*command: str, core: int | None = None) -> Iterator[int]:
     """A child that says its port in a line of JSON when it is ready."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    arguments = [sys.executable, *command]
+    arguments = rivals.on_core(core, [sys.executable, *command])
     with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as child:
         try:
             assert child.stdout is not None
@@ -156,41 +164,70 @@ def _process(*command: str) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def stack() -> Iterator[dict[str, int]]:
-    """Ports of an instant engine and of a router worker in front of it."""
-    engine = str(Path(__file__).with_name("instant_engine.py"))
-    worker = ("-m", "mansard.serving.router_worker", "--lease-seconds", "86400", "--site")
+def _router(folder: Path, engine_port: int, core: int | None) -> Iterator[int]:
+    """One worker with a canary at 25 %, both versions on the one engine."""
+    endpoint = f"http://127.0.0.1:{engine_port}"
+    split = with_stable(Split(), "tiny", 1, endpoint, "tiny", 1)
+    write_split(folder / "home/split.json", with_canary(split, "tiny", 2, endpoint, "tiny", 25, 2))
+    site = folder / "site.yaml"
+    site.write_text(SITE)
+    worker = ("-m", "mansard.serving.router_worker", "--lease-seconds", "86400", "--site", str(site))
+    with _process(*worker, core=core) as port:
+        yield port
+
+
+def _added(options: argparse.Namespace, folder: Path) -> dict[str, float]:
+    paced = ("--interval-ms", str(INTERVAL_MS), "--tokens", str(TOKENS))
+    with _process(ENGINE, *paced) as engine_port, _router(folder, engine_port, None) as router_port:
+        ports = {"direct": engine_port, "router": router_port}
+        small = added(ports, options.rounds, options.round_seconds, "x")
+        large = added(ports, max(1, options.rounds // 3), options.round_seconds, "x" * PROMPT_BYTES)
+    return {
+        "added_ttft_p50_ms": round(small["p50"], 3),
+        "added_ttft_p99_ms": round(small["p99"], 3),
+        "added_200kb_p50_ms": round(large["p50"], 3),
+    }
+
+
+def _rates(options: argparse.Namespace, folder: Path) -> dict[str, float | None]:
+    """The best of the rounds of each, taken in turn."""
+    cores = sorted(os.sched_getaffinity(0))
+    proxy_core, load_core = (cores[0], cores[1]) if len(cores) > 1 else (None, None)
+    if load_core is not None:
+        os.sched_setaffinity(0, {load_core})
     with (
-        tempfile.TemporaryDirectory(prefix="bench-router-") as folder,
-        _process(engine, "--interval-ms", str(INTERVAL_MS), "--tokens", str(TOKENS)) as engine_port,
+        _process(ENGINE, core=load_core) as engine_port,
+        _router(folder, engine_port, proxy_core) as router_port,
+        rivals.litellm(engine_port, folder, proxy_core) as litellm_port,
+        rivals.haproxy(engine_port, folder, proxy_core) as haproxy_port,
     ):
-        endpoint = f"http://127.0.0.1:{engine_port}"
-        split = with_stable(Split(), "tiny", 1, endpoint, "tiny", 1)
-        write_split(Path(folder) / "home/split.json", with_canary(split, "tiny", 2, endpoint, "tiny", 25, 2))
-        site = Path(folder) / "site.yaml"
-        site.write_text(SITE)
-        with _process(*worker, str(site)) as router_port:
-            yield {"direct": engine_port, "router": router_port}
+        ports = {"direct": engine_port, "router": router_port, "litellm": litellm_port, "haproxy": haproxy_port}
+        seen: dict[str, float] = {}
+        for _ in range(options.rate_rounds):
+            for name, port in ports.items():
+                if port is not None:
+                    rate = asyncio.run(_requests_per_second(port, options.rate_seconds))
+                    print(f"{name:8} {rate:8.0f} requests/s")
+                    seen[name] = max(seen.get(name, 0.0), rate)
+    ratios = {
+        f"ratio_to_{name}": round(seen["router"] / seen[name], 3) if name in seen else None
+        for name in ("litellm", "haproxy", "direct")
+    }
+    return {"requests_per_second": round(seen["router"]), **ratios}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=6, help="of each of direct and router")
     parser.add_argument("--round-seconds", type=float, default=6.0)
+    parser.add_argument("--rate-rounds", type=int, default=3, help="of each program")
+    parser.add_argument("--rate-seconds", type=float, default=3.0)
     options = parser.parse_args()
-    with stack() as ports:
-        small = added(ports, options.rounds, options.round_seconds, "x")
-        large = added(ports, max(1, options.rounds // 3), options.round_seconds, "x" * PROMPT_BYTES)
-        rates: dict[str, float] = {}
-        for name in ("direct", "router") * 2:
-            rates[name] = max(rates.get(name, 0.0), asyncio.run(_requests_per_second(ports[name], 3.0)))
-    figures = {
-        "added_ttft_p50_ms": round(small["p50"], 3),
-        "added_ttft_p99_ms": round(small["p99"], 3),
-        "added_200kb_p50_ms": round(large["p50"], 3),
-        "requests_per_second": round(rates["router"]),
-        "ratio_to_direct": round(rates["router"] / rates["direct"], 3),
-    }
+    with (
+        tempfile.TemporaryDirectory(prefix="bench-router-") as one,
+        tempfile.TemporaryDirectory(prefix="bench-router-") as two,
+    ):
+        figures = {**_added(options, Path(one)), **_rates(options, Path(two))}
     print(json.dumps(figures))
 
 

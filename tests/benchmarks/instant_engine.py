@@ -53,6 +53,20 @@ class Engine:
         self.behaviour = behaviour
         self.seen = Seen()
 
+    def whole(self, path: str) -> dict[str, Any]:
+        """An answer that is not streamed."""
+        is_chat = "/chat/" in path
+        said = {"message": {"role": "assistant", "content": self.name}} if is_chat else {"text": self.name}
+        usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
+        return {
+            "id": "instant-1",
+            "created": 1,
+            "model": self.name,
+            "object": "chat.completion" if is_chat else "text_completion",
+            "choices": [{"index": 0, **said, "finish_reason": "length"}],
+            "usage": usage,
+        }
+
     def event(self, index: int) -> bytes:
         text = self.name if index == 0 else f" {index}"
         data = json.dumps({"object": "text_completion", "choices": [{"index": 0, "text": text}]})
@@ -137,9 +151,7 @@ class Connection(asyncio.Protocol):
                 return self.finished()
             self.transport.write(SSE_HEAD + self.engine.event(0))
             return self.next_token(1)
-        choice = {"index": 0, "text": self.engine.name, "finish_reason": "length"}
-        usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
-        return self.finish_json(200, {"object": "text_completion", "choices": [choice], "usage": usage})
+        return self.finish_json(200, self.engine.whole(path))
 
     def next_token(self, index: int) -> None:
         behaviour, loop = self.engine.behaviour, asyncio.get_running_loop()
