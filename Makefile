@@ -4,7 +4,7 @@ PYTHON ?= python3.11
 MAIN := .venv/bin/python
 SERVE := .venv-serve/bin/python
 
-.PHONY: setup demo check test lint types bench-surgery bench-router bench-gate clean up down stage-versions
+.PHONY: setup demo check test lint types bench-surgery bench-router bench-loss bench-gate clean up down stage-versions
 
 setup: .venv/.ready .venv-serve/.ready
 
@@ -46,6 +46,9 @@ bench-gate: setup
 
 bench-router: setup .venv-litellm/.ready
 	@$(MAIN) tests/benchmarks/bench_router.py
+
+bench-loss: setup
+	@$(MAIN) tests/benchmarks/bench_loss.py
 
 clean:
 	@test ! -x .venv/bin/mansard || .venv/bin/mansard down

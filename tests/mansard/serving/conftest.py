@@ -155,6 +155,14 @@ class Place:
         admin = HostClient(self.site.run / "router-0.sock")
         wait_for("the router", lambda: self._answers(admin, "/observations"))
 
+    def start_supervisor(self) -> "subprocess.Popen[bytes]":
+        """The router with all its workers; the caller ends it."""
+        supervisor = self._start("mansard.serving.router_supervisor", "router.log")
+        for index in range(self.site.router.workers):
+            admin = HostClient(self.site.run / f"router-{index}.sock")
+            wait_for("a router worker", lambda admin=admin: self._answers(admin, "/observations"))
+        return supervisor
+
     def _start(self, module: str, log: str) -> "subprocess.Popen[bytes]":
         with (self.home / log).open("ab") as file:
             process = subprocess.Popen(
