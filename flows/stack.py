@@ -174,13 +174,13 @@ def _host(site: Site) -> Program:
 
 
 def _router(site: Site) -> Program:
+    is_own = site.router.plane == "workers"
+    module, workers = ("router_supervisor", site.router.workers) if is_own else ("haproxy_driver", 1)
     return _program(
         site,
         "router",
-        ("-m", "mansard.serving.router_supervisor", "--site", str(site.path)),
-        lambda: all(
-            _socket_answers(site.run / f"router-{index}.sock", "/observations") for index in range(site.router.workers)
-        ),
+        ("-m", f"mansard.serving.{module}", "--site", str(site.path)),
+        lambda: all(_socket_answers(site.run / f"router-{index}.sock", "/observations") for index in range(workers)),
         port=site.ports.router,
         port_key="ports.router",
         url=urls(site)["router"],

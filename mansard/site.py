@@ -21,6 +21,7 @@ import yaml
 from mansard.canonical import sha256_json
 from mansard.errors import BadInput
 
+ROUTER_PLANES = ("workers", "haproxy")
 ROLES = ("author", "reviewer", "operator")
 RESERVED_NAMES = ("host",)
 """Not for people: what the journal says where the host itself decided."""
@@ -58,8 +59,9 @@ class EngineSite:
 
 @dataclass(frozen=True, slots=True)
 class RouterSite:
-    """How many processes share the router's socket."""
+    """`plane` is `workers` (Mansard's own, so many processes on one socket) or `haproxy`."""
 
+    plane: str = "workers"
     workers: int = 2
 
 
@@ -256,6 +258,8 @@ def _check(site: Site) -> None:
     _check_people(site)
     if site.journal_url:
         _check_journal(site)
+    if site.router.plane not in ROUTER_PLANES:
+        raise BadInput(f"{site.path}: router.plane: {site.router.plane!r} is not one of {', '.join(ROUTER_PLANES)}")
     if site.router.workers < 1:
         raise BadInput(f"{site.path}: router.workers: {site.router.workers} is not a number from 1 up")
     if not site.models:

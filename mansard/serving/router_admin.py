@@ -5,24 +5,36 @@ Who can open the socket (mode 600) may ask. /metrics tells of all workers of the
 
 import asyncio
 import json
-from typing import Any
+from typing import Any, Protocol
 
 from aiohttp import web
 
 from mansard.serving.host_client import router_observations_by_worker
 from mansard.serving.router_metrics import Observations
 from mansard.serving.router_prometheus import prometheus_text
-from mansard.serving.router_split import SplitWatch
+from mansard.serving.split import Split
 from mansard.site import Site
 
 SIBLING_SECONDS = 2.0
 """A sibling that does not answer by then is left out of a scrape."""
 
 
+class SplitView(Protocol):
+    """What a data plane carries: a router worker's SplitWatch, or what HAProxy was seen to (haproxy_driver.py)."""
+
+    @property
+    def split(self) -> Split: ...
+
+    @property
+    def problem(self) -> str | None: ...
+
+    def has_lease(self, model: str) -> bool: ...
+
+
 class RouterAdmin:
     """Tells what this worker knows. `is_draining` is set by its owner."""
 
-    def __init__(self, site: Site, index: int, watch: SplitWatch, observations: Observations) -> None:
+    def __init__(self, site: Site, index: int, watch: SplitView, observations: Observations) -> None:
         self.is_draining = False
         self._site = site
         self._index = index

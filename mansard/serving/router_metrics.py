@@ -154,31 +154,14 @@ class Attempt:
         self.counts.rescues += 1
 
     def __exit__(self, *raised: object) -> None:
-        counts, now = self.counts, self._observations.clock()
-        counts.waiting.pop(self._number, None)
-        counts.streaming.pop(self._number, None)
-        token = self._token_seconds()
-        if self._outcome == "ok":
-            counts.ok += 1
-            counts.consecutive_failures = 0
-            counts.latency.add(now - self.start)
-            counts.output_tokens += self.output_tokens or 0
-            if token is not None:
-                counts.token.add(token)
-        elif self._outcome == "error":
-            counts.errors += 1
-            counts.consecutive_failures += 1
-            counts.last_error = self._problem[:300]
-        elif self._outcome == "engine_4xx":
-            counts.engine_4xx += 1
-        else:
-            counts.cancelled += 1
-        self._observations.records.add(
-            Ended(
-                *(now, self.model, self.version, self.key, self._outcome),
-                *(self._first_seconds, token, now - self.start, self.output_tokens),
-            )
+        now = self._observations.clock()
+        self.counts.waiting.pop(self._number, None)
+        self.counts.streaming.pop(self._number, None)
+        ended = Ended(
+            *(now, self.model, self.version, self.key, self._outcome),
+            *(self._first_seconds, self._token_seconds(), now - self.start, self.output_tokens),
         )
+        self._observations.add(ended, self._problem)
 
     def _token_seconds(self) -> float | None:
         if self._first_seconds is None or self.output_tokens is None or self.output_tokens < 2:
@@ -199,12 +182,35 @@ class Observations:
         """The router's own answers by status: bad keys, unknown paths, too large, too many, no version."""
         self.in_flight = 0
 
-    def attempt(self, model: str, version: int, key: int) -> Attempt:
-        """`key` is the digest of the sticky key."""
+    def counts(self, model: str, version: int) -> VersionCounts:
         counts = self.versions.get((model, version))
         if counts is None:
             counts = self.versions[model, version] = VersionCounts()
-        return Attempt(self, counts, next(self._numbers), model, version, key)
+        return counts
+
+    def attempt(self, model: str, version: int, key: int) -> Attempt:
+        """`key` is the digest of the sticky key."""
+        return Attempt(self, self.counts(model, version), next(self._numbers), model, version, key)
+
+    def add(self, ended: Ended, problem: str) -> None:
+        """What ended joins the counts and the records. `problem` is an error's."""
+        counts = self.counts(ended.model, ended.version)
+        if ended.outcome == "ok":
+            counts.ok += 1
+            counts.consecutive_failures = 0
+            counts.latency.add(ended.latency)
+            counts.output_tokens += ended.output_tokens or 0
+            if ended.token is not None:
+                counts.token.add(ended.token)
+        elif ended.outcome == "error":
+            counts.errors += 1
+            counts.consecutive_failures += 1
+            counts.last_error = problem[:300]
+        elif ended.outcome == "engine_4xx":
+            counts.engine_4xx += 1
+        else:
+            counts.cancelled += 1
+        self.records.add(ended)
 
     def as_json(self, term: int, leases: dict[str, bool], problem: str | None) -> dict[str, Any]:
         """GET /observations."""

@@ -163,6 +163,12 @@ class Rig:
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), DEADLINE_SECONDS)
 
+    def again(self) -> contextlib.AbstractContextManager[Any]:
+        """Another worker process with the same command line."""
+        command = self.worker.args
+        assert isinstance(command, list)
+        return process(*command[1:])
+
     def wait_until(self, condition: Callable[[], object], what: str) -> None:
         wait_until(condition, what)
 
@@ -216,8 +222,9 @@ def make_rig(tmp_path: Path) -> Callable[..., contextlib.AbstractContextManager[
     """
 
     def make(
-        *arguments: str, site_lines: str = "", module: str = "router_worker"
+        *arguments: str, site_lines: str = "", module: str = "router_worker", port: int = 0
     ) -> contextlib.AbstractContextManager[Rig]:
-        return rig_in(tmp_path, *arguments, site=SITE + site_lines, module=module)
+        site = SITE.replace("router: 0", f"router: {port}") + site_lines
+        return rig_in(tmp_path, *arguments, site=site, module=module)
 
     return make

@@ -1,0 +1,34 @@
+"""HAProxy's configuration for a site, from infra/haproxy/haproxy.cfg."""
+
+import os
+import string
+from pathlib import Path
+
+from mansard.errors import BadInput
+from mansard.serving.router import Limits
+from mansard.site import Site
+
+TEMPLATE = Path(__file__).resolve().parents[2] / "infra/haproxy/haproxy.cfg"
+
+
+def runtime_socket(site: Site) -> Path:
+    return site.run / "haproxy.sock"
+
+
+def log_socket(site: Site) -> Path:
+    return site.run / "haproxy-log.sock"
+
+
+def config_text(site: Site, port: int) -> str:
+    """The whole file. BadInput for a site of several models: HAProxy does not look into bodies to choose one."""
+    if len(site.models) != 1:
+        raise BadInput(f"{site.path}: router.plane haproxy serves one model, the site has {', '.join(site.models)}")
+    values = {
+        "socket": runtime_socket(site),
+        "log": log_socket(site),
+        "threads": os.cpu_count() or 1,
+        "port": port,
+        "body_bytes": Limits().body_bytes,
+        "model": site.models[0],
+    }
+    return string.Template(TEMPLATE.read_text()).substitute(values)

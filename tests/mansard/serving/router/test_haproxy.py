@@ -1,0 +1,165 @@
+"""A real HAProxy behind the same split file, the same admin socket and the same laws as the router workers."""
+
+import contextlib
+import itertools
+import os
+import shutil
+import signal
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from mansard.errors import MansardError
+from mansard.serving.haproxy_runtime import Runtime
+from mansard.serving.split import Split, renewed, with_canary, with_stable, without_canary, write_split
+
+HAPROXY = shutil.which("haproxy") or shutil.which("haproxy", path="/usr/sbin")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(HAPROXY is None, reason="left out: HAProxy is not installed (apt-get install haproxy)"),
+]
+STREAM = b'{"model": "tiny", "prompt": "x", "stream": true}'
+
+
+@pytest.fixture
+def haproxy(make_rig: Callable[..., Any]) -> Callable[..., contextlib.AbstractContextManager[Any]]:
+    """haproxy("--argument") is a rig whose worker is the driver."""
+
+    def make(*arguments: str) -> contextlib.AbstractContextManager[Any]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        lines = "router: {plane: haproxy}\n"
+        return ended_with(make_rig(*arguments, site_lines=lines, module="haproxy_driver", port=port))
+
+    return make
+
+
+@contextlib.contextmanager
+def ended_with(making: contextlib.AbstractContextManager[Any]) -> Any:
+    """HAProxy outlives its driver on purpose; here it ends with the test."""
+    with making as rig:
+        try:
+            yield rig
+        finally:
+            with contextlib.suppress(MansardError, ProcessLookupError):
+                os.kill(pid_of(rig), signal.SIGKILL)
+
+
+def pid_of(rig: Any) -> int:
+    return Runtime(rig.home / "run/haproxy.sock").pid()
+
+
+def versions(rig: Any, num_users: int = 150) -> dict[int, str | None]:
+    return {i: rig.call(x_user_id=f"u{i}").version for i in range(num_users)}
+
+
+def test_raising_the_weight_only_adds_users_and_shares_follow_it(haproxy: Callable[..., Any]) -> None:
+    with haproxy() as rig:
+        canary = []
+        for percent in (0, 5, 25, 50, 100):
+            rig.write(percent)
+            canary.append({i for i, version in versions(rig).items() if version == "2"})
+        assert canary[0] < canary[1] < canary[2] < canary[3] < canary[4] == set(range(150))
+        assert 15 <= len(canary[2]) <= 65
+        assert 45 <= len(canary[3]) <= 105
+
+
+def test_pins_paths_and_methods_are_as_in_the_router(haproxy: Callable[..., Any]) -> None:
+    with haproxy() as rig:
+        rig.write(0)
+        assert rig.call(x_mansard_version="2").text == "two"
+        assert rig.call(x_mansard_version="1").text == "one"
+        assert rig.call(x_mansard_version="nine").status == 404
+        before = rig.one.seen()["requests"]
+        for path in ("/pooling", "/update_weights", "//v1/completions", "/v1/%63ompletions", "/v1/models/", "/metrics"):
+            assert rig.call(path).status == 404
+        assert rig.call("/v1/completions", method="GET").status == 405
+        with rig.connect() as client:
+            client.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 9000000\r\n\r\n")
+            assert client.recv(100).startswith(b"HTTP/1.1 413")
+        assert rig.one.seen()["requests"] == before
+        assert rig.call("/v1/completions?a=b", authorization="Bearer secret", cookie="a=b").status == 200
+        assert not {"authorization", "cookie"} & rig.one.seen()["headers"].keys()
+        assert rig.one.seen()["paths"][-1] == "POST /v1/completions"
+        assert rig.call("/health", method="GET").status == 200
+
+
+@pytest.mark.parametrize("fail", ["refuse", "error500"])
+def test_a_failing_canary_is_rescued_by_stable_and_pays_for_it(haproxy: Callable[..., Any], fail: str) -> None:
+    with haproxy() as rig:
+        rig.write(50)
+        users = itertools.count()
+        user = next(f"u{i}" for i in users if rig.call(x_user_id=f"u{i}").version == "2")
+        rig.wait_until(lambda: rig.counts(2)["ok"] == 1, "the log's lines")
+        number = rig.records()["next"]
+        rig.two.behave(fail=fail)
+        reply = rig.call(x_user_id=user)
+        assert (reply.status, reply.version) == (200, "1")
+        rig.wait_until(lambda: rig.counts(2)["errors"] == 1, "the log's line")
+        assert rig.counts(2)["rescues"] == 1
+        answer = rig.records(number)
+        records = [dict(zip(answer["fields"], record, strict=True)) for record in answer["records"]]
+        assert [(r["version"], r["outcome"]) for r in records] == [(2, "error"), (1, "ok")]
+        assert len({r["key"] for r in records}) == 1
+
+
+def test_a_running_stream_outlives_the_canary_and_an_older_term_is_ignored(haproxy: Callable[..., Any]) -> None:
+    with haproxy() as rig:
+        split = rig.write(100)
+        rig.two.behave(fail="hang-after-two")
+        with rig.stream() as answer:
+            assert b'"two"' in answer.readline()
+            rig.put(without_canary(split, "tiny", split.term + 1))
+            assert set(versions(rig, 20).values()) == {"1"}
+            rig.two.behave(fail="none")
+            assert answer.read().endswith(b"data: [DONE]\n\n")
+        (rig.home / "split.json").unlink()
+        write_split(rig.home / "split.json", with_stable(Split(), "tiny", 2, rig.two.endpoint, "tiny", split.term))
+        rig.wait_until(lambda: "older" in (rig.seen()["split_problem"] or ""), "the older split to be noticed")
+        assert rig.call().version == "1"
+
+
+def test_a_canary_whose_lease_runs_out_serves_nobody_until_it_moves(haproxy: Callable[..., Any]) -> None:
+    with haproxy("--lease-seconds", "0.3") as rig:
+        split = rig.write(100)
+        rig.wait_until(lambda: rig.call().version == "1", "the lease to run out")
+
+        def renew_and_ask() -> bool:
+            nonlocal split
+            split = renewed(split, "tiny")
+            write_split(rig.home / "split.json", split)
+            return str(rig.call().version) == "2"
+
+        rig.wait_until(renew_and_ask, "the canary to be back")
+
+
+def test_a_killed_haproxy_is_started_again_with_the_same_split(haproxy: Callable[..., Any]) -> None:
+    with haproxy() as rig:
+        rig.write(50)
+        before = versions(rig, 40)
+        old = pid_of(rig)
+        os.kill(old, signal.SIGKILL)
+
+        def is_back() -> bool:
+            with contextlib.suppress(OSError, MansardError):
+                return pid_of(rig) != old and rig.call().status == 200
+            return False
+
+        rig.wait_until(is_back, "another HAProxy")
+        assert versions(rig, 40) == before  # ids fix the ring, so users stay where they were
+
+
+def test_haproxy_serves_on_without_its_driver_and_the_next_one_finds_it(haproxy: Callable[..., Any]) -> None:
+    with haproxy() as rig:
+        split = rig.write(None)
+        old = pid_of(rig)
+        rig.worker.kill()
+        rig.worker.wait()
+        assert rig.call().version == "1"
+        write_split(rig.home / "split.json", with_canary(split, "tiny", 2, rig.two.endpoint, "tiny", 100, 77))
+        with rig.again():
+            rig.wait_until(lambda: rig.seen()["term"] == 77, "term 77")
+            assert (rig.call().version, pid_of(rig)) == ("2", old)
