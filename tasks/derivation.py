@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -13,11 +14,12 @@ from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
 from mansard.errors import MansardError
 from mansard.launch import Progress, Request, derive_all, recipe_of
+from mansard.locks import file_lock, file_lock_if_free
 from mansard.records import Derivation
 from mansard.site import Site
 from mansard.store import Store
 from tasks import tracking
-from tasks.terminal import stage_progress
+from tasks.terminal import say, stage_progress
 
 LEASE_REACH_SECONDS = 600.0
 """What an upgrade took into the store just before its work began (its suites) stays as long as the work lasts."""
@@ -39,18 +41,31 @@ class Work:
 
 @contextlib.contextmanager
 def recorded(site: Site, model_name: str, title: str, key: str, tags: Mapping[str, str]) -> Iterator[Work]:
-    """The work of one upgrade, with its parent run in MLflow; the run ends as the block does."""
-    run = tracking.open_upgrade(model_name, title, key, tags)
-    work = Work(site, run)
-    try:
-        with work.store.lease(reach_seconds=LEASE_REACH_SECONDS):
-            yield work
-    except BaseException as error:
-        status = "FAILED" if isinstance(error, Exception) else "KILLED"
-        with contextlib.suppress(MansardError):  # the first trouble is the one to tell
-            tracking.close_upgrade(run, status, {"mansard_error": str(error)[:4000]})
-        raise
-    tracking.close_upgrade(run, "FINISHED")
+    """The work of one upgrade, with its parent run in MLflow; the run ends as the block does.
+
+    One command at a time works on what `key` names: MLflow has no compare-and-swap, so two would make two runs.
+    """
+    lease = Store.of(site).lease(reach_seconds=LEASE_REACH_SECONDS)
+    with lease, _alone(site.run / "upgrades" / f"{key}.lock", title):
+        run = tracking.open_upgrade(model_name, title, key, tags)
+        try:
+            yield Work(site, run)
+        except BaseException as error:
+            status = "FAILED" if isinstance(error, Exception) else "KILLED"
+            with contextlib.suppress(MansardError):  # the first trouble is the one to tell
+                tracking.close_upgrade(run, status, {"mansard_error": str(error)[:4000]})
+            raise
+        tracking.close_upgrade(run, "FINISHED")
+
+
+@contextlib.contextmanager
+def _alone(path: Path, title: str) -> Iterator[None]:
+    """Hold the lock; whoever has to wait for it reads why."""
+    with contextlib.ExitStack() as held:
+        if not held.enter_context(file_lock_if_free(path)):
+            say(f"{title}: another command works on it: waiting for its result")
+            held.enter_context(file_lock(path))
+        yield
 
 
 @dataclass(frozen=True, slots=True)
