@@ -15,10 +15,11 @@ from flows.outcome import Outcome, outcome_of
 from mansard.digest import digest_json
 from mansard.errors import Conflict
 from mansard.site import load_site
+from tasks.attempts import begin_attempt
 from tasks.derivation import recorded
 from tasks.evaluations import Background, Subject, evaluate, judge
 from tasks.evidence import recorded_evidence, recorded_version
-from tasks.registration import count_attempts, register_judgement, standing
+from tasks.registration import register_judgement, standing
 from tasks.reports import publish, verdict_of
 
 
@@ -34,6 +35,10 @@ def gate(version: int, site_path: str, model: str | None = None) -> Outcome:
         raise Conflict(f"{name} version {version} is stable; it is what others are judged against")
     key = digest_json({"verb": "gate", "version": version, "against": [against.stable, against.anchor]})
     with recorded(site, name, f"gate {version}", key, {"mansard_version": str(version)}) as work:
+        attempt = begin_attempt(
+            site, name, registration.artifact, evidence.gate, evidence.snapshots, registration.spec_digest,
+            registration.author,
+        )  # fmt: skip
         subjects = {
             "candidate": Subject("candidate", name, registration.artifact, evidence.serve),
             "baseline": Subject("stable", name, against.stable_artifact, evidence.serve),
@@ -42,20 +47,18 @@ def gate(version: int, site_path: str, model: str | None = None) -> Outcome:
         evaluated = {w: evaluate(work, s, evidence.suites, evidence.snapshots) for w, s in subjects.items()}
         records = tuple(pair for who, made in evaluated.items() for pair in named(who, evidence.suites, made))
         background = Background(registration.base_version, evidence.snapshots, registration.stages)
-        with work.store.lock(f"attempts-{name}"):  # two judgements at once are two attempts
-            attempt = count_attempts(site, name, tuple(s.name for s in evidence.suites), registration.artifact)
-            verdict = judge(work, records, evidence.gate, evidence.suites, attempt, background)
-            judged = replace(
-                registration,
-                verdict=verdict_of(work.store, verdict.snapshot),
-                verdict_record=verdict.snapshot,
-                item_records=tuple(
-                    (s.name, d.snapshot) for s, d in zip(evidence.suites, evaluated["candidate"], strict=True)
-                ),
-                baseline_version=against.stable,
-                anchor_version=against.anchor,
-            )
-            register_judgement(site, version, judged, f"the baseline is version {against.stable} now")
+        verdict = judge(work, records, evidence.gate, evidence.suites, attempt, background)
+        judged = replace(
+            registration,
+            verdict=verdict_of(work.store, verdict.snapshot),
+            verdict_record=verdict.snapshot,
+            item_records=tuple(
+                (s.name, d.snapshot) for s, d in zip(evidence.suites, evaluated["candidate"], strict=True)
+            ),
+            baseline_version=against.stable,
+            anchor_version=against.anchor,
+        )
+        register_judgement(site, version, judged, f"the baseline is version {against.stable} now")
         publish(work, version, judged)
         derivations = (*(d for made in evaluated.values() for d in made), verdict)
         return outcome_of(work, version, judged, derivations)

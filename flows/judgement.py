@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from flows.outcome import Outcome, outcome_of
 from mansard.records import Derivation, Registration, SnapshotId
 from mansard.specs import Suite
+from tasks.attempts import begin_attempt
 from tasks.derivation import Work
 from tasks.evaluations import Background, Subject, SuiteSnapshots, evaluate, judge, measure_cost, take_fingerprint
 from tasks.intake import Terms
-from tasks.registration import Standing, count_attempts, find_recorded, register
+from tasks.registration import Standing, find_recorded, register
 from tasks.reports import publish, verdict_of
 
 
@@ -39,6 +40,11 @@ def recorded_outcome(work: Work, terms: Terms, candidate: Candidate) -> Outcome 
 def judge_and_register(work: Work, terms: Terms, candidate: Candidate, against: Standing | None) -> Outcome:
     """Evaluate on every suite and compare with `against`; None: there is nothing to compare with."""
     name, suites, snapshots = terms.model_name, terms.suites, terms.snapshots
+    attempt = 1
+    if against is not None:  # before anything is seen of the candidate
+        attempt = begin_attempt(
+            work.site, name, candidate.artifact, terms.gate, snapshots, terms.asked, terms.author
+        )
     subject = Subject("candidate", name, candidate.artifact, terms.serve)
     evaluated = evaluate(work, subject, suites, snapshots)
     fingerprint = take_fingerprint(work, subject, terms.fingerprint)
@@ -52,12 +58,10 @@ def judge_and_register(work: Work, terms: Terms, candidate: Candidate, against: 
         cost = (measure_cost(work, subject, stable, terms.cost),)
     made = (*candidate.derivations, *evaluated, fingerprint, *cost)
     background = Background(candidate.base_version, snapshots, tuple((d.stage, d.recipe, d.snapshot) for d in made))
-    with work.store.lock(f"attempts-{name}"):  # two upgrades at once are two attempts
-        attempt = count_attempts(work.site, name, tuple(s.name for s in suites), candidate.artifact)
-        verdict = judge(work, records, terms.gate, suites, attempt, background)
-        derivations = (*made, verdict)
-        registration = registration_of(work, terms, candidate, against, evaluated, derivations)
-        version = register(work.site, registration)
+    verdict = judge(work, records, terms.gate, suites, attempt, background)
+    derivations = (*made, verdict)
+    registration = registration_of(work, terms, candidate, against, evaluated, derivations)
+    version = register(work.site, registration)
     publish(work, version, registration)
     return outcome_of(work, version, registration, derivations)
 

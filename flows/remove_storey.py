@@ -14,12 +14,13 @@ from flows.outcome import Outcome
 from mansard.digest import digest_json
 from mansard.site import load_site
 from mansard.store import Store
+from tasks.attempts import expected_attempt
 from tasks.derivation import recorded
 from tasks.evidence import recorded_quantization, recorded_version, terms_without_targets
 from tasks.expansion import remove_storey as take_away
 from tasks.intake import check_power
 from tasks.quantization import quantize_again
-from tasks.registration import count_attempts, standing
+from tasks.registration import standing
 
 
 @flow(name="remove-storey", flow_run_name="remove storey {storey} of {version}", persist_result=False)
@@ -32,7 +33,7 @@ def remove_storey(version: int, storey: int, site_path: str, author: str, model:
     wish = {"verb": "remove-storey", "model": registration.model, "storey": storey}
     terms = terms_without_targets(site, registration, author, wish)
     against = standing(site, name, terms.gate.anchor_version)
-    attempt = count_attempts(site, name, tuple(dict(terms.snapshots)), spec_digest=terms.asked)
+    attempt = expected_attempt(site, name, terms.snapshots, terms.asked)
     check_power(Store.of(site), terms, attempt)
     tags = {"mansard_author": author, "mansard_base_version": str(version)}
     with recorded(site, name, f"remove storey {storey} of {version}", digest_json(wish), tags) as work:

@@ -11,13 +11,14 @@ from flows.outcome import Outcome
 from mansard.digest import digest_json
 from mansard.specs import UpgradeSpec
 from mansard.store import Store
+from tasks.attempts import expected_attempt
 from tasks.derivation import recorded
 from tasks.evaluations import look_for_contamination
 from tasks.expansion import expand, prove
 from tasks.fusion import fuse
 from tasks.intake import check_power, read_order, terms_of
 from tasks.quantization import quantize
-from tasks.registration import count_attempts, standing
+from tasks.registration import standing
 from tasks.snapshots import resolve_version, take_base, take_data, take_suites
 from tasks.training import train
 
@@ -29,7 +30,7 @@ def upgrade(spec_path: str, site_path: str, as_person: str | None = None, model:
     spec, version = order.spec, resolve_version(order)
     against = standing(order.site, order.model_name, spec.gate.anchor_version)
     terms = terms_of(order, suites := take_suites(order))
-    attempt = count_attempts(order.site, order.model_name, tuple(dict(suites)), spec_digest=terms.asked)
+    attempt = expected_attempt(order.site, order.model_name, suites, terms.asked)
     check_power(Store.of(order.site), terms, attempt)
     key = digest_json({"verb": "upgrade", "asked": terms.asked, "base": version})
     tags = {"mansard_author": order.author, "mansard_base_version": str(version)}

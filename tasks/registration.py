@@ -1,17 +1,13 @@
-"""Candidates and the journal: what they are judged against, how many tries there were, their registration."""
+"""Candidates and the journal: what they are judged against, and their registration."""
 
 from dataclasses import dataclass
 
 from mansard.errors import Conflict
 from mansard.records import Registration, SnapshotId
 from mansard.release.approval import is_signed, sign_registration
-from mansard.release.events import EVIDENCE, PROMOTED
 from mansard.release.journal import Journal
 from mansard.site import Site
 from tasks import policy
-
-BASELINE = "baseline"
-"""The verdict that compares nothing: no try at a promotion over another version."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,29 +35,6 @@ def standing(site: Site, model_name: str, anchor: int) -> Standing:
             anchor,
             journal.registration(model_name, anchor).artifact,
         )
-
-
-def count_attempts(
-    site: Site, model_name: str, suites: tuple[str, ...], artifact: SnapshotId | None = None, spec_digest: str = ""
-) -> int:
-    """A candidate's number among those judged on any of the suites since the last promotion; 1 is the first.
-
-    The candidate is known by its artifact, or, before it is made, by the spec that asks for it: judged already, it
-    keeps its number, whoever came after. A version that is judged again after a promotion is a candidate again.
-    """
-    tried: dict[SnapshotId, set[str]] = {}
-    with Journal.open(site.journal) as journal:
-        for entry in journal.entries(model_name, kinds=(*EVIDENCE, PROMOTED)):
-            if entry.kind == PROMOTED:
-                tried.clear()
-                continue
-            found = Registration.from_json(entry.body["registration"])
-            if found.verdict != BASELINE and {name for name, _ in found.item_records} & set(suites):
-                tried.setdefault(found.artifact, set()).add(found.spec_digest)
-    for number, (known, specs) in enumerate(tried.items(), 1):
-        if known == artifact or (artifact is None and spec_digest in specs):
-            return number
-    return 1 + len(tried)
 
 
 def find_recorded(

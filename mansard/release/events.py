@@ -15,6 +15,7 @@ FORMAT = 1
 GENESIS = "0" * 64
 """What the first entry has in the place of the digest of the one before."""
 
+ATTEMPTED = "attempted"
 REGISTERED = "registered"
 JUDGED = "judged"
 APPROVED = "approved"

@@ -6,6 +6,7 @@ from typing import Any
 from mansard.release.events import (
     ABORTED,
     APPROVED,
+    ATTEMPTED,
     CANARY_STEP,
     EVIDENCE,
     PEOPLE_CHANGED,
@@ -78,6 +79,8 @@ def said(entry: dict[str, Any]) -> str:
         return f"canary version {version} at {body['weight_percent']} %"
     if entry["kind"] == ROLLED_BACK:
         return f"rolled back from version {version} to {body['to']}"
+    if entry["kind"] == ATTEMPTED:
+        return f"began to evaluate artifact {body['artifact'][:SHORT]}"
     texts = {
         APPROVED: f"approved version {version}",
         REJECTED: f"rejected version {version}",

@@ -10,7 +10,7 @@ from mansard.release import keys
 from mansard.release.approval import check_registration
 from mansard.release.journal import Journal
 from mansard.site import Site, load_site
-from tasks.registration import count_attempts, find_recorded, register, register_judgement, standing
+from tasks.registration import find_recorded, register, register_judgement, standing
 
 SITE = """
 format: 1
@@ -77,47 +77,6 @@ def test_nothing_is_judged_while_nothing_is_stable(site: Site, journal: Journal)
     assert (found.stable, found.stable_artifact, found.anchor) == (1, "a" * 64, 1)
     with pytest.raises(BadInput, match="no version 9"):
         standing(site, "demo", 9)
-
-
-def test_attempts_count_other_candidates_since_the_last_promotion(site: Site, journal: Journal) -> None:
-    journal.register(candidate("a"), None)
-    release(journal, 1)
-    assert count_attempts(site, "demo", SUITES, "b" * 64) == 1
-    journal.register(candidate("b", verdict="fail"), None)
-    assert count_attempts(site, "demo", SUITES, "b" * 64) == 1
-    journal.register(candidate("c", verdict="inconclusive"), None)
-    journal.register(candidate("c", spec_digest="1" * 64), None)
-    assert count_attempts(site, "demo", SUITES, "d" * 64) == 3
-    assert count_attempts(site, "demo", ("another",), "d" * 64) == 1
-    release(journal, 3)
-    assert count_attempts(site, "demo", SUITES, "d" * 64) == 1
-
-
-def test_a_candidate_keeps_its_number_whoever_came_after(site: Site, journal: Journal) -> None:
-    journal.register(candidate("a", verdict="baseline"), None)
-    release(journal, 1)
-    for letter in "bcd":
-        journal.register(candidate(letter, spec_digest=letter * 64), None)
-    assert [count_attempts(site, "demo", SUITES, letter * 64) for letter in "bcde"] == [1, 2, 3, 4]
-    assert [count_attempts(site, "demo", SUITES, spec_digest=letter * 64) for letter in "bcde"] == [1, 2, 3, 4]
-
-
-def test_a_version_judged_again_after_a_promotion_is_an_attempt_again(site: Site, journal: Journal) -> None:
-    for letter in "abc":
-        register.fn(site, candidate(letter, verdict="baseline" if letter == "a" else "pass"))
-    release(journal, 1)
-    release(journal, 2)
-    assert count_attempts(site, "demo", SUITES, "c" * 64) == 1
-    register_judgement.fn(site, 3, candidate("c", baseline_version=2), "the baseline moved")
-    assert count_attempts(site, "demo", SUITES, "c" * 64) == 1
-    assert count_attempts(site, "demo", SUITES, "d" * 64) == 2
-
-
-def test_a_base_that_is_only_adopted_is_no_attempt(site: Site, journal: Journal) -> None:
-    journal.register(candidate("a", verdict="baseline"), None)
-    release(journal, 1)
-    journal.register(candidate("b", verdict="baseline"), None)
-    assert count_attempts(site, "demo", SUITES, "c" * 64) == 1
 
 
 def test_registration_is_signed_by_its_author_and_a_repeat_is_the_same_version(site: Site, journal: Journal) -> None:
