@@ -4,7 +4,7 @@ PYTHON ?= python3.11
 MAIN := .venv/bin/python
 SERVE := .venv-serve/bin/python
 
-.PHONY: setup demo check test lint types bench-surgery bench-router bench-loss bench-gate clean up down stage-versions
+.PHONY: setup demo check test lint types bench-surgery bench-router bench-loss bench-gate chaos clean up down stage-versions
 
 setup: .venv/.ready .venv-serve/.ready
 
@@ -49,6 +49,9 @@ bench-router: setup .venv-litellm/.ready
 
 bench-loss: setup
 	@$(MAIN) tests/benchmarks/bench_loss.py
+
+chaos: setup
+	@$(MAIN) -m tests.chaos.campaign
 
 clean:
 	@test ! -x .venv/bin/mansard || .venv/bin/mansard down
