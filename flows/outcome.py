@@ -6,6 +6,7 @@ from prefect.runtime import flow_run
 from prefect.utilities.urls import url_for
 
 from flows.stack import urls
+from mansard.evaluation.published import write_report
 from mansard.records import Derivation, Registration
 from tasks import tracking
 from tasks.derivation import Work
@@ -30,7 +31,7 @@ class Outcome:
 def outcome_of(
     work: Work, version: int, registration: Registration, derivations: tuple[Derivation, ...]
 ) -> Outcome:
-    evidence = work.store.materialize(registration.verdict_record)
+    report = write_report(work.store, registration, version, work.site.reports)
     pages = {**urls(work.site), "run": tracking.run_url(work.run)}
     page = url_for("flow-run", obj_id=flow_run.id) if flow_run.id else None
     if page is not None:
@@ -42,7 +43,7 @@ def outcome_of(
         registration=registration,
         derivations=derivations,
         suites=results_of(work.store, registration.verdict_record),
-        report=str(evidence / "report.md"),
-        chart=str(evidence / "chart.png"),
+        report=str(report / "report.html"),
+        chart=str(report / "chart.png"),
         urls=pages,
     )

@@ -151,6 +151,11 @@ class Site:
         return self.home / "logs"
 
     @property
+    def reports(self) -> Path:
+        """A folder a version: its report, page and chart, written again whenever somebody asks for them."""
+        return self.home / "reports"
+
+    @property
     def keys(self) -> Path:
         """Where this machine's people keep their private keys: NAME.key, mode 600."""
         return Path(os.environ.get("MANSARD_KEYS", str(self.home / "keys")))

@@ -7,14 +7,11 @@ from typing import Any
 
 from prefect.artifacts import create_image_artifact, create_markdown_artifact
 
-from mansard.evaluation.html_report import html_with_cost
-from mansard.evaluation.report import with_cost
+from mansard.evaluation.published import published_files
 from mansard.records import Registration, SnapshotId
 from mansard.store import Store
 from tasks import policy, tracking
 from tasks.derivation import Work
-
-FILES = ("verdict.json", "report.md", "report.html", "chart.png")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +32,7 @@ class SuiteResult:
 @policy.record
 def publish(work: Work, version: int, registration: Registration) -> None:
     """Put the evidence of a version into MLflow and Prefect. A repeat writes the same again."""
-    files = _files(work.store, registration)
+    files = published_files(work.store, registration)
     tracking.log_files(work.run, files, "verdict")
     results = results_of(work.store, registration.verdict_record)
     metrics = {f"{r.suite}.after": r.after for r in results}
@@ -49,17 +46,6 @@ def publish(work: Work, version: int, registration: Registration) -> None:
     report = files["report.md"].decode().replace("(chart.png)", f"({chart})")
     create_markdown_artifact(report, key=f"{key}-report", description=title)
     create_image_artifact(chart, key=f"{key}-chart", description=title)
-
-
-def _files(store: Store, registration: Registration) -> dict[str, bytes]:
-    """The files of the verdict record; the cost, which is measured beside it, takes its place in the reports."""
-    files = {name: store.read_file(registration.verdict_record, name) for name in FILES}
-    measured = [snapshot for stage, _, snapshot in registration.stages if stage == "cost"]
-    if measured:
-        cost = json.loads(store.read_file(measured[-1], "cost.json"))
-        files["report.md"] = with_cost(files["report.md"].decode(), cost).encode()
-        files["report.html"] = html_with_cost(files["report.html"].decode(), cost).encode()
-    return files
 
 
 def results_of(store: Store, verdict_record: SnapshotId) -> tuple[SuiteResult, ...]:

@@ -40,9 +40,10 @@ class Shared:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What one suite shares; `shared` the greatest fraction first."""
+    """What one suite shares; `shared` the greatest fraction first. `num_short` items have no 13-gram to look for."""
 
     num_items: int
+    num_short: int
     shared: tuple[Shared, ...]
 
     @property
@@ -73,10 +74,12 @@ class Index:
 
     def found(self, seen: Mapping[str, set[int]]) -> dict[str, Found]:
         """What each suite shares with each source, from `seen_in` by source."""
-        return {
-            name: Found(len(items), tuple(sorted(self._shared(items, seen), key=lambda s: (-s.fraction, s.item))))
-            for name, items in self._suites.items()
-        }
+        found = {}
+        for name, items in self._suites.items():
+            shared = sorted(self._shared(items, seen), key=lambda s: (-s.fraction, s.item))
+            num_short = sum(len(words_of(text_of(item))) < NGRAM_WORDS for item in items)
+            found[name] = Found(len(items), num_short, tuple(shared))
+        return found
 
     def _shared(self, items: Sequence[Item], seen: Mapping[str, set[int]]) -> Iterator[Shared]:
         for item in items:
@@ -141,6 +144,7 @@ def as_json(found: Mapping[str, Found]) -> dict[str, Any]:
         "suites": {
             name: {
                 "num_items": f.num_items,
+                "num_short": f.num_short,
                 "num_shared": len(f.shared),
                 "shared_fraction": round(f.shared_fraction, 6),
                 "listed": [{**asdict(s), "sources": list(s.sources)} for s in f.shared[:ITEMS_LISTED]],

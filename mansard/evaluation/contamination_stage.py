@@ -14,7 +14,7 @@ from mansard.records import SnapshotId
 if TYPE_CHECKING:
     from mansard.worker import StageContext
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 PACKAGES = ("numpy",)
 SUITE, SOURCE, TRAIN = "suite.", "data.", ".train"
 

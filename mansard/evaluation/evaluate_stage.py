@@ -20,7 +20,7 @@ from mansard.specs import Serve, Suite
 if TYPE_CHECKING:
     from mansard.worker import StageContext
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 PACKAGES = ("lm-eval", "transformers", "tokenizers", "datasets")
 
 

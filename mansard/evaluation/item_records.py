@@ -17,6 +17,8 @@ Record = dict[str, Any]
 
 BITS_DECIMALS = 3
 SCORE_DECIMALS = 4
+TEXT_KEPT = 160
+"""Characters of a built-in task's question and answer."""
 
 
 def bits_record(item_id: str, cluster: str, loglikelihood: float, num_bytes: int) -> Record:
@@ -44,9 +46,11 @@ def choice_record(
     }
 
 
-def right_or_wrong_record(item_id: str, cluster: str, correct: float, options: int) -> Record:
-    """An item of a built-in task, scored 0 to 1; `options` is 0 where the answer is free text."""
-    return {"id": item_id, "cluster": cluster, "correct": correct, "options": options}
+def right_or_wrong_record(item_id: str, cluster: str, correct: float, options: int, asked: str, said: str) -> Record:
+    """An item of a built-in task, scored 0 to 1; `options` is 0 where the answer is free text. `asked` is the end of
+    the question and `said` the beginning of the answer, for a reader: the items themselves are not in the store."""
+    shown = {"asked": asked[-TEXT_KEPT:], "said": said[:TEXT_KEPT]}
+    return {"id": item_id, "cluster": cluster, "correct": correct, "options": options, **shown}
 
 
 def check_complete(suite: str, records: Sequence[Record], expected_ids: Sequence[str]) -> None:

@@ -10,7 +10,6 @@ Without any baseline record the verdict is `baseline`.
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from mansard.canonical import canonical_json
@@ -18,23 +17,23 @@ from mansard.digest import digest_bytes
 from mansard.errors import StageFailed
 from mansard.evaluation.gate import Evidence, Ruling, decide, holm_levels, rule
 from mansard.evaluation.item_records import Record, chance_of, measure_of, parse_lines
-from mansard.evaluation.judgement import Background, Judgement, SuiteResult, outcome_of
-from mansard.evaluation.pairing import Bootstrap, changes, check_paired, compare_records, describe_records
+from mansard.evaluation.judgement import ARTIFACTS, Background, Judgement, SuiteResult
+from mansard.evaluation.pairing import Bootstrap, Changes, changes, check_paired, compare_records, describe_records
 from mansard.evaluation.power import alpha_of_attempt, plan_guard
 from mansard.evaluation.report import render
 from mansard.evaluation.statistics import Comparison
 from mansard.evaluation.suites import Item, parse_items
+from mansard.evaluation.verdict_file import verdict_record
 from mansard.records import SnapshotId
 from mansard.specs import Gate, Suite, SuiteRole
 
 if TYPE_CHECKING:
     from mansard.worker import StageContext
 
-CODE_VERSION = 2
+CODE_VERSION = 3
 PACKAGES = ("numpy", "matplotlib")
 RESAMPLES_BEYOND = 20
 """A bound at a late attempt's level needs some resamples beyond it, whatever the spec asks for."""
-ARTIFACTS = ("candidate", "baseline", "anchor")
 
 RecordsOf = dict[str, list[Record] | None]
 """One suite's records by artifact."""
@@ -83,23 +82,6 @@ def judge(
         who: {s.name: inputs[f"{who}.{s.name}"] for s in suites if f"{who}.{s.name}" in inputs} for who in ARTIFACTS
     }
     return Judgement(verdict, reason, gate.alpha, alpha, attempts, results, named, background)
-
-
-def verdict_record(judgement: Judgement, gate: Gate) -> dict[str, Any]:
-    """verdict.json but for the digests of the files beside it."""
-    return {
-        "format": 1,
-        "verdict": judgement.verdict,
-        "reason": judgement.reason,
-        "gate": gate.model_dump(mode="json"),
-        "alpha_spent": judgement.alpha,
-        "attempts": dict(judgement.attempts),
-        "inputs": {who: dict(s) for who, s in judgement.inputs.items()},
-        "suites": [_suite_json(s) for s in judgement.suites],
-        "contamination": _contamination_json(judgement.background.contamination),
-        "provenance": dict(judgement.background.provenance),
-        "notes": list(judgement.background.notes),
-    }
 
 
 def _levels(gate: Gate, suites: list[Suite], answered: list[RecordsOf], alpha: float) -> list[float]:
@@ -167,37 +149,9 @@ def _judge_suite(
         num_items=len(after),
         num_clusters=num_clusters,
         expected=role,
-        plan=plan_guard(role, suite.kind, len(after), num_clusters, bootstrap.alpha),
-        changes=changes(baseline, after, background.items.get(suite.name, {})) if baseline else (),
+        plan=plan_guard(role, suite.kind, len(after), num_clusters, bootstrap.alpha) if role.role == "guard" else None,
+        changes=changes(baseline, after, background.items.get(suite.name, {})) if baseline else Changes(),
     )
-
-
-def _suite_json(result: SuiteResult) -> dict[str, Any]:
-    evidence, after = result.evidence, result.after
-    return {
-        "suite": evidence.suite,
-        "measure": evidence.measure,
-        "role": evidence.role,
-        "margin": evidence.margin,
-        "chance": evidence.chance,
-        "gates": result.ruling.gates,
-        "verdict": outcome_of(result),
-        "reason": result.ruling.reason,
-        "num_items": result.num_items,
-        "num_clusters": result.num_clusters,
-        "after": {"value": after.value, "low": after.low, "high": after.high},
-        "baseline": evidence.baseline.as_json() if evidence.baseline else None,
-        "anchor": evidence.anchor.as_json() if evidence.anchor else None,
-        "level": evidence.level,
-        "planned": asdict(result.plan) if evidence.role == "guard" else None,
-    }
-
-
-def _contamination_json(found: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The counts alone; the list is in the stage's own snapshot."""
-    if found is None:
-        return None
-    return {n: {k: s[k] for k in ("num_items", "num_shared", "shared_fraction")} for n, s in found["suites"].items()}
 
 
 def _records(context: "StageContext", who: str, suites: list[Suite]) -> dict[str, list[Record]]:

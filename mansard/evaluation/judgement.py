@@ -5,11 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from mansard.evaluation.gate import Evidence, Ruling, Verdict
-from mansard.evaluation.pairing import Change
+from mansard.evaluation.pairing import Changes
 from mansard.evaluation.power import Plan
 from mansard.evaluation.statistics import Estimate
 from mansard.evaluation.suites import Item
 from mansard.specs import SuiteRole
+
+ARTIFACTS = ("candidate", "baseline", "anchor")
+"""Whose item records a judgement rests on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +28,8 @@ class Background:
 
 @dataclass(frozen=True, slots=True)
 class SuiteResult:
-    """All that is known of one suite. `changes` are against the baseline, the greatest loss first; `plan` is the power
-    that `expected` promised a guard with these items."""
+    """All that is known of one suite. `changes` are against the baseline; `plan` is the power that `expected` promised
+    a guard with these items, None for other roles."""
 
     evidence: Evidence
     ruling: Ruling
@@ -34,8 +37,8 @@ class SuiteResult:
     num_items: int
     num_clusters: int
     expected: SuiteRole
-    plan: Plan
-    changes: Sequence[Change]
+    plan: Plan | None
+    changes: Changes
 
 
 @dataclass(frozen=True, slots=True)

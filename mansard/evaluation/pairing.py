@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mansard.errors import StageFailed
-from mansard.evaluation.item_records import Record, measure_of
+from mansard.evaluation.item_records import BITS_DECIMALS, Record, measure_of
 from mansard.evaluation.statistics import (
     Comparison,
     Estimate,
@@ -17,6 +17,8 @@ from mansard.evaluation.suites import Item
 
 TEXT_SHOWN = 160
 """Characters of an item or an answer that a report shows."""
+ITEMS_SHOWN = 10
+"""Changed items listed for the worse, and as many for the better."""
 _SAME = ("id", "cluster", "bytes", "answer", "options")
 """What belongs to the item and not to the artifact."""
 
@@ -43,6 +45,16 @@ class Change:
     text: str
 
 
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """How many items got worse and better, and those that changed most, the greatest change first."""
+
+    num_worse: int = 0
+    num_better: int = 0
+    worst: tuple[Change, ...] = ()
+    best: tuple[Change, ...] = ()
+
+
 def check_paired(suite: str, against: str, before: Sequence[Record], after: Sequence[Record]) -> None:
     """Both answered the same items; else StageFailed names the first that differs."""
     if len(before) != len(after):
@@ -61,7 +73,8 @@ def compare_records(before: Sequence[Record], after: Sequence[Record], bootstrap
     was, now, clusters = [r[amount] for r in before], [r[amount] for r in after], [r["cluster"] for r in after]
     if amount == "correct" and _is_right_or_wrong([*before, *after]):
         return compare_answers(was, now, clusters, bootstrap.alpha)
-    return compare_means(was, now, sizes, clusters, bootstrap.alpha, bootstrap.resamples, bootstrap.seed)
+    grain = 10.0**-BITS_DECIMALS if amount == "bits" else 0.0
+    return compare_means(was, now, sizes, clusters, bootstrap.alpha, bootstrap.resamples, bootstrap.seed, grain)
 
 
 def describe_records(records: Sequence[Record], bootstrap: Bootstrap) -> Estimate:
@@ -73,10 +86,12 @@ def describe_records(records: Sequence[Record], bootstrap: Bootstrap) -> Estimat
     return describe_means(values, sizes, clusters, bootstrap.alpha, bootstrap.resamples, bootstrap.seed)
 
 
-def changes(before: Sequence[Record], after: Sequence[Record], items: Mapping[str, Item]) -> list[Change]:
-    """Every item whose answer changed, the greatest loss first; equal changes by id. `items` are known by their ids."""
+def changes(before: Sequence[Record], after: Sequence[Record], items: Mapping[str, Item]) -> Changes:
+    """Which items changed, the greatest change first; equal changes by id. `items` are known by their ids."""
     found = [_change(b, a, items.get(a["id"], {})) for b, a in zip(before, after, strict=True)]
-    return sorted((c for c in found if c.gain != 0), key=lambda c: (c.gain, c.item))
+    worse = sorted((c for c in found if c.gain < 0), key=lambda c: (c.gain, c.item))
+    better = sorted((c for c in found if c.gain > 0), key=lambda c: (-c.gain, c.item))
+    return Changes(len(worse), len(better), tuple(worse[:ITEMS_SHOWN]), tuple(better[:ITEMS_SHOWN]))
 
 
 def _change(before: Record, after: Record, item: Item) -> Change:
@@ -85,12 +100,14 @@ def _change(before: Record, after: Record, item: Item) -> Change:
         text = str(item.get("text", ""))[:TEXT_SHOWN]
         return Change(after["id"], after["cluster"], was - now, f"{was:.3f}", f"{now:.3f}", text)
     gain = float(after["correct"]) - float(before["correct"])
-    text = str(item.get("context", ""))[-TEXT_SHOWN:]
+    text = str(item.get("context", after.get("asked", "")))[-TEXT_SHOWN:]
     return Change(after["id"], after["cluster"], gain, _answer(before, item), _answer(after, item), text)
 
 
 def _answer(record: Record, item: Item) -> str:
     right = {0: "wrong", 1: "right"}.get(record["correct"], f"{record['correct']:g}")
+    if "said" in record:
+        return f"{right}: {record['said']}"
     if "chosen" not in record:
         return right
     if "choices" not in item:

@@ -6,7 +6,7 @@ from typing import Any
 from mansard.evaluation.cost import cost_table
 from mansard.evaluation.gate import HIGHER_IS_BETTER
 from mansard.evaluation.judgement import Background, Judgement, SuiteResult, outcome_of
-from mansard.evaluation.pairing import Change
+from mansard.evaluation.pairing import Change, Changes
 from mansard.evaluation.wording import (
     COST_ELSEWHERE,
     amount_text,
@@ -18,7 +18,6 @@ from mansard.evaluation.wording import (
     headline,
     interval_text,
     level_text,
-    most_changed,
     ruling_text,
     surprises,
     unit_of,
@@ -78,17 +77,18 @@ def _section(result: SuiteResult) -> str:
     if measure == "accuracy" and evidence.chance:
         lines.append(f"A blind guess is right in {100 * evidence.chance:.1f} %.\n")
     lines += [f"- {told}" for told in comparison_texts(result)]
-    if result.changes:
-        lines += ["", *_changed(result.changes)]
+    if result.changes != Changes():
+        lines += ["", f"{changes_text(result.changes)}\n"]
+        lines += [*_changed("worse", result.changes.worst), *_changed("better", result.changes.best)]
     return "\n".join(lines) + "\n"
 
 
-def _changed(changed: Sequence[Change]) -> list[str]:
-    lines = [f"{changes_text(changed)}\n", "| item | before | after | text |", "|---|---|---|---|"]
-    for change in (c for part in most_changed(changed) for c in part):
-        cells = (change.item, change.before, change.after, change.text)
-        lines.append(f"| {' | '.join(_cell(c) for c in cells)} |")
-    return lines
+def _changed(which: str, changed: Sequence[Change]) -> list[str]:
+    if not changed:
+        return []
+    lines = [f"| changed most for the {which} | before | after | text |", "|---|---|---|---|"]
+    rows = [(change.item, change.before, change.after, change.text) for change in changed]
+    return [*lines, *(f"| {' | '.join(_cell(c) for c in cells)} |" for cells in rows), ""]
 
 
 def _background(background: Background) -> list[str]:

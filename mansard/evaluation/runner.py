@@ -157,7 +157,7 @@ def answer_task(model: EngineModel, name: str, limit: int | None) -> list[Record
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         for sample in _samples(model, task_name, task, limit):
-            records.append(_task_record(task_name, sample))
+            records.append(_task_record(task_name, sample, len(task.get_config("target_delimiter") or "")))
     return records
 
 
@@ -187,7 +187,7 @@ def _samples(model: EngineModel, name: str, task: ConfigurableTask, limit: int |
     return sorted(first, key=lambda s: int(s["doc_id"]))
 
 
-def _task_record(task: str, sample: dict[str, Any]) -> Record:
+def _task_record(task: str, sample: dict[str, Any], delimiter_length: int) -> Record:
     item_id = f"{task}/{sample['doc_id']}"
     if "bits_per_byte" in sample:
         loglikelihood, num_bytes = sample["bits_per_byte"]
@@ -195,9 +195,23 @@ def _task_record(task: str, sample: dict[str, Any]) -> Record:
     options = len(sample["arguments"]) if "acc" in sample or "acc_norm" in sample else 0
     for metric in ("acc_norm", "acc", "exact_match"):
         if metric in sample:
-            return right_or_wrong_record(item_id, item_id, float(sample[metric]), options)
+            said = str(sample["filtered_resps"][0])
+            if options:
+                said = _said(sample, metric == "acc_norm", delimiter_length)
+            asked = str(sample["arguments"][0][0])
+            return right_or_wrong_record(item_id, item_id, float(sample[metric]), options, asked, said)
     known = ", ".join(sample["metrics"])
     raise BadInput(f"task {task!r} measures {known}; bits_per_byte, acc_norm, acc or exact_match is needed")
+
+
+def _said(sample: dict[str, Any], is_by_length: bool, delimiter_length: int) -> str:
+    """The option that the harness takes for the answer: the likeliest, for acc_norm by its characters."""
+    options = [str(argument[1])[delimiter_length:] for argument in sample["arguments"]]
+    scores = [
+        float(response[0]) / (max(len(option), 1) if is_by_length else 1)
+        for response, option in zip(sample["filtered_resps"], options, strict=True)
+    ]
+    return options[scores.index(max(scores))]
 
 
 def _words(error: BaseException) -> str:

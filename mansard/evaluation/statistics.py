@@ -85,14 +85,19 @@ def compare_means(
     alpha: float,
     resamples: int,
     seed: int,
+    grain: float = 0.0,
 ) -> Comparison:
-    """Paired, item by item: amounts before and after, their common sizes, and the cluster each item belongs to."""
+    """Paired, item by item: amounts before and after, their common sizes, and the cluster each item belongs to.
+
+    `grain` is the step to which each amount was rounded.
+    """
     sums_before, sums_after, sums_size = cluster_sums([before, after, sizes], clusters)
     columns = (sums_before, sums_after, sums_after - sums_before)
     if len(sums_size) < MIN_CLUSTERS:
         bare = [Estimate(_rounded(c.sum() / sums_size.sum()), None, None) for c in columns]
         return Comparison(len(sizes), len(sums_size), bare[0], bare[1], bare[2], None)
-    drawn = [resample(c, sums_size, resamples, seed) for c in columns]
+    noises = [n * len(sizes) * grain**2 / 12 for n in (1, 1, 2)]  # a rounded number's variance is a twelfth of a step's
+    drawn = [resample(c, sums_size, resamples, seed, noise) for c, noise in zip(columns, noises, strict=True)]
     was, now, effect = (_estimate(d, alpha) for d in drawn)
     error = drawn[2].standard_error
     spread = Spread(_rounded(error * len(sums_size) ** 0.5), None, 1.0)

@@ -1,14 +1,14 @@
 """What reports say, in words and rows: Markdown, HTML and chart share it. Pure."""
 
-from collections.abc import Sequence
+from typing import Any
 
 from mansard.evaluation.gate import HIGHER_IS_BETTER
 from mansard.evaluation.judgement import Background, Judgement, SuiteResult, outcome_of
-from mansard.evaluation.pairing import Change
+from mansard.evaluation.pairing import Changes
 from mansard.evaluation.statistics import Comparison, Estimate
 
-ITEMS_SHOWN = 10
-"""Changed items listed for the worse, and as many for the better."""
+ITEMS_LISTED = 10
+"""Items of a suite that share most with training text; the stage's own snapshot lists more."""
 COST_ELSEWHERE = "A measurement, so it is kept beside this record: `mansard review` and MLflow show it."
 """Stands in the report for the cost, which would make a verdict record differ from its repeat."""
 
@@ -83,9 +83,9 @@ def attempts_text(judgement: Judgement) -> str:
 def expected_text(result: SuiteResult) -> str | None:
     """What the spec expected of a guard, beside what was seen."""
     found = result.evidence.baseline.spread if result.evidence.baseline else None
-    if result.evidence.role != "guard" or found is None:
-        return None
     expected, plan = result.expected, result.plan
+    if plan is None or found is None:
+        return None
     told = f"expected power at no change {plan.power:.2f} with {plan.size} {plan.unit}"
     if found.discordance is not None:
         return (
@@ -103,7 +103,7 @@ def surprises(judgement: Judgement) -> list[str]:
     told = []
     for result in judgement.suites:
         found = result.evidence.baseline.spread if result.evidence.baseline else None
-        if result.evidence.role != "guard" or found is None:
+        if result.plan is None or found is None:
             continue
         expected = result.expected
         if found.discordance is not None:
@@ -149,30 +149,16 @@ def _against(against: str, comparison: Comparison, measure: str, alpha: float) -
     )
 
 
-def most_changed(changed: Sequence[Change]) -> tuple[list[Change], list[Change]]:
-    """The items that changed most, for the worse and for the better."""
-    worse = [c for c in changed if c.gain < 0]
-    better = sorted((c for c in changed if c.gain > 0), key=lambda c: (-c.gain, c.item))
-    return worse[:ITEMS_SHOWN], better[:ITEMS_SHOWN]
-
-
-def changes_text(changed: Sequence[Change]) -> str:
+def changes_text(changed: Changes) -> str:
     """How many items changed which way."""
-    better = sum(c.gain > 0 for c in changed)
-    return f"{better} items got better, {len(changed) - better} worse. Those that changed most, the worst and the best:"
+    return f"{changed.num_better} items got better, {changed.num_worse} worse. Those that changed most:"
 
 
 def background_rows(background: Background) -> list[tuple[str, list[list[str]]]]:
     """Tables of what is known beside the figures: (title, rows), the first row the head."""
     tables, known = [], background.provenance
     if background.contamination is not None:
-        rows = [["suite", "items", "share a 13-gram with training text", "the most shared item"]]
-        for name, found in background.contamination["suites"].items():
-            most = found["listed"][0] if found["listed"] else None
-            told = "-" if most is None else f"{most['item']} ({100 * most['fraction']:.0f} %): {most['passage']}"
-            share = f"{found['num_shared']} ({100 * found['shared_fraction']:.1f} %)"
-            rows.append([name, str(found["num_items"]), share if found["num_items"] else "not looked at", told])
-        tables.append(("Contamination", rows))
+        tables += _contamination_rows(background.contamination["suites"])
     if known.get("sources"):
         total = sum(s["weight"] for s in known["sources"])
         rows = [["source", "share of tokens", "domain", "training text"]]
@@ -186,3 +172,17 @@ def background_rows(background: Background) -> list[tuple[str, list[list[str]]]]
         base = known.get("base_version")
         tables.append(("Lineage" + ("" if base is None else f" (built on version {base})"), rows))
     return tables
+
+
+def _contamination_rows(suites: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
+    counts = [["suite", "items", "share a 13-gram with training text", "too short to tell"]]
+    shared = [["suite", "item", "of its 13-grams", "found in", "passage"]]
+    for name, found in suites.items():
+        share = f"{found['num_shared']} ({100 * found['shared_fraction']:.1f} %)"
+        told = [share, str(found.get("num_short", "-"))] if found["num_items"] else ["not looked at", "-"]
+        counts.append([name, str(found["num_items"]), *told])
+        for each in found.get("listed", [])[:ITEMS_LISTED]:
+            sources = ", ".join(each["sources"])
+            shared.append([name, each["item"], f"{100 * each['fraction']:.0f} %", sources, each["passage"]])
+    tables = [("Contamination", counts)]
+    return [*tables, ("Items that share most with training text", shared)] if len(shared) > 1 else tables

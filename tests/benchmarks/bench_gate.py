@@ -11,7 +11,7 @@ standard errors), false_promotion_rate, five_tries_rate, power (of the shipped g
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,10 @@ SIZE_SPREAD = 0.3
 """Coefficient of variation of the files' sizes; measured 0.23 and 0.29 on the demo's suites."""
 ANSWERS = ((100, 1, 0.0), (600, 1, 0.0), (120, 5, 0.0), (120, 5, 0.2), (60, 10, 0.1), (30, 10, 0.2))
 """Files, items of each, and how far the items of one go together."""
+ANSWERS_MARGIN = 0.05
+"""Five points: no shipped guard asks questions."""
+SHIPPED_FILES = 120
+"""Source files of the demo's suites."""
 TRIES = 5
 AT_ONCE = 250
 
@@ -67,7 +71,7 @@ def bounds_of_means(drawn: Worlds, alphas: list[float], resamples: int) -> dict[
         size = s @ counts.T
         shift = (excess @ counts.T) / size
         squares = (excess**2) @ counts.T - 2 * shift * ((excess * s) @ counts.T) + shift**2 * (s**2 @ counts.T)
-        pivots = deviations(shift, squares, size, files)
+        pivots = deviations(shift, squares, size, files, 0.0)
         error = (files / (files - 1) * (excess**2).sum(axis=1)) ** 0.5 / s.sum(axis=1) * widening(files)
         pivots.sort(axis=1)
         for alpha in alphas:
@@ -171,56 +175,83 @@ def power_at_the_least(
     return float((bounds_of_means(same, [level], gate.resamples)[level][1] <= guard.margin).mean())
 
 
-def tell(key: str, loss: float, false: float, coverage: float) -> None:
-    print(f"{key}: passed at a true loss of {loss:g}: {false:.4f}, coverage {coverage:.4f}", flush=True)
+@dataclass(slots=True)
+class Figures:
+    """What was counted so far: how often harm passed, and how often intervals held the truth. `name` is the guard's."""
+
+    name: str = ""
+    false: dict[str, float] = field(default_factory=dict)
+    coverage: dict[str, float] = field(default_factory=dict)
+
+    def add(self, key: str, truth: float, bounds: Bounds, has_passed: NDArray[np.bool_]) -> None:
+        key = f"{self.name}: {key}"
+        self.false[key] = float(has_passed.mean())
+        self.coverage[key] = covered(bounds, truth)
+        told = f"passed at a true change of {truth:g}: {self.false[key]:.4f}, coverage {self.coverage[key]:.4f}"
+        print(f"{key}: {told}", flush=True)
+
+
+def edge_of_means(generator: np.random.Generator, pairs: int, gate: Gate, guard: SuiteRole, into: Figures) -> None:
+    """A guard that loses its margin, and a target that gains nothing; many files and few, skewed to either side."""
+    deviation = guard.expected_standard_deviation
+    for files in (15, 30, 60, 120):
+        for side, told in ((1, "few lose much"), (-1, "few gain much")):
+            for truth, role in ((guard.margin, "guard"), (0.0, "target")):
+                drawn = draw_means(generator, pairs, files, truth, deviation, side)
+                bounds = bounds_of_means(drawn, [gate.alpha], gate.resamples)[gate.alpha]
+                has_passed = bounds[1] <= guard.margin if role == "guard" else bounds[1] < 0
+                into.add(f"bits, {role}, {files} files, {told}", truth, bounds, has_passed)
+
+
+def edge_of_answers(generator: np.random.Generator, pairs: int, gate: Gate, guard: SuiteRole, into: Figures) -> None:
+    """Right and wrong answers: independent items, and items whose file decides with them."""
+    for files, items, tied in ANSWERS:
+        drawn = draw_answers(generator, pairs, files, items, -ANSWERS_MARGIN, guard.expected_discordance, tied)
+        bounds = bounds_of_answers(drawn, gate.alpha)
+        key = f"answers, guard, {files} files of {items}, tied {tied:g}"
+        into.add(key, -ANSWERS_MARGIN, bounds, bounds[0] >= -ANSWERS_MARGIN)
+
+
+def power_of(generator: np.random.Generator, pairs: int, name: str, gate: Gate, guard: SuiteRole) -> float:
+    """Share of worlds in which an unchanged candidate passes the guard at the first attempt."""
+    level = alpha_of_attempt(gate.alpha, 1)
+    same = draw_means(generator, pairs, SHIPPED_FILES, 0.0, guard.expected_standard_deviation, 1)
+    power = float((bounds_of_means(same, [level], gate.resamples)[level][1] <= guard.margin).mean())
+    plan = plan_guard(guard, "bits_per_byte", 300, SHIPPED_FILES, level)
+    print(f"{name}: power at no change, {SHIPPED_FILES} files, attempt 1: {power:.4f} (planned {plan.power:.4f})")
+    least = power_at_the_least(generator, pairs, plan, guard, gate)
+    print(f"{name}: power with the {plan.needed} files that are asked for: {least:.4f}", flush=True)
+    return power
 
 
 def main(pairs: int = PAIRS) -> int:
     generator = np.random.default_rng(2026)
-    name, gate, guard = next(iter(shipped()))
-    alpha, margin, deviation = gate.alpha, guard.margin, guard.expected_standard_deviation
+    found, powers, tries = Figures(), [], []
+    for name, gate, guard in shipped():
+        print(f"{name}: margin {guard.margin:g}, expected standard deviation {guard.expected_standard_deviation:g}")
+        found.name = name
+        edge_of_means(generator, pairs, gate, guard, found)
+        edge_of_answers(generator, pairs, gate, guard, found)
+        powers.append(power_of(generator, pairs, name, gate, guard))
+        promoted, plain = five_tries(generator, pairs, SHIPPED_FILES, guard, gate)
+        tries.append(promoted)
+        print(f"five tries of no change: promoted {promoted:.4f}; at alpha each time {plain:.4f}", flush=True)
+        passed = ten_half_margins(generator, min(pairs, 2_000), SHIPPED_FILES, guard, gate)
+        ten = float((passed == 10).mean())
+        print(f"ten upgrades of half a margin: {passed.mean():.2f} pass, at most {passed.max():.0f}, all ten {ten:.4f}")
+    alpha = gate.alpha
     limit = alpha + 3 * (alpha * (1 - alpha) / pairs) ** 0.5
-    false: dict[str, float] = {}
-    coverage: dict[str, float] = {}
-    for files in (15, 30, 60, 120):
-        for side, told in ((1, "few lose much"), (-1, "few gain much")):
-            edge = draw_means(generator, pairs, files, margin, deviation, side)
-            low, high = bounds_of_means(edge, [alpha], gate.resamples)[alpha]
-            key = f"bits, {files} files, {told}"
-            false[key] = float((high <= margin).mean())
-            coverage[key] = covered((low, high), margin)
-            tell(key, margin, false[key], coverage[key])
-    for files, items, tied in ANSWERS:
-        loss, discordance = 0.05, guard.expected_discordance
-        edge_answers = draw_answers(generator, pairs, files, items, -loss, discordance, tied)
-        bounds = bounds_of_answers(edge_answers, alpha)
-        key = f"answers, {files} files of {items}, tied {tied:g}"
-        false[key] = float((bounds[0] >= -loss).mean())
-        coverage[key] = covered(bounds, -loss)
-        tell(key, loss, false[key], coverage[key])
-    level = alpha_of_attempt(alpha, 1)
-    same = draw_means(generator, pairs, 120, 0.0, deviation, 1)
-    power = float((bounds_of_means(same, [level], gate.resamples)[level][1] <= margin).mean())
-    plan = plan_guard(guard, "bits_per_byte", 300, 120, level)
-    print(f"{name}: power at no change, 120 files, attempt 1: {power:.4f} (planned {plan.power:.4f})", flush=True)
-    least = power_at_the_least(generator, pairs, plan, guard, gate)
-    print(f"{name}: power with the {plan.needed} files that are asked for: {least:.4f}", flush=True)
-    promoted, plain = five_tries(generator, pairs, 120, guard, gate)
-    print(f"five tries of unchanged candidates: promoted {promoted:.4f}; at alpha each time {plain:.4f}", flush=True)
-    passed = ten_half_margins(generator, min(pairs, 2_000), 120, guard, gate)
-    ten = float((passed == 10).mean())
-    print(f"ten upgrades of half a margin: {passed.mean():.2f} pass, at most {passed.max():.0f}, all ten {ten:.4f}")
-    worst = max(false.values())
+    worst = max(found.false.values())
     line = {
         "alpha": alpha,
         "limit": round(limit, 5),
         "false_promotion_rate": worst,
-        "five_tries_rate": promoted,
-        "power": power,
-        "coverage": {k: round(v, 4) for k, v in coverage.items()},
+        "five_tries_rate": max(tries),
+        "power": min(powers),
+        "coverage": {k: round(v, 4) for k, v in found.coverage.items()},
     }
     print(json.dumps(line))
-    return 0 if worst <= limit and promoted <= alpha else 1
+    return 0 if worst <= limit and max(tries) <= alpha else 1
 
 
 if __name__ == "__main__":

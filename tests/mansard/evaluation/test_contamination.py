@@ -92,3 +92,8 @@ def test_a_suite_without_items_of_ours_is_said_to_hold_none(store: Store) -> Non
     inputs = {"suite.task": store.put_files({"items.jsonl": b""}), "data.code.train": text}
     found = json.loads(store.read_file(run(Context(store, inputs)), "contamination.json"))  # type: ignore[arg-type]
     assert found["suites"]["task"]["num_items"] == 0
+
+
+def test_items_too_short_for_a_13_gram_are_counted_as_such() -> None:
+    index = Index({"s": [item(0, "one two three"), item(1, " ".join(str(n) for n in range(13)))]})
+    assert index.found({})["s"].num_short == 1

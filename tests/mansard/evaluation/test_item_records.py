@@ -57,6 +57,6 @@ def test_numbers_that_are_not_finite_stop_the_stage(value: float) -> None:
 
 
 def test_summary_knows_the_chance_of_a_blind_guess() -> None:
-    records = [choice_record("a", "f", [0.0, -1.0], ["a", "b"], 0), right_or_wrong_record("b", "g", 1.0, 4)]
+    records = [choice_record("a", "f", [0.0, -1.0], ["a", "b"], 0), right_or_wrong_record("b", "g", 1.0, 4, "", "")]
     summary = summary_of("s", records, "0.32.0")
     assert (summary["measure"], summary["value"], summary["chance"]) == ("accuracy", 1.0, 0.375)

@@ -16,8 +16,11 @@ from mansard.digest import digest_bytes
 from mansard.errors import StageFailed
 from mansard.evaluation.html_report import html_with_cost
 from mansard.evaluation.item_records import Record, bits_record, choice_record, summary_of, to_lines
-from mansard.evaluation.judge_stage import run
-from mansard.evaluation.report import with_cost
+from mansard.evaluation.judge_stage import judge, run
+from mansard.evaluation.judgement import Background
+from mansard.evaluation.report import render, with_cost
+from mansard.evaluation.verdict_file import judgement_of
+from mansard.specs import Gate, Suite
 from mansard.store import Store
 
 SUITES = [
@@ -169,7 +172,8 @@ def test_targets_share_alpha_and_guards_do_not(store: Store) -> None:
 
 def test_report_tells_items_contamination_mixture_and_lineage(store: Store) -> None:
     items = [{"id": f"i{n}", "file": f"file{n % 20}", "text": f"<b>text {n}</b> | more"} for n in range(60)]
-    shared = {"num_items": 60, "num_shared": 1, "shared_fraction": 0.0167, "listed": []}
+    most = {"item": "i7", "cluster": "f", "fraction": 0.5, "sources": ["code"], "passage": "thirteen words"}
+    shared = {"num_items": 60, "num_short": 3, "num_shared": 1, "shared_fraction": 0.0167, "listed": [most]}
     found = {"suites": {"docs-bits": shared}}
     inputs = {
         **against(store, artifact(store, "candidate", -0.3, 0.5, 20)),
@@ -186,7 +190,7 @@ def test_report_tells_items_contamination_mixture_and_lineage(store: Store) -> N
     page = store.read_file(made, "report.html").decode()
     report = store.read_file(made, "report.md").decode()
     for told in (report, page):
-        for words in ("Attempt 3", "code.jsonl", "built on version 4", "abababababab", "1 (1.7 %)"):
+        for words in ("Attempt 3", "code.jsonl", "built on version 4", "abababababab", "1 (1.7 %)", "thirteen words"):
             assert words in told
     assert "&lt;b>text 0&lt;/b> \\| more" in report and "&lt;b&gt;text 0&lt;/b&gt; | more" in page
     assert len(re.findall(r"^\| i\d", report, re.MULTILINE)) == 20  # code only better, docs only worse: ten of each
@@ -208,7 +212,59 @@ def test_html_report_needs_nothing_from_elsewhere(store: Store) -> None:
     page = store.read_file(made, "report.html").decode()
     assert "<script" not in page and "<link" not in page and "http" not in page and "url(" not in page
     assert page.index("Verdict: ") < page.index("code-bits") < page.index("<h2>")
-    assert page.count("<svg") == 3 and page.count('src="data:image/png;base64,') == page.count("src=") == 1
+    assert page.count("<svg") == 6 and page.count('src="data:image/png;base64,') == page.count("src=") == 1
+
+
+@pytest.mark.parametrize("has_baseline", [True, False])
+def test_the_whole_report_can_be_told_again_from_the_verdict_file(store: Store, has_baseline: bool) -> None:
+    candidate = artifact(store, "candidate", -0.3, 0.5, 30)
+    inputs = against(store, candidate) if has_baseline else candidate
+    verdict, report, _ = judged(store, inputs)
+    assert render(judgement_of(verdict)) == report
+    if has_baseline:
+        assert len(verdict["suites"][0]["changes"]["best"]) == 10 and "right: " not in report
+
+
+def test_both_answers_stand_beside_every_changed_question(store: Store) -> None:
+    questions = [
+        {"id": f"q{n}", "file": f"file{n % 20}", "context": f"question {n}", "choices": ["ant", "bee", "cat", "dog"],
+         "answer": 0}
+        for n in range(60)
+    ]  # fmt: skip
+    lines = b"".join(json.dumps(q).encode() + b"\n" for q in questions)
+    inputs = against(store, artifact(store, "candidate", -0.3, 0.0, 30))
+    inputs["suite.next-line"] = store.put_files({"items.jsonl": lines})
+    verdict, report, _ = judged(store, inputs)
+    assert "| q20 | wrong: bee | right: ant | question 20 |" in report
+    assert verdict["suites"][2]["changes"]["num_better"] == 10
+
+
+def test_ten_upgrades_that_each_lose_half_a_margin_are_stopped() -> None:
+    """Each is judged against the one before, promoted where it passes, and held against version 1 all the while."""
+    gate = Gate.model_validate({"resamples": 500, "suites": [
+        {"suite": "a.yaml", "role": "target"}, {"suite": "b.yaml", "role": "guard", "margin": 0.02}]})  # fmt: skip
+    suites = [Suite.model_validate(s) for s in SUITES[:2]]
+
+    def version(number: int) -> dict[str, list[Record]]:
+        """Code improves and docstrings lose half a margin (0.01 bits a byte) with every version; files differ."""
+        noise = [0.3 * math.log(2) * ((7 * number + n) % 3 - 1) for n in range(120)]
+        shaken = [
+            bits_record(f"i{n}", f"file{n % 40}", -(200 + math.log(2) * number + noise[n]), 100) for n in range(120)
+        ]
+        gained = [bits_record(f"i{n}", f"file{n % 40}", -(200 - 20 * number - n % 7), 100) for n in range(120)]
+        return {"code-bits": gained, "docs-bits": shaken}
+
+    def promoted(is_anchored: bool) -> int:
+        stable, bare = 0, Background({}, None, {}, ())
+        for number in range(1, 11):
+            anchor = version(0 if is_anchored else stable)
+            records = {"candidate": version(number), "baseline": version(stable), "anchor": anchor}
+            if judge(gate, suites, {"number": number - stable}, records, {}, bare).verdict == "pass":
+                stable = number
+        return stable
+
+    assert promoted(is_anchored=False) == 10, "one by one, each would pass"
+    assert 1 <= promoted(is_anchored=True) <= 2, "the second has lost the whole margin"
 
 
 def test_a_guard_that_spread_wider_than_expected_is_noted(store: Store) -> None:

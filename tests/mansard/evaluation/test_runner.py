@@ -170,6 +170,9 @@ def test_task_of_the_harness_gives_records(tokenizer_folder: Path, tmp_path: Pat
         records = runner.answer_task(model, str(tmp_path / "quiz.yaml"), limit=4)
     assert [r["id"] for r in records] == ["quiz/0", "quiz/1", "quiz/2", "quiz/3"]
     assert all(r["options"] == 3 and r["correct"] in (0.0, 1.0) for r in records)
+    for number, record in enumerate(records):
+        assert record["asked"] == f"question {number}:" and record["said"] in lines[0]["options"]
+        assert (record["said"] == lines[number]["options"][number % 3]) == bool(record["correct"])
 
 
 def test_unknown_task_is_refused_by_name(tokenizer_folder: Path) -> None:

@@ -146,3 +146,13 @@ def test_many_files_are_drawn_in_bounded_memory(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("mansard.evaluation.bootstrap._DRAWS_AT_ONCE", 200)
     parts = resample(values, np.ones(50), 1000, 5)
     assert np.array_equal(whole.deviations, parts.deviations)
+
+
+def test_files_that_moved_alike_but_for_the_last_digit_have_a_narrow_interval() -> None:
+    after = [300.144 + 0.001 * (n % 17 == 0) for n in range(60)]
+    names = [f"{n // 3:02d}" for n in range(60)]
+    asked = ([300.0] * 60, after, [100.0] * 60, names)
+    found = compare_means(*asked, alpha=0.0076, resamples=2000, seed=0, grain=0.001).effect
+    assert found.low is not None and found.high is not None
+    assert 0.00143 < found.low < found.value < found.high < 0.00146
+    assert compare_means(*asked, alpha=0.0076, resamples=2000, seed=0).effect.low is None, "resamples without a spread"
