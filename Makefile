@@ -4,7 +4,7 @@ PYTHON ?= python3.11
 MAIN := .venv/bin/python
 SERVE := .venv-serve/bin/python
 
-.PHONY: setup demo check test lint types bench-surgery bench-router bench-loss bench-gate chaos clean up down stage-versions
+.PHONY: setup demo check test lint types bench-surgery bench-router bench-loss bench-gate bench-rollout chaos clean up down stage-versions
 
 setup: .venv/.ready .venv-serve/.ready
 
@@ -40,6 +40,9 @@ bench-surgery: setup
 
 bench-gate: setup
 	@$(MAIN) tests/benchmarks/bench_gate.py
+
+bench-rollout: setup
+	@$(MAIN) tests/benchmarks/bench_rollout.py
 
 .venv-litellm/.ready: infra/constraints/litellm.txt infra/setup-environment.sh
 	@PYTHON=$(PYTHON) bash infra/setup-environment.sh litellm

@@ -17,7 +17,7 @@ from mansard.errors import Conflict
 from mansard.site import load_site
 from tasks.attempts import begin_attempt
 from tasks.derivation import recorded
-from tasks.evaluations import Background, Subject, evaluate, judge
+from tasks.evaluations import Background, Subject, evaluate, judge, measure_cost
 from tasks.evidence import recorded_evidence, recorded_version
 from tasks.registration import register_judgement, standing
 from tasks.reports import publish, verdict_of
@@ -45,6 +45,8 @@ def gate(version: int, site_path: str, model: str | None = None) -> Outcome:
             "anchor": Subject("anchor", name, against.anchor_artifact, evidence.serve),
         }
         evaluated = {w: evaluate(work, s, evidence.suites, evidence.snapshots) for w, s in subjects.items()}
+        # A canary's latency is held against this ratio, so it has to be that to today's stable.
+        cost = measure_cost(work, subjects["candidate"], subjects["baseline"], evidence.cost)
         records = tuple(pair for who, made in evaluated.items() for pair in named(who, evidence.suites, made))
         background = Background(registration.base_version, evidence.snapshots, registration.stages)
         verdict = judge(work, records, evidence.gate, evidence.suites, attempt, background)
@@ -57,8 +59,12 @@ def gate(version: int, site_path: str, model: str | None = None) -> Outcome:
             ),
             baseline_version=against.stable,
             anchor_version=against.anchor,
+            stages=(
+                *(made for made in registration.stages if made[0] != cost.stage),
+                (cost.stage, cost.recipe, cost.snapshot),
+            ),
         )
         register_judgement(site, version, judged, f"the baseline is version {against.stable} now")
         publish(work, version, judged)
-        derivations = (*(d for made in evaluated.values() for d in made), verdict)
+        derivations = (*(d for made in evaluated.values() for d in made), cost, verdict)
         return outcome_of(work, version, judged, derivations)

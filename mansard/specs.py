@@ -214,10 +214,15 @@ class CanaryStep(Part):
 
 
 class Release(Part):
-    """The walk. A step fails when the canary's error rate exceeds stable's by more than `max_error_excess`."""
+    """The walk. A step fails when the canary provably fails more than stable and by more than `max_error_excess`, when
+    its latency is provably above stable's times the ratio that evaluation measured times `latency_tolerance`, or
+    when its answers are provably more than `output_tolerance` times longer or shorter.
+    """
 
     steps: Annotated[list[CanaryStep], Field(min_length=1)]
-    max_error_excess: Fraction = 0.02
+    max_error_excess: Fraction = 0.01
+    latency_tolerance: Annotated[float, Field(ge=1.0)] = 1.2
+    output_tolerance: Annotated[float, Field(gt=1.0)] = 2.0
 
     @model_validator(mode="after")
     def weights_rise(self) -> Self:

@@ -28,6 +28,7 @@ class Evidence:
     serve: Serve
     suites: tuple[Suite, ...]
     snapshots: tuple[tuple[str, SnapshotId], ...]
+    cost: Cost
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ def recorded_version(site: Site, model_name: str, version: int) -> Registration:
 
 
 def recorded_evidence(site: Site, registration: Registration) -> Evidence:
-    """Gate, suites and serving of a version."""
+    """Gate, suites, serving and cost of a version."""
     store = Store.of(site)
     judged = _lineage(store, "judge", registration.verdict_record)
     suites = tuple(Suite.model_validate(suite) for suite in judged["spec"]["suites"])
@@ -54,7 +55,9 @@ def recorded_evidence(site: Site, registration: Registration) -> Evidence:
     for name, records in registration.item_records:
         made = _lineage(store, "evaluate", records, {"artifact": registration.artifact})
         snapshots.append((name, made["inputs"]["suite"]))
-    return Evidence(gate, Serve.model_validate(registration.serve), suites, tuple(snapshots))
+    costs = [snapshot for stage, _, snapshot in registration.stages if stage == "cost"]
+    cost = Cost.model_validate(_lineage(store, "cost", costs[-1])["spec"]["cost"]) if costs else Cost()
+    return Evidence(gate, Serve.model_validate(registration.serve), suites, tuple(snapshots), cost)
 
 
 def recorded_quantization(site: Site, registration: Registration) -> Quantization:
@@ -74,8 +77,6 @@ def terms_without_targets(site: Site, registration: Registration, author: str, a
     roles = [r.model_copy(update={"role": "report"}) if r.role == "target" else r for r in evidence.gate.suites]
     gate = evidence.gate.model_copy(update={"suites": roles})
     fingerprint = _lineage(store, "fingerprint", registration.fingerprint, {"artifact": registration.artifact})
-    costs = [snapshot for stage, _, snapshot in registration.stages if stage == "cost"]
-    cost = Cost.model_validate(_lineage(store, "cost", costs[-1])["spec"]["cost"]) if costs else Cost()
     return Terms(
         model_name=registration.model_name,
         author=author,
@@ -86,7 +87,7 @@ def terms_without_targets(site: Site, registration: Registration, author: str, a
         serve=evidence.serve,
         gate=gate,
         fingerprint=Fingerprint.model_validate(fingerprint["spec"]["fingerprint"]),
-        cost=cost,
+        cost=evidence.cost,
         release=registration.release,
     )
 

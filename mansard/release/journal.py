@@ -152,7 +152,10 @@ class Journal:
         return version
 
     def judge(self, version: int, registration: Registration, signature: str | None, who: str, why: str) -> Entry:
-        """A version judged again: the same candidate with another verdict, baseline or anchor. Needs a new approval."""
+        """A version judged again: the same candidate with another verdict, baseline, anchor or cost beside it.
+
+        Needs a new approval.
+        """
         model = registration.model_name
         with self._ledger.transaction():
             known = self.registration(model, version)
@@ -163,8 +166,9 @@ class Journal:
                 item_records=known.item_records,
                 baseline_version=known.baseline_version,
                 anchor_version=known.anchor_version,
+                stages=_but_cost(registration),
             )
-            if same != known:
+            if same != replace(known, stages=_but_cost(known)):
                 raise BadInput(f"{model} version {version}: a new verdict may not change the candidate; register it")
             body = {"version": version, "registration": registration.as_json(), "signature": signature}
             entry = self._ledger.append(model, JUDGED, who, why, body)
@@ -313,3 +317,8 @@ def _database(place: Path | str) -> Database:
     from mansard.release.postgres_database import PostgresDatabase  # psycopg takes a while to load
 
     return PostgresDatabase.open(place)
+
+
+def _but_cost(registration: Registration) -> tuple[tuple[str, str, str], ...]:
+    """Its stages without the measurement beside the baseline, which is another where the baseline is."""
+    return tuple(made for made in registration.stages if made[0] != "cost")

@@ -1,8 +1,9 @@
 """`python -m mansard.serving.host --site FILE`: the process that owns engines, journal connection and rollouts.
 
 Guarantees: one host per site (a lock); /status answers at once, everything else after engines of a host before this one
-were adopted; a rollout that the host before left open is aborted. SIGTERM and SIGINT end engines and host; SIGHUP ends
-the host and leaves the engines to the next one. Nothing here is needed for users' requests: the router reads the split.
+were adopted; a rollout that the host before left open is walked on. SIGTERM and SIGINT end rollouts, engines and host;
+SIGHUP ends the host and leaves engines and rollouts to the next one.
+Nothing here is needed for users' requests: the router reads the split.
 """
 
 import argparse
@@ -60,6 +61,7 @@ class Host:
         self.rollouts = Rollouts(
             site,
             journal,
+            self.store,
             self.traffic,
             self.residents,
             self._check_approval,
@@ -75,12 +77,12 @@ class Host:
         await self._is_open.wait()
 
     def open(self) -> None:
-        """Adopt engines, abort what a dead host left open, bring the split in line with the journal."""
+        """Adopt engines, bring the split in line with the journal, walk on with rollouts that a dead host left open."""
         for engine in self.engines.adopt():
             log.info("adopted engine %s, process %d at %s", engine.identity.key, engine.pid, engine.endpoint)
-        self.rollouts.abort_all("aborted: host restarted")
         for model in self.site.models:
             self.residents.look(model)
+            self.rollouts.resume(model)
         self._is_open.set()
 
     def status(self) -> dict[str, Any]:
@@ -146,7 +148,8 @@ async def serve(site: Site) -> None:
                     keep_engines.set()  # our own fault: users keep what serves them
                     raise
                 finally:
-                    host.rollouts.abort_all("aborted: host stopped")
+                    if not keep_engines.is_set():
+                        host.rollouts.abort_all("aborted: host stopped")
                     await host.rollouts.close()
                     await host.engines.close(keep_engines.is_set(), DOWN_DRAIN_SECONDS)
 

@@ -11,11 +11,25 @@ from pathlib import Path
 from typing import Any
 
 from mansard.errors import MansardError
-from mansard.release.analysis import Counts
 from mansard.serving.host_client import HostClient, HostDown, router_sockets
 from mansard.site import Site
 
 WORKER_TIMEOUT_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What the router workers saw of one version: requests that ended as a success or an error, and those that failed.
+
+    A rescue (the router asked stable after the canary failed, before the first byte) is an error of the version that
+    failed.
+    """
+
+    requests: int = 0
+    errors: int = 0
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(self.requests + other.requests, self.errors + other.errors)
 
 
 @dataclass(frozen=True, slots=True)

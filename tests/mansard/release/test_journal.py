@@ -102,6 +102,16 @@ def test_a_version_judged_again_has_the_new_verdict(journal: Journal) -> None:
     journal.verify()
 
 
+def test_a_version_judged_again_was_measured_beside_the_new_baseline(journal: Journal) -> None:
+    made = ("quantize", "7" * 64, "8" * 64)
+    journal.register(plain("one", stages=(made, ("cost", "1" * 64, "2" * 64))), "aa")
+    again = plain("one", baseline_version=4, stages=(made, ("cost", "3" * 64, "4" * 64)))
+    journal.judge(1, again, "bb", "ada", "the baseline moved")
+    assert journal.registration("demo", 1) == again
+    with pytest.raises(BadInput, match="may not change the candidate"):
+        journal.judge(1, plain("one", stages=(("quantize", "9" * 64, "8" * 64),)), None, "ada", "")
+
+
 def test_pointers_follow_the_moves_and_terms_grow(place: Place) -> None:
     with filled(place) as journal:
         assert journal.pointers("demo") == Pointers(stable=1, canary=None, previous=None, term=9)

@@ -39,12 +39,17 @@ ROOT = Path(__file__).resolve().parents[3]
 FAKE_VLLM = Path(__file__).parent / "fake_vllm"
 PROMPTS = ["def add(a, b):", "import os"]
 DEADLINE_SECONDS = 120.0
+LIMITS = {"max_error_excess": 0.02, "latency_tolerance": 50.0, "output_tolerance": 2.0}
+"""A tester's machine is shared: stand-ins differ in speed for no fault of theirs."""
+RATIOS = {"first_token_ms_p50": 1.0, "per_token_ms_p50": 1.0, "request_ms_p50": 1.0}
+USERS_PER_THREAD = 60
+"""Enough that 30 users are on either side at 50 %."""
 RELEASE = {
     "steps": [
         {"weight_percent": 50, "bake_seconds": 0.2, "min_requests": 10, "deadline_seconds": 90},
         {"weight_percent": 100, "bake_seconds": 0.2, "min_requests": 10, "deadline_seconds": 90},
     ],
-    "max_error_excess": 0.02,
+    **LIMITS,
 }
 
 T = TypeVar("T")
@@ -85,7 +90,7 @@ class Traffic:
         for turn in itertools.count():
             if self._stop.is_set():
                 return
-            status, version, _ = ask(self.port, f"user-{number}-{turn % 20}", is_streamed=turn % 2 == 0)
+            status, version, _ = ask(self.port, f"user-{number}-{turn % USERS_PER_THREAD}", is_streamed=turn % 2 == 0)
             self.statuses.append(status)
             self.versions.append(version)
 
@@ -122,6 +127,7 @@ class Place:
         self.store = Store(self.site.store)
         self.client = HostClient(self.site.host_socket)
         self.host: subprocess.Popen[bytes] | None = None
+        self.router: subprocess.Popen[bytes] | None = None
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def _make_site(self) -> Site:
@@ -147,26 +153,33 @@ class Place:
     # Processes
 
     def start_host(self) -> None:
-        self.host = self._start("mansard.serving.host", "host.log")
+        self.host = self._start("host.log", "-m", "mansard.serving.host", "--site", str(self.site.path))
+        wait_for("the host", lambda: self._answers(self.client))
+
+    def start_host_script(self, script: Path, *words: object) -> None:
+        """A host that a test had changed: `script SITE WORDS...`."""
+        self.host = self._start("host.log", str(script), str(self.site.path), *map(str, words))
         wait_for("the host", lambda: self._answers(self.client))
 
     def start_router(self) -> None:
-        self._start("mansard.serving.router_worker", "router.log")
+        self.router = self._start("router.log", "-m", "mansard.serving.router_worker", "--site", str(self.site.path))
         admin = HostClient(self.site.run / "router-0.sock")
         wait_for("the router", lambda: self._answers(admin, "/observations"))
 
     def start_supervisor(self) -> "subprocess.Popen[bytes]":
         """The router with all its workers; the caller ends it."""
-        supervisor = self._start("mansard.serving.router_supervisor", "router.log")
+        supervisor = self._start(
+            "router.log", "-m", "mansard.serving.router_supervisor", "--site", str(self.site.path)
+        )
         for index in range(self.site.router.workers):
             admin = HostClient(self.site.run / f"router-{index}.sock")
             wait_for("a router worker", lambda admin=admin: self._answers(admin, "/observations"))
         return supervisor
 
-    def _start(self, module: str, log: str) -> "subprocess.Popen[bytes]":
+    def _start(self, log: str, *words: str) -> "subprocess.Popen[bytes]":
         with (self.home / log).open("ab") as file:
             process = subprocess.Popen(
-                [sys.executable, "-m", module, "--site", str(self.site.path)],
+                [sys.executable, *words],
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,
@@ -192,7 +205,7 @@ class Place:
 
     def close(self) -> None:
         """End everything; engines by SIGTERM to a host, started anew where the test killed it."""
-        if self.host is None:
+        if self.host is None or self.host.poll() is not None:
             self.start_host()
         self.end_host(signal.SIGTERM)
         for process in self._processes:
@@ -231,8 +244,14 @@ class Place:
         body = {"model": "demo", "artifact": artifact, "serve": {}, "wait": True}
         return self.client.call("POST", "/engines", body, timeout_seconds=DEADLINE_SECONDS)
 
-    def register(self, release: dict[str, Any] = RELEASE, fingerprint: str | None = None, **behaviour: Any) -> int:
-        """A version whose fingerprint was taken from its own engine, as evaluation does."""
+    def register(
+        self,
+        release: dict[str, Any] = RELEASE,
+        fingerprint: str | None = None,
+        ratios: dict[str, float] | None = RATIOS,
+        **behaviour: Any,
+    ) -> int:
+        """A version whose fingerprint was taken from its own engine, as evaluation does; `ratios` are its cost's."""
         artifact = self.artifact(**behaviour)
         spec = {"prompts": PROMPTS, "tokens": 4, "tolerance": 0.1}
         if fingerprint is None:
@@ -242,6 +261,9 @@ class Place:
         lineage = {"stage": "fingerprint", "recipe": "f" * 64, "spec": {"fingerprint": spec}}
         self.store.remember("f" * 64, fingerprint, lineage)
         record = self.store.put_files({"verdict.json": b"{}"})
+        cost = self.store.put_files(
+            {"cost.json": canonical_json({"format": 1, **({"ratio": ratios} if ratios else {})})}
+        )
         with Journal.open(self.site.journal) as journal:
             stable = journal.pointers("demo").stable
             registration = Registration(
@@ -260,7 +282,7 @@ class Place:
                 spec_digest="5" * 64,
                 serve={},
                 release=release,
-                stages=(("fingerprint", "f" * 64, fingerprint),),
+                stages=(("fingerprint", "f" * 64, fingerprint), ("cost", "c" * 64, cost)),
             )
             return journal.register(registration, sign_registration(self.site, registration))
 
@@ -281,9 +303,7 @@ class Place:
         )
 
     def wait_for_end(self) -> dict[str, Any]:
-        return wait_for(
-            "the rollout's end", lambda: (r := self.rollout())["state"] in ("promoted", "aborted") and r
-        )
+        return wait_for("the rollout's end", lambda: (r := self.rollout())["state"] in ("promoted", "aborted") and r)
 
     def release(self, version: int) -> dict[str, Any]:
         """Approve and release; returns how the rollout ended."""

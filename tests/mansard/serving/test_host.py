@@ -1,5 +1,6 @@
 """The host process with a stand-in for vLLM: engines started, adopted and ended; versions released and rolled back."""
 
+import itertools
 import json
 import os
 import signal
@@ -170,7 +171,8 @@ def test_a_canary_walks_to_all_of_the_traffic_and_back_without_a_lost_request(pl
     place.start_rollout(second)
     with pytest.raises(Conflict, match="a rollout of version 2 runs"):
         place.start_rollout(second)
-    assert place.wait_for_end()["state"] == "promoted"
+    ended = place.wait_for_end()
+    assert ended["state"] == "promoted", ended["reason"]
     status = place.status()["models"]["demo"]
     assert (status["stable"], status["canary"], status["previous"]) == (2, None, 1)
     wait_for(place, "version 2 everywhere", lambda: {place.ask(f"u{i}")[1] for i in range(20)} == {"2"})
@@ -233,7 +235,7 @@ def test_another_fingerprint_aborts_before_any_traffic(place: Any, traffic: Any)
 def test_low_traffic_ends_inconclusive(place: Any) -> None:
     in_service(place)
     steps = [{"weight_percent": 50, "bake_seconds": 0, "min_requests": 5, "deadline_seconds": 2}]
-    ended = place.release(place.register({"steps": steps, "max_error_excess": 0.02}, voice="b"))
+    ended = place.release(place.register({**SLOW_RELEASE, "steps": steps}, voice="b"))
     assert (ended["state"], place.split().stable) == ("aborted", 1)
     assert "inconclusive" in ended["reason"]
 
@@ -254,20 +256,89 @@ def test_rollback_ends_a_rollout_and_leaves_stable(place: Any, traffic: Any) -> 
     assert set(traffic.statuses) == {200}
 
 
-def test_a_host_killed_in_a_rollout_leaves_an_abort_and_no_lost_request(place: Any, traffic: Any) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP])
+def test_a_rollout_goes_on_with_the_next_host_and_no_request_is_lost(
+    place: Any, traffic: Any, number: signal.Signals
+) -> None:
     in_service(place)
     second = place.register(SLOW_RELEASE, voice="b")
     traffic.start()
     place.approve(second)
     place.start_rollout(second)
     wait_for(place, "traffic on the canary", lambda: "2" in traffic.versions)
-    place.end_host(signal.SIGKILL)
+    engines = {v: place.engine_of(v)["pid"] for v in (1, 2)}
+    place.end_host(number)
     place.start_host()
-    assert place.rollout()["reason"] == "aborted: host restarted"
-    assert (place.split().stable, place.split().canary) == (1, None)
+    wait_for(place, "the step again", lambda: place.rollout()["state"] == "canary")
+    assert (place.rollout()["attempt"], place.rollout()["weight_percent"], place.rollout()["who"]) == (2, 50, "ada")
+    assert (place.split().stable, place.split().canary) == (1, 2)
+    assert {v: place.engine_of(v)["pid"] for v in (1, 2)} == engines
+    seen = len(traffic.versions)
+    wait_for(place, "traffic on the canary again", lambda: "2" in traffic.versions[seen:])
     traffic.stop()
     assert set(traffic.statuses) == {200}
-    assert {e["artifact"] for e in place.status()["engines"]} == {place.artifact(), place.artifact(voice="b")}
+    with Journal.open(place.site.journal) as journal:
+        assert [e.kind for e in journal.entries("demo")][-2:] == ["canary_step", "canary_step"]
+
+
+def test_a_canary_that_died_with_its_host_is_aborted_by_the_next_one(place: Any, traffic: Any) -> None:
+    in_service(place)
+    second = place.register(SLOW_RELEASE, voice="b", start_once=str(place.home / "started"))
+    traffic.start()
+    place.approve(second)
+    place.start_rollout(second)
+    wait_for(place, "traffic on the canary", lambda: "2" in traffic.versions)
+    pid = place.engine_of(2)["pid"]
+    place.end_host(signal.SIGKILL)
+    os.kill(pid, signal.SIGKILL)
+    place.start_host()
+    ended = place.wait_for_end()
+    assert ended["state"] == "aborted"
+    assert (place.split().stable, place.split().canary) == (1, None)
+    traffic.stop()
+    assert traffic.statuses.count(200) >= len(traffic.statuses) - 2  # streams that the killed engine had begun
+
+
+def test_a_release_without_a_measured_latency_is_refused(place: Any) -> None:
+    in_service(place)
+    second = place.register(voice="b", ratios=None)
+    place.approve(second)
+    with pytest.raises(BadInput, match=r"measured no latency beside stable.*mansard gate 2"):
+        place.start_rollout(second)
+    assert place.status()["models"]["demo"]["canary"] is None
+
+
+def test_a_canary_slower_than_evaluation_measured_is_aborted(place: Any, traffic: Any) -> None:
+    in_service(place)
+    limits = {**SLOW_RELEASE, "latency_tolerance": 3.0}
+    second = place.register(limits, voice="b", seconds_per_token=0.2)
+    traffic.start(4)
+    ended = place.release(second)
+    traffic.stop()
+    assert ended["state"] == "aborted"
+    assert "limit 3.00x" in ended["reason"]
+    assert set(traffic.statuses) == {200}
+
+
+def test_a_canary_that_hangs_is_aborted_by_the_age_of_what_it_never_answers(place: Any, traffic: Any) -> None:
+    in_service(place)
+    second = place.register({**SLOW_RELEASE, "latency_tolerance": 5.0}, voice="b", hang_after=12)
+    traffic.start(60)
+    ended = place.release(second)
+    assert ended["state"] == "aborted"
+    assert "request: " in ended["reason"] or "probe failed" in ended["reason"]
+    os.kill(place.engine_of(2)["pid"], signal.SIGKILL)  # what hangs is rescued when its engine is gone
+    traffic.stop()
+
+
+def test_a_canary_that_begins_to_babble_is_aborted(place: Any, traffic: Any) -> None:
+    in_service(place)
+    second = place.register(SLOW_RELEASE, voice="b", babble_after=60)
+    traffic.start()
+    ended = place.release(second)
+    traffic.stop()
+    assert ended["state"] == "aborted"
+    assert "answers to the guard prompts changed" in ended["reason"]
 
 
 def test_a_dead_stable_engine_is_started_again(place: Any) -> None:
@@ -371,24 +442,28 @@ def test_last_words_name_the_first_error_the_first_exception_and_the_end(tmp_pat
     assert last_words(tmp_path / "absent.log") == "it printed nothing"
 
 
+LIMITS = {"max_error_excess": 0.02, "latency_tolerance": 50.0, "output_tolerance": 2.0}
 SLOW_RELEASE = {
     "steps": [{"weight_percent": 50, "bake_seconds": 600, "min_requests": 10, "deadline_seconds": 1200}],
-    "max_error_excess": 0.02,
+    **LIMITS,
 }
-
-
 ONE_STEP = {
     "steps": [{"weight_percent": 100, "bake_seconds": 0, "min_requests": 1, "deadline_seconds": 90}],
-    "max_error_excess": 0.02,
+    **LIMITS,
 }
 
 
 def release_to_all(place: Any, version: int) -> str:
-    """A release in one step with just enough traffic; how it ended."""
+    """A release in one step with just enough traffic: 40 users before and after; how it ended."""
+    users = itertools.cycle(f"user-{number}" for number in range(40))
+    for _ in range(40):
+        place.ask(next(users))
     place.approve(version)
     place.start_rollout(version)
     ended = wait_for(
-        place, "the end", lambda: place.ask() and (s := place.rollout()["state"]) in ("promoted", "aborted") and s
+        place,
+        "the end",
+        lambda: place.ask(next(users)) and (s := place.rollout()["state"]) in ("promoted", "aborted") and s,
     )
     return str(ended)
 

@@ -3,8 +3,8 @@
 import pytest
 
 from mansard.errors import MansardError
-from mansard.release.analysis import Counts
 from mansard.serving.host_observations import (
+    Counts,
     Reports,
     Seen,
     WorkerReport,

@@ -4,13 +4,17 @@ Answers are a deterministic function of the prompt and of `behaviour.json` in th
   {"voice": str          what its answers start with (another voice is another fingerprint),
    "start": "die" | "hang" | null,
    "fail_completions": bool   500 for every completion but the first `fail_after`,
-   "fail_after": int}
+   "fail_after": int,
+   "hang_after": int      completions after so many are never answered,
+   "babble_after": int    completions after so many have another voice,
+   "start_once": str      a file: where it is there the start fails, else it is made}
 `POST /die` ends the process at once. Standard library only.
 """
 
 import argparse
 import hashlib
 import json
+import math
 import os
 import signal
 import sys
@@ -33,6 +37,8 @@ class Engine:
     def tokens(self, prompt: str, count: int) -> list[str]:
         """`count` words that only voice, prompt and place decide."""
         voice = self.behaviour.get("voice", "plain")
+        if self.completions > self.behaviour.get("babble_after", math.inf):
+            voice = "babble"
         return [f" {voice}{hashlib.sha256(f'{voice}|{prompt}|{i}'.encode()).hexdigest()[:4]}" for i in range(count)]
 
     def completion(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -92,6 +98,8 @@ class Handler(BaseHTTPRequestHandler):
             number = self.engine.completions
         try:
             behaviour = self.engine.behaviour
+            if number > behaviour.get("hang_after", math.inf):
+                threading.Event().wait()
             if behaviour.get("fail_completions") and number > behaviour.get("fail_after", 0):
                 self.answer(500, {"error": {"message": "told to fail"}})
             elif body.get("stream"):
@@ -151,6 +159,11 @@ def main() -> None:
     if engine.behaviour.get("start") == "die":
         print("INFO loading weights", flush=True)
         raise ValueError("the head is missing from the checkpoint")
+    mark = engine.behaviour.get("start_once")
+    if mark is not None:
+        if Path(mark).exists():
+            raise ValueError("started once already")
+        Path(mark).touch()
     if engine.behaviour.get("start") == "hang":
         threading.Event().wait()
     Handler.engine = engine

@@ -1,0 +1,94 @@
+"""The care of one canary's engine while its rollout runs: made ready, asked again and again, its lease held.
+
+What goes wrong becomes the walk's `problem`, on which the state machine aborts at once. Does not cover: decisions.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from mansard.errors import MansardError
+from mansard.serving import engine_http
+from mansard.serving.engine import Engine
+from mansard.serving.host_residents import Residents
+from mansard.serving.host_traffic import Traffic
+
+LEASE_SECONDS = 1.0
+"""Router workers take the canary to 0 % when the lease has stood still for 10 s."""
+GUARD_SECONDS = 5.0
+"""Between two rounds of guard prompts to the canary."""
+ANSWER_SECONDS = 180.0
+"""A starved machine answers late: five engines on two cores starved a good one for a minute (2026-11-23)."""
+
+log = logging.getLogger(__name__)
+
+FindFingerprintChange = Callable[[str, int, Engine], Awaitable[str]]
+"""How the fingerprint of (model, version) differs from the recorded one; empty when it does not."""
+
+
+@dataclass(slots=True)
+class Canary:
+    """The engine of (model, version), from before it starts. `problem` is set once and stays."""
+
+    model: str
+    version: int
+    residents: Residents
+    traffic: Traffic
+    find_fingerprint_change: FindFingerprintChange
+    session: Any
+    engine: Engine | None = None
+    is_ready: bool = False
+    problem: str = ""
+
+    def blame(self, problem: str) -> None:
+        self.problem = self.problem or problem
+
+    async def prepare(self) -> None:
+        """Engine, one real request, fingerprint: alone, before it has traffic."""
+        try:
+            engine = await self.residents.engines.ensure(self.residents.identity(self.model, self.version))
+            self.engine = engine
+            await engine_http.complete_one_token(self.session, engine.endpoint, self.model, ANSWER_SECONDS)
+            change = await self.find_fingerprint_change(self.model, self.version, engine)
+        except (MansardError, OSError) as error:
+            self.blame(str(error))
+            return
+        if change:
+            self.blame(f"its fingerprint is not the one that evaluation recorded: {change}")
+        elif engine.state != "ready":
+            self.blame(f"its engine died: {engine.problem}")
+        else:
+            self.is_ready = True
+
+    async def hold_lease(self) -> None:
+        """Raise the lease counter until cancelled."""
+        while True:
+            await asyncio.sleep(LEASE_SECONDS)
+            try:
+                self.traffic.renew_lease(self.model)
+            except MansardError as error:  # somebody else wrote a later term, or the disk is full
+                self.blame(f"the lease could not be renewed: {error}")
+
+    async def ask_guard_prompts(self) -> None:
+        """The guard prompts again and again, beside the users' own requests, until cancelled.
+
+        Two rounds in a row must differ: beside other requests the same engine may round otherwise once.
+        """
+        while not self.problem:
+            await asyncio.sleep(GUARD_SECONDS)
+            first = await self._change()
+            if first and await self._change():
+                self.blame(f"its answers to the guard prompts changed: {first}")
+
+    async def _change(self) -> str:
+        assert self.engine is not None, "a canary has an engine"
+        try:
+            answer = self.find_fingerprint_change(self.model, self.version, self.engine)
+            return await asyncio.wait_for(answer, ANSWER_SECONDS)
+        except TimeoutError:
+            self.blame(f"a probe failed: no answer to the guard prompts in {ANSWER_SECONDS:.0f} s")
+        except MansardError as error:
+            self.blame(f"a probe failed: {error}")
+        return ""

@@ -1,0 +1,126 @@
+"""300 sticky users with Zipf traffic and unequal latency: requests as arrays, and what router workers would tell.
+
+Each user has a rate (Zipf, exponent 1), a speed, a length of answers and an error rate of their own,
+and drifts by the half minute. Times to first token and between tokens are lognormal. Seconds throughout.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from mansard.release.analysis import Sample
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+
+NUM_USERS = 300
+REQUESTS_PER_SECOND = 80.0
+PAST_SECONDS = 300.0
+ERROR_RATE = 0.02
+"""The most that stable may fail (issue 5)."""
+DRIFT_SECONDS = 30.0
+USER_SPREAD, REQUEST_SPREAD, DRIFT_SPREAD = 0.6, 0.5, 0.15
+"""Of the logarithm: between users, within a user, and of a user's half minutes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Harm:
+    """What a canary does worse. `slower` multiplies all times; `slower_tail` the times of the slowest 5 %."""
+
+    more_errors: float = 0.0
+    slower: float = 1.0
+    slower_tail: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Requests:
+    """One row a request, in the order of arrival; `first`, `whole` are seconds from arrival."""
+
+    user: Ints
+    at: Floats
+    failed: Bools
+    first: Floats
+    whole: Floats
+    events: Floats
+
+
+def requests_between(rng: np.random.Generator, begin: float, end: float, people: "People") -> Requests:
+    """What the users send in a span of time, as stable would answer it."""
+    user = np.repeat(np.arange(NUM_USERS), rng.poisson(people.rates * (end - begin)))
+    at = rng.uniform(begin, end, len(user))
+    order = np.argsort(at)
+    user, at = user[order], at[order]
+    period = ((at - begin) // DRIFT_SECONDS).astype(np.int64)
+    drift = rng.normal(0.0, DRIFT_SPREAD, (NUM_USERS, int(period.max(initial=0)) + 1))[user, period]
+    speed = np.exp(people.speed[user] + drift)
+    first = 0.2 * speed * rng.lognormal(0.0, REQUEST_SPREAD, len(user))
+    events = np.ceil(40 * np.exp(people.length[user]) * rng.lognormal(0.0, REQUEST_SPREAD, len(user))) + 1
+    between = 0.02 * speed * rng.lognormal(0.0, 0.3, len(user))
+    failed = rng.random(len(user)) < people.error_rates[user]
+    return Requests(user, at, failed, first, first + between * (events - 1), events)
+
+
+@dataclass(frozen=True, slots=True)
+class People:
+    """The users of one rollout."""
+
+    rates: Floats
+    speed: Floats
+    length: Floats
+    error_rates: Floats
+    bucket: Floats
+
+    @staticmethod
+    def draw(rng: np.random.Generator, requests_per_second: float = REQUESTS_PER_SECOND) -> "People":
+        zipf = 1.0 / np.arange(1, NUM_USERS + 1)
+        # Gamma of shape 2: a third of the users fail half as often as all do, one in seven twice as often.
+        own = rng.gamma(2.0, 1.0, NUM_USERS)
+        own = np.minimum(own * ERROR_RATE * zipf.sum() / (own * zipf).sum(), 0.5)
+        return People(
+            rates=requests_per_second * zipf / zipf.sum(),
+            speed=rng.normal(0.0, USER_SPREAD, NUM_USERS),
+            length=rng.normal(0.0, USER_SPREAD, NUM_USERS),
+            error_rates=own,
+            bucket=rng.random(NUM_USERS) * 100,
+        )
+
+
+def harmed(requests: Requests, is_canary: Bools, harm: Harm, rng: np.random.Generator) -> Requests:
+    """The same requests where the canary answers those of its users."""
+    ours = is_canary[requests.user]
+    failed = requests.failed | (ours & (rng.random(len(ours)) < harm.more_errors))
+    factor = np.where(ours, harm.slower, 1.0)
+    if harm.slower_tail != 1.0 and ours.any():
+        factor = np.where(ours & (requests.whole > np.quantile(requests.whole, 0.95)), harm.slower_tail, factor)
+    return replace(requests, failed=failed, first=requests.first * factor, whole=requests.whole * factor)
+
+
+def sums(requests: Requests, at: float) -> tuple[Floats, Floats]:
+    """(sums, counts) per metric and user at the moment `at`: what host_keys adds up, unfinished requests by age."""
+    begun = requests.at <= at
+    done = begun & (requests.at + requests.whole <= at)
+    started = begun & (requests.at + requests.first <= at)
+    good = done & ~requests.failed
+    age = np.where(done, requests.whole, at - requests.at)
+    timed = begun & ~(done & requests.failed)
+
+    def per_user(where: Bools, values: Floats | None = None) -> Floats:
+        weights = None if values is None else values[where]
+        return np.bincount(requests.user[where], weights, NUM_USERS).astype(np.float64)
+
+    gaps = requests.events - 1
+    rows = (
+        (per_user(done, requests.failed.astype(np.float64)), per_user(done)),
+        (per_user(started, requests.first), per_user(started)),
+        (per_user(good, requests.whole - requests.first), per_user(good, gaps)),
+        (per_user(timed, age), per_user(timed)),
+        (per_user(good, requests.events), per_user(good)),
+    )
+    return np.array([r[0] for r in rows]), np.array([r[1] for r in rows])
+
+
+def sample(requests: Requests, at: float, past: tuple[Floats, Floats], is_canary: Bools, is_all: bool) -> Sample:
+    sums_MK, counts_MK = sums(requests, at)
+    return Sample(None if is_all else is_canary, sums_MK, counts_MK, past[0], past[1])

@@ -1,0 +1,114 @@
+"""Router workers' records as windows per sticky key, and the sample that the analysis gets of them."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mansard.release.analysis import METRICS
+from mansard.serving.host_keys import (
+    FIELDS,
+    Record,
+    Table,
+    add_records,
+    checked_table,
+    is_canary_key,
+    make_sample,
+    with_in_flight,
+)
+from mansard.serving.split import ModelSplit, VersionSplit, choose, key_digest
+
+ROW = {metric.name: row for row, metric in enumerate(METRICS)}
+
+
+def key(name: str) -> str:
+    return f"{key_digest('demo', name):016x}"
+
+
+def record(name: str = "ann", outcome: str = "ok", **more: Any) -> Record:
+    told = {"ttft": None, "token": None, "latency": 2.0, "output_tokens": None, **more}
+    return Record(5.0, "demo", 2, key(name), outcome, **told)
+
+
+def row(table: Table, name: str = "ann") -> dict[str, float]:
+    return dict(zip(FIELDS, table[key(name)], strict=True))
+
+
+def test_a_stream_counts_its_times_and_tokens() -> None:
+    table: Table = {}
+    add_records(table, [record(ttft=0.5, token=0.1, output_tokens=11)])
+    found = row(table)
+    assert (found["decided"], found["errors"], found["ended"], found["seconds"]) == (1, 0, 1, 2.0)
+    assert (found["first_tokens"], found["first_token_seconds"]) == (1, 0.5)
+    assert (found["gaps"], found["gap_seconds"], found["answers"], found["output_tokens"]) == (10, 1.0, 1, 11)
+
+
+def test_errors_lend_their_speed_to_nobody_and_a_client_that_gave_up_counts_with_its_wait() -> None:
+    table: Table = {}
+    add_records(table, [record(outcome="error"), record(outcome="cancelled", latency=30.0)])
+    found = row(table)
+    assert (found["decided"], found["errors"], found["ended"], found["seconds"]) == (1, 1, 1, 30.0)
+
+
+def test_a_bad_request_is_nobodys() -> None:
+    table: Table = {}
+    add_records(table, [record(outcome="engine_4xx")])
+    assert table == {}
+
+
+def test_what_hangs_counts_by_its_age_and_only_in_the_copy() -> None:
+    table: Table = {}
+    add_records(table, [record()])
+    seen = with_in_flight(table, [(2, key("ann"), 40.0), (2, key("bob"), 10.0), (1, key("bob"), 99.0)], version=2)
+    assert (row(seen)["unfinished"], row(seen)["unfinished_seconds"]) == (1, 40.0)
+    assert row(seen, "bob")["unfinished_seconds"] == 10.0
+    assert row(table)["unfinished"] == 0
+    names = [f"user-{number}" for number in range(100)]
+    hanging = with_in_flight({}, [(2, key(name), 40.0) for name in names], version=2)
+    sample = make_sample(hanging, {}, {}, 99)
+    assert sample.sums_MK[ROW["request"]].sum() == 40.0 * sample.counts_MK[ROW["request"]].sum()
+
+
+@given(st.text(max_size=20), st.integers(1, 99))
+def test_a_key_is_on_the_side_to_which_the_router_sends_it(name: str, weight: int) -> None:
+    versions = {1: VersionSplit(100 - weight, None, "demo"), 2: VersionSplit(weight, None, "demo")}
+    chosen = choose(ModelSplit("demo", 1, 2, 0, versions), key_digest("demo", name))
+    assert is_canary_key(key(name), weight) == (chosen == 2)
+
+
+def test_rescues_and_testers_move_nobody_to_the_other_side() -> None:
+    names = [f"user-{number}" for number in range(200)]
+    everybody: Table = {}
+    add_records(everybody, [record(name) for name in names])
+    sample = make_sample(everybody, everybody, {}, 30)  # as if each had been answered by both
+    assert sample.is_canary is not None
+    assert sample.is_canary.sum() == sum(is_canary_key(key(name), 30) for name in names)
+    assert len(sample.is_canary) == len(names)
+
+
+def test_each_key_has_its_own_past_and_a_new_one_has_none() -> None:
+    now: Table = {}
+    past: Table = {}
+    add_records(now, [record("ann"), record("bob")])
+    add_records(past, [record("ann", latency=7.0)])
+    sample = make_sample(now, {}, past, 100)
+    assert sample.is_canary is None
+    assert sample.past_sums_MK[ROW["request"]].tolist() == [7.0, 0.0]
+    assert sample.past_counts_MK[ROW["request"]].tolist() == [1.0, 0.0]
+
+
+def test_no_keys_make_an_empty_sample() -> None:
+    sample = make_sample({}, {}, {}, 50)
+    assert sample.sums_MK.shape == (len(METRICS), 0)
+    assert np.array(sample.is_canary).shape == (0,)
+
+
+def test_a_table_comes_back_from_a_file_and_another_form_is_refused() -> None:
+    table: Table = {}
+    add_records(table, [record("ann"), record("bob", outcome="error")])
+    assert checked_table(table) == table
+    for other in ({"xyz": [0.0] * len(FIELDS)}, {key("ann"): [1.0]}, {key("ann"): ["x"] * len(FIELDS)}):
+        with pytest.raises(ValueError):
+            checked_table(other)
