@@ -4,7 +4,7 @@ PYTHON ?= python3.11
 MAIN := .venv/bin/python
 SERVE := .venv-serve/bin/python
 
-.PHONY: setup demo check test lint types bench-surgery bench-router bench-loss bench-gate bench-rollout chaos clean up down stage-versions
+.PHONY: setup demo check test lint types bench-surgery bench-router bench-loss bench-gate bench-store bench-rollout chaos clean up down stage-versions
 
 setup: .venv/.ready .venv-serve/.ready
 
@@ -37,6 +37,9 @@ stage-versions: setup
 
 bench-surgery: setup
 	@$(MAIN) tests/benchmarks/bench_surgery.py
+
+bench-store: setup
+	@$(MAIN) tests/benchmarks/bench_store.py
 
 bench-gate: setup
 	@$(MAIN) tests/benchmarks/bench_gate.py

@@ -1,6 +1,8 @@
 """Bytes on a local disk: whole reads and writes, copies inside the kernel, syncs; the disk's errors in our words."""
 
 import errno
+import fcntl
+import mmap
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,9 +11,13 @@ from pathlib import Path
 from mansard.errors import Corrupt, MansardError
 
 CHUNK_BYTES = 1 << 20
+DIRECT_BYTES = 1 << 20
+"""Objects from this size up are written past the page cache."""
+DIRECT_CHUNK_BYTES = 4 << 20
 
 _NO_COPY_RANGE = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
 _ALL = 1 << 30
+_BLOCK_BYTES = 4096
 
 
 def copy_range(source: int, source_begin: int, target: int, target_begin: int, size_bytes: int) -> None:
@@ -30,6 +36,50 @@ def copy_range(source: int, source_begin: int, target: int, target_begin: int, s
         if step == 0:
             raise Corrupt(f"a file ended {size_bytes - copied} bytes early while it was copied; run: mansard verify")
         copied += step
+
+
+def copy_new(source: int, begin: int, target: int, size_bytes: int) -> None:
+    """Copy a range into the new, empty file `target`, past the page cache where it is large and the disk can do so.
+
+    2.1 GB of tensors took 1.6 to 1.9 s with eight threads, against 2.9 s through the page cache (`cp` and sync: 1.5),
+    at half the processor time, 2026-11, on a busy machine: the disk begins at once and nothing waits for it twice.
+    """
+    if size_bytes >= DIRECT_BYTES:
+        os.posix_fallocate(target, 0, size_bytes)  # a disk that is too full says so now
+        if _copy_direct(source, begin, target, size_bytes):
+            return
+    copy_range(source, begin, target, 0, size_bytes)
+
+
+def _copy_direct(source: int, begin: int, target: int, size_bytes: int) -> bool:
+    """False where the disk takes no direct writes; then nothing was written."""
+    flags = fcntl.fcntl(target, fcntl.F_GETFL)
+    buffer = memoryview(mmap.mmap(-1, DIRECT_CHUNK_BYTES))  # a map begins at a page, as direct writes ask
+    position = 0
+    try:
+        fcntl.fcntl(target, fcntl.F_SETFL, flags | os.O_DIRECT)
+        for position in range(0, size_bytes, DIRECT_CHUNK_BYTES):
+            count = min(DIRECT_CHUNK_BYTES, size_bytes - position)
+            _read_all(source, buffer[:count], begin + position)
+            whole_blocks = -(-count // _BLOCK_BYTES) * _BLOCK_BYTES
+            write_all(target, buffer[:whole_blocks], position)
+    except OSError as error:
+        if error.errno != errno.EINVAL or position:
+            raise
+        return False
+    finally:
+        fcntl.fcntl(target, fcntl.F_SETFL, flags)
+    os.truncate(target, size_bytes)  # the last block was written whole
+    return True
+
+
+def _read_all(descriptor: int, buffer: memoryview, position: int) -> None:
+    """Fill the buffer; Corrupt where the file ends early."""
+    while buffer:
+        count = os.preadv(descriptor, [buffer], position)
+        if count == 0:
+            raise Corrupt(f"a file ended {len(buffer)} bytes early while it was copied; run: mansard verify")
+        buffer, position = buffer[count:], position + count
 
 
 def read_chunks(descriptor: int, begin: int, end: int) -> Iterator[tuple[int, memoryview]]:

@@ -16,13 +16,14 @@ from blake3 import blake3
 
 from mansard.backend import OBJECTS, Backend, object_name
 from mansard.digest import digest_bytes, digest_zeros
-from mansard.disk import copy_range, read_chunks, write_all
+from mansard.disk import copy_new, read_chunks, write_all
 from mansard.errors import BadInput, Corrupt
 
 ABSENT = "absent"
 
-NUM_THREADS = 4
-"""Two keep two cores hashing and copying while two wait for the disk (fsync). Hashing and copying release the GIL."""
+NUM_READERS = 4
+NUM_WRITERS = 8
+"""Some keep the cores hashing and copying while the others wait for the disk. All of it releases the GIL."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +111,7 @@ class Objects:
         """
         total = sum(end - begin for cut in cuts for begin, end in cut.ranges)
         done = 0
-        with ThreadPoolExecutor(NUM_THREADS) as pool:
+        with ThreadPoolExecutor(NUM_WRITERS) as pool:
             made = [[pool.submit(self._put_range, cut, begin, end) for begin, end in cut.ranges] for cut in cuts]
             pairs = zip((f for one in made for f in one), (r for cut in cuts for r in cut.ranges), strict=True)
             sizes = {future: end - begin for future, (begin, end) in pairs}
@@ -128,7 +129,7 @@ class Objects:
         """(digest, what is wrong) of the objects that are not what their digest, or the size given, says."""
         found = self.sizes(sizes)
         total, done = sum(found.values()), 0
-        with ThreadPoolExecutor(NUM_THREADS) as pool:
+        with ThreadPoolExecutor(NUM_READERS) as pool:
             digests = pool.map(lambda digest: self._backend.digest(object_name(digest)), sizes)
             for (digest, wanted), now in zip(sizes.items(), digests, strict=True):
                 size_bytes = found.get(digest)
@@ -158,7 +159,7 @@ class Objects:
 
                 def fill(target: int) -> None:
                     try:
-                        copy_range(descriptor, begin, target, 0, end - begin)
+                        copy_new(descriptor, begin, target, end - begin)
                     finally:
                         cut.check_unchanged(descriptor)
 

@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -147,15 +147,22 @@ class TreeCache:
         `load` reads the manifest, while nothing can go from the store.
         """
         tree = self._folder / snapshot
-        while True:
-            with file_lock(self._lock(snapshot), shared=True):
-                if tree.is_dir():
-                    os.utime(tree)
-                    yield tree
-                    return
-            with file_lock(self._lock(snapshot)):
-                if not tree.is_dir():
-                    self._build(load, tree)
+        with ExitStack() as held:
+            while not self._is_held(tree, held):
+                with disk_errors(self._folder), file_lock(self._lock(snapshot)):
+                    if not tree.is_dir():
+                        self._build(load, tree)
+            yield tree
+
+    def _is_held(self, tree: Path, held: ExitStack) -> bool:
+        """True, and `held` keeps the tree, where it is there."""
+        with ExitStack() as taken, disk_errors(self._folder):
+            taken.enter_context(file_lock(self._lock(tree.name), shared=True))
+            if not tree.is_dir():
+                return False
+            os.utime(tree)
+            held.push(taken.pop_all())
+        return True
 
     def sweep(self, listed: Collection[SnapshotId]) -> int:
         """Remove trees of no listed snapshot that nobody uses, and halves of trees; the bytes that this freed.
