@@ -4,7 +4,7 @@ PYTHON ?= python3.11
 MAIN := .venv/bin/python
 SERVE := .venv-serve/bin/python
 
-.PHONY: setup demo check test lint types bench-surgery bench-router bench-loss bench-gate bench-store bench-rollout chaos clean up down stage-versions
+.PHONY: setup demo check test lint types bench-surgery bench-router bench-loss fuzz-router bench-gate bench-store bench-rollout chaos clean up down stage-versions
 
 setup: .venv/.ready .venv-serve/.ready
 
@@ -52,6 +52,9 @@ bench-rollout: setup
 
 bench-router: setup .venv-litellm/.ready
 	@$(MAIN) tests/benchmarks/bench_router.py
+
+fuzz-router: setup
+	@$(MAIN) tests/mansard/serving/router/test_router_fuzz.py
 
 bench-loss: setup
 	@$(MAIN) tests/benchmarks/bench_loss.py

@@ -118,11 +118,19 @@ def stop(program: Program) -> bool:
 
 
 def end_leftovers(program: Program) -> None:
-    """End the children of a leader that was killed: its pid stays reserved while its group has members."""
+    """End the children of a leader that was killed: its pid stays reserved while its group has members.
+
+    They are asked first: a router's workers still answer users, and finish what they have.
+    """
     with contextlib.suppress(FileNotFoundError):
         pid = int(json.loads(program.pid_file.read_text())["pid"])
-        if _start_ticks(pid) is None:
-            _signal_group(pid, signal.SIGKILL)
+        if _start_ticks(pid) is not None:
+            return
+        deadline = time.monotonic() + program.stop_seconds
+        _signal_group(pid, signal.SIGTERM)
+        while _has_members(pid) and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+        _signal_group(pid, signal.SIGKILL)
 
 
 def port_is_free(port: int) -> bool:
@@ -178,6 +186,16 @@ def _gone_within(program: Program, seconds: float) -> bool:
 def _signal_group(pid: int, number: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, number)
+
+
+def _has_members(group: int) -> bool:
+    """Whether a process of the group lives; zombies that nobody has waited for do not."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            state, _, of_group, *_ = stat.read_text(errors="replace").rpartition(")")[2].split()
+            if int(of_group) == group and state not in ("Z", "X"):
+                return True
+    return False
 
 
 def _start_ticks(pid: int) -> int | None:

@@ -21,8 +21,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from aiohttp import web
-
 from mansard.canonical import write_atomically
 from mansard.errors import BadInput, MansardError
 from mansard.serving.folder_watch import FolderWatch
@@ -30,6 +28,7 @@ from mansard.serving.haproxy_config import config_text, log_socket, runtime_sock
 from mansard.serving.haproxy_log import take_line
 from mansard.serving.haproxy_runtime import HaproxyFailed, Runtime
 from mansard.serving.router_admin import RouterAdmin
+from mansard.serving.router_http import HardenedServer
 from mansard.serving.router_metrics import Observations
 from mansard.serving.router_sockets import AdminSocket
 from mansard.serving.router_split import LEASE_SECONDS, SplitWatch
@@ -155,7 +154,7 @@ async def serve(site: Site, lease_seconds: float, drain_seconds: float) -> None:
     observations = Observations(time.monotonic)
     driver = Driver(site, program, watch, observations)
     admin = RouterAdmin(site, 0, driver, observations)
-    admin_server = web.Server(admin.answer, access_log=None)
+    admin_server = HardenedServer(admin.answer)
     with AdminSocket(site.run, 0) as listener, FolderWatch(site.split_file.parent) as folder:
         lines_at = log_socket(site)
         lines_at.unlink(missing_ok=True)

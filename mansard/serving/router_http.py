@@ -1,4 +1,4 @@
-"""aiohttp's low-level server as the router's public side uses it.
+"""aiohttp's low-level server as the router uses it, for users and on its admin socket.
 
 Guarantees: a malformed request gets an error in the OpenAI API's form and reaches no handler, one log line at most and
 no words of ours about our software; a client that goes away cancels its handler; a connection whose next request is not
@@ -9,7 +9,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
-from aiohttp import web
+from aiohttp import HttpVersion10, HttpVersion11, web
 
 from mansard.serving.router_policy import error_body
 
@@ -20,14 +20,22 @@ IDLE_SECONDS = 30.0
 log = logging.getLogger("mansard.router")
 
 
-class PublicServer(web.Server):
+class HardenedServer(web.Server):
     """A factory of connections. aiohttp calls `handle_error` on the connection's class; there is no other hook."""
 
     def __init__(
         self, handler: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]], idle_seconds: float = IDLE_SECONDS
     ) -> None:
-        super().__init__(handler, handler_cancellation=True)
+        self._handler = handler
+        super().__init__(self._known_version, handler_cancellation=True)
         self._idle_seconds = idle_seconds
+
+    def _known_version(self, request: web.BaseRequest) -> Awaitable[web.StreamResponse]:
+        """aiohttp takes any version number that a client writes, and would answer in it."""
+        if request._version in (HttpVersion11, HttpVersion10):  # `version` would stay as it is read first
+            return self._handler(request)
+        request._version = HttpVersion11
+        return _refuse_version()
 
     def __call__(self) -> web.RequestHandler:
         return _Connection(
@@ -37,6 +45,17 @@ class PublicServer(web.Server):
             auto_decompress=False,
             keepalive_timeout=self._idle_seconds,
         )
+
+
+async def _refuse_version() -> web.StreamResponse:
+    return _error_response("invalid_request_error", "HTTP/1.1 is spoken here", 400)
+
+
+def _error_response(kind: str, words: str, status: int) -> web.Response:
+    body, headers = error_body(kind, words, status), {"server": "mansard"}
+    response = web.Response(body=body, status=status, content_type="application/json", headers=headers)
+    response.force_close()
+    return response
 
 
 class _Connection(web.RequestHandler):
@@ -56,8 +75,4 @@ class _Connection(web.RequestHandler):
         kind, words = ("invalid_request_error", "not a well-formed HTTP request")
         if status >= 500:
             kind, words = ("server_error", "the router failed; its log says why")
-        body = error_body(kind, words, status)
-        headers = {"server": "mansard"}
-        response = web.Response(body=body, status=status, content_type="application/json", headers=headers)
-        response.force_close()
-        return response
+        return _error_response(kind, words, status)

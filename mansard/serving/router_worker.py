@@ -30,7 +30,7 @@ from mansard.serving.folder_watch import FolderWatch
 from mansard.serving.router import Guards, Limits, Router
 from mansard.serving.router_admin import RouterAdmin
 from mansard.serving.router_forward import Forwarder
-from mansard.serving.router_http import IDLE_SECONDS, PublicServer
+from mansard.serving.router_http import IDLE_SECONDS, HardenedServer
 from mansard.serving.router_keys import KeyFile
 from mansard.serving.router_metrics import Observations
 from mansard.serving.router_pool import EnginePool
@@ -79,8 +79,8 @@ async def serve(site: Site, options: Options) -> None:
     access_log = AccessLog(site.logs / f"router-{options.index}-access.jsonl")
     forwarder = Forwarder(watch, pool, observations)
     router = Router(watch, forwarder, observations, guards, admin, access_log, options.limits)
-    public = PublicServer(router.public, options.idle_seconds)
-    admin_server = web.Server(admin.answer, access_log=None)
+    public = HardenedServer(router.public, options.idle_seconds)
+    admin_server = HardenedServer(admin.answer)
     inherited = options.listen_fd
     with (
         listen(site.ports.router) if inherited is None else socket.socket(fileno=inherited) as listener,

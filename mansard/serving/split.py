@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from mansard.canonical import canonical_json, write_atomically
 from mansard.errors import BadInput, Conflict, Corrupt, MansardError
@@ -162,7 +163,7 @@ def parse_split(data: bytes, where: str) -> Split:
     """A split from the file's bytes; `where` names it in messages. Raises as `read_split`."""
     try:
         tree = json.loads(data)
-    except ValueError as error:  # JSON and UTF-8 errors
+    except (ValueError, RecursionError) as error:  # JSON and UTF-8 errors
         raise Corrupt(f"{where}: {len(data)} bytes that are not a whole JSON document: {error}") from error
     if not isinstance(tree, dict) or tree.get("format") != FORMAT:
         found = tree.get("format") if isinstance(tree, dict) else type(tree).__name__
@@ -257,6 +258,8 @@ def _replace(split: Split, model: ModelSplit, term: int) -> Split:
 
 
 def _parse_model(name: str, tree: Mapping[str, Any]) -> ModelSplit:
+    if not (name.isascii() and name.isprintable()):
+        raise ValueError(f"model name {name!r} is not plain text")
     canary = tree["canary"]
     return ModelSplit(
         name=name,
@@ -269,11 +272,19 @@ def _parse_model(name: str, tree: Mapping[str, Any]) -> ModelSplit:
 
 def _parse_version(tree: Mapping[str, Any]) -> VersionSplit:
     endpoint, served_name = tree["endpoint"], tree["served_name"]
-    if not (endpoint is None or (isinstance(endpoint, str) and endpoint.startswith("http://"))):
+    if endpoint is not None and not _is_endpoint(endpoint):
         raise ValueError(f"endpoint {endpoint!r} is not http://HOST:PORT")
     if not isinstance(served_name, str):
         raise TypeError(f"served_name {served_name!r} is not a string")
     return VersionSplit(_whole(tree["weight_percent"]), endpoint, served_name)
+
+
+def _is_endpoint(value: object) -> bool:
+    try:
+        parts = urlsplit(value if isinstance(value, str) else "")
+        return parts.scheme == "http" and bool(parts.hostname) and bool(parts.port)
+    except ValueError:  # a port that is none, an address with half its brackets
+        return False
 
 
 def _whole(value: object) -> int:

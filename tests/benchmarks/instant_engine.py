@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 JSON_HEAD = b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+ROUTED = ("/v1/completions", "/v1/chat/completions", "/v1/embeddings")
 SSE_HEAD = (
     b"HTTP/1.1 200 OK\r\nserver: instant\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
     b"transfer-encoding: chunked\r\n\r\n"
@@ -34,13 +35,17 @@ class Behaviour:
 
 @dataclass
 class Seen:
-    """What /_seen tells. `cancelled` are requests whose client went away before the end."""
+    """What /_seen tells. `cancelled` are requests whose client went away before the end.
+
+    `smuggled` are requests with another path or method than a router lets through, or without its own head.
+    """
 
     requests: int = 0
     in_flight: int = 0
     cancelled: int = 0
     finished: int = 0
     paths: list[str] = field(default_factory=list)
+    smuggled: int = 0
     headers: dict[str, str] = field(default_factory=dict)
     body: str = ""
 
@@ -123,6 +128,7 @@ class Connection(asyncio.Protocol):
         seen.requests += 1
         seen.paths.append(f"{method} {path}")
         del seen.paths[:-50]
+        seen.smuggled += method != "POST" or path not in ROUTED or headers.get("host") != "engine"
         seen.headers = headers
         seen.body = body.decode("utf-8", "replace")[:10_000]
         if engine.behaviour.fail == "refuse":

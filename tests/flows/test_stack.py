@@ -159,3 +159,30 @@ def test_status_of_a_stopped_stack_starts_nothing(site: Site) -> None:
 def test_stack_is_known_without_prefect_and_mlflow() -> None:
     code = "import sys, flows.stack; assert not {'prefect', 'mlflow', 'pydantic'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_a_killed_leader_left_is_asked_to_end_before_it_is_killed(tmp_path: Path) -> None:
+    mark, ready = tmp_path / "drained", tmp_path / "ready"
+    child = (
+        "import pathlib, signal, sys\n"
+        f"signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path({str(mark)!r}).touch(), sys.exit()))\n"
+        f"pathlib.Path({str(ready)!r}).touch()\n"
+        "signal.pause()"
+    )
+    leader = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    server = stack_process.Program(
+        name="router",
+        command=(sys.executable, "-c", leader),
+        variables={},
+        pid_file=tmp_path / "router.pid",
+        log=tmp_path / "router.log",
+        answers=ready.exists,
+    )
+    stack_process.start(server, tmp_path)
+    stack_process.wait_until_ready(server, lambda line: None)
+    pid = stack_process.running_pid(server)
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    stack_process.end_leftovers(server)
+    assert mark.exists()

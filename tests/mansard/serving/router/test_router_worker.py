@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -134,3 +135,54 @@ def test_a_taken_port_and_a_taken_index_end_with_one_line(tmp_path: Path, make_r
             ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=DEADLINE_SECONDS)
             assert (ended.returncode, ended.stderr.count("\n")) == (code, 1)
             assert words in ended.stderr
+
+
+def test_a_bounded_number_waits_in_order_and_nobody_waits_for_ever(make_rig: Any) -> None:
+    limits = ("--max-running", "1", "--max-waiting", "1", "--wait-seconds", "1.5")
+    with make_rig(*limits) as rig, ThreadPoolExecutor() as threads:
+        rig.write(None)
+        rig.one.behave(fail="hang-after-two")
+        with rig.stream() as answer:
+            answer.readline()
+            waiting = threads.submit(rig.call)
+            rig.wait_until(lambda: rig.seen()["in_flight"] == 2, "a second request")
+            refused = rig.call()
+            assert (refused.status, refused.headers["retry-after"]) == (429, "2")
+            late = waiting.result()  # the stream goes on, so its turn does not come
+            assert (late.status, b"no place became free" in late.body) == (429, True)
+            waiting = threads.submit(rig.call)
+            rig.wait_until(lambda: rig.seen()["in_flight"] == 2, "another that waits")
+            rig.one.behave(fail="none")
+            answer.read()
+            assert waiting.result().status == 200
+
+
+def test_a_client_that_waits_and_goes_away_leaves_its_place(make_rig: Any) -> None:
+    with make_rig("--max-running", "1", "--max-waiting", "1") as rig:
+        rig.write(None)
+        rig.one.behave(fail="hang-after-two")
+        with rig.stream() as answer:
+            answer.readline()
+            with rig.connect() as client:
+                client.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{}")
+                rig.wait_until(lambda: rig.seen()["in_flight"] == 2, "a second request")
+            rig.wait_until(lambda: rig.seen()["in_flight"] == 1, "its end")
+            rig.one.behave(fail="none")
+            answer.read()
+        assert rig.call().status == 200
+
+
+def test_slow_clients_and_bodies_above_the_budget_are_sent_away(make_rig: Any) -> None:
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n"
+    with make_rig("--body-seconds", "0.3", "--idle-seconds", "0.3", "--max-held-bytes", "500") as rig:
+        rig.write(None)
+        with rig.connect() as client:
+            client.sendall(head + b"x")
+            assert received(client).startswith(b"HTTP/1.1 408")
+        with rig.connect() as client:
+            client.sendall(b"POST /v1/completions HTTP/1.1\r\nhost")
+            assert received(client) == b""
+        assert rig.call(body=b"x" * 400).status == 200
+        assert rig.call(body=b"x" * 600).status == 429
+        rig.wait_until(lambda: rig.seen()["in_flight"] == 0, "all to end")
+        assert rig.call(body=b"x" * 400).status == 200
