@@ -4,7 +4,7 @@ import http.client
 from typing import Any
 
 from mansard.errors import Corrupt
-from mansard.release import proof
+from mansard.release import emergency, proof
 from mansard.release.journal import Journal
 from mansard.release.tip import Tip, check_tips, host_key, read_tip
 from mansard.site import Site
@@ -23,6 +23,9 @@ def verify_journal(site: Site) -> dict[str, Any]:
             raise Corrupt(f"{', '.join(tips)}: a signed tip, but no host key: {site.host_keys()[1]} is gone")
     else:
         check_tips(whole, tips, key)
+    notes += [f"emergency entry {r.number} of {r.model} waits for its import" for r in emergency.waiting(site)]
+    for entry in emergency.conflicts_of(whole.entries):
+        notes.append(f"entry {entry.sequence} was an emergency in conflict: {entry.body['facts']['conflict']}")
     return {
         "entries": len(whole.entries),
         "tips": {where: tip.sequence for where, tip in tips.items()},

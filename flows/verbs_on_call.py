@@ -10,8 +10,9 @@ import os
 import time
 from typing import Any
 
-from mansard.errors import MansardError
+from mansard.errors import JournalDamaged, JournalDown, MansardError
 from mansard.release import oncall
+from mansard.release.direct_rollback import Request, rollback_directly
 from mansard.release.oncall_text import history_text, status_text, why_text
 from mansard.serving.host_client import HostClient, HostDown
 from mansard.serving.host_down import engine_answers, follow_pointers
@@ -101,19 +102,15 @@ def _through_host(
 ) -> dict[str, Any]:
     try:
         return HostClient(site.host_socket).call("POST", "/rollback", body, timeout_seconds=ROLLBACK_TIMEOUT_SECONDS)
-    except HostDown:  # it died meanwhile
+    except (HostDown, JournalDown, JournalDamaged):  # it died meanwhile, or has no journal to write to
         return _without_host(site, model, args, who)
 
 
 def _without_host(site: Site, model: str, args: argparse.Namespace, who: str) -> dict[str, Any]:
-    return oncall.rollback_directly(
+    request = Request(model, args.from_version, args.to_version, args.hard, who, args.reason)
+    return rollback_directly(
         site,
-        model,
-        args.from_version,
-        args.to_version,
-        args.hard,
-        who,
-        args.reason,
+        request,
         answers=lambda name, version: engine_answers(site, name, version),
         write_split=lambda name, pointers, term: follow_pointers(site, name, pointers, term),
     )
@@ -122,7 +119,13 @@ def _without_host(site: Site, model: str, args: argparse.Namespace, who: str) ->
 def history(args: argparse.Namespace) -> int:
     """The journal, oldest first."""
     site = load_site(find_site(args.site))
-    entries = oncall.history(site, site.model_named(args.model))
+    model = site.model_named(args.model)
+    try:
+        entries = oncall.history(site, model)
+    except (JournalDown, JournalDamaged):
+        known = oncall.remembered_history(site, model)
+        print(json.dumps(known) if args.json else f"{history_text(known)}\nthese moves are remembered here")
+        raise
     print(json.dumps(entries) if args.json else history_text(entries))
     return 0
 

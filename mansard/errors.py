@@ -36,6 +36,10 @@ class Corrupt(MansardError):
     exit_code = 6
 
 
+class JournalDamaged(Corrupt):
+    """The journal's own database: `mansard rollback` works without it. Exit 6."""
+
+
 class Conflict(MansardError):
     """The world moved: another baseline, a rollout that runs, nothing to go back to. Exit 7."""
 

@@ -169,6 +169,21 @@ class Site:
         """The journal's newest entry as the host signed it."""
         return self.home / "tip.json"
 
+    @property
+    def memory_file(self) -> Path:
+        """What a rollback needs to know while the journal's database is down."""
+        return self.home / "memory.json"
+
+    @property
+    def emergency_file(self) -> Path:
+        """Moves that were made while the journal's database was down, and wait for it."""
+        return self.home / "emergency.jsonl"
+
+    @property
+    def ballast_file(self) -> Path:
+        """Room that a rollback takes when the disk is full."""
+        return self.home / "ballast"
+
     def host_keys(self) -> tuple[Path, Path]:
         """Private and public half of the key that signs tips; the host makes them."""
         return self.home / "host.key", self.home / "host.pub"

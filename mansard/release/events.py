@@ -2,11 +2,13 @@
 
 An entry's digest is the SHA-256 of the canonical JSON of everything else in it, the digest of the entry before
 included; so nobody edits, removes or reorders one without breaking every later one. Not covered here: a tail that is
-cut off whole (the pointers table shows it until that is edited too; a signed tip comes later).
+cut off whole (tip.py's).
 """
 
+import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from mansard.canonical import sha256_json
@@ -26,9 +28,13 @@ PROMOTED = "promoted"
 ABORTED = "aborted"
 ROLLED_BACK = "rolled_back"
 PEOPLE_CHANGED = "people_changed"
+EMERGENCY = "emergency"
 
-MOVES = (ROLLOUT_STARTED, CANARY_STEP, PROMOTED, ABORTED, ROLLED_BACK)
-"""Entries that raise the term. `body` holds `version` (for rolled_back: the one left, and `to`), `before`, `after`."""
+MOVES = (ROLLOUT_STARTED, CANARY_STEP, PROMOTED, ABORTED, ROLLED_BACK, EMERGENCY)
+"""Entries that raise the term. `body` holds `version` (for rolled_back: the one left, and `to`), `before`, `after`.
+
+EMERGENCY only raises it: an emergency entry (emergency.py) that needed no move any more, or that no move can follow.
+"""
 EVIDENCE = (REGISTERED, JUDGED)
 """Entries whose body holds a registration; the newest of a version is what approvals speak of."""
 DECISIONS = (APPROVED, REJECTED)
@@ -80,6 +86,19 @@ class Pointers:
     canary: int | None = None
     previous: int | None = None
     term: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Uptime:
+    """Seconds since a boot, which no clock that is set changes. Of two boots they cannot be compared."""
+
+    boot: str
+    seconds: float
+
+
+def uptime_now() -> Uptime:
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return Uptime(boot, round(time.clock_gettime(time.CLOCK_BOOTTIME), 3))
 
 
 def utc_now() -> datetime:

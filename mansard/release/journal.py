@@ -8,7 +8,7 @@ was changed around it. Safe for many processes and threads. Not covered: who may
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +30,7 @@ from mansard.release.events import (
     ROLLOUT_STARTED,
     Entry,
     Pointers,
+    uptime_now,
     utc_now,
 )
 from mansard.release.ledger import Ledger
@@ -231,6 +232,20 @@ class Journal:
         pointer.rollback_target(self.moves(model), model, to)
         return self._move(ROLLED_BACK, model, {"version": expected.stable, "to": to}, who, why, expected, facts)
 
+    def take_emergency(
+        self,
+        model: str,
+        kind: str,
+        body: dict[str, Any],
+        who: str,
+        why: str,
+        expected: Pointers,
+        least_term: int,
+        facts: Facts,
+    ) -> int:
+        """A move that was made while the database was down (emergency.py), in a term not below the one it had then."""
+        return self._move(kind, model, body, who, why, expected, facts, least_term)
+
     def whole(self) -> proof.Whole:
         """Everything, read at one moment."""
         with self._ledger.transaction(writes=False):
@@ -261,6 +276,8 @@ class Journal:
             before = self._expect(model, expected)
             if body["version"] not in self.versions(model):
                 raise BadInput(f"{model} has no version {body['version']}; mansard history lists what is registered")
+            if kind in (ABORTED, ROLLED_BACK):
+                body = {**body, "uptime": asdict(uptime_now())}
             new = self._ledger.draft(model, kind, who, why, {**body, "facts": dict(facts or {})})
             term = self.term()
             after = pointer.after_move(self.moves(model), new, before, max(term + 1, least_term))

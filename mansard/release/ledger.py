@@ -13,7 +13,7 @@ from datetime import datetime
 from typing import Any
 
 from mansard.canonical import canonical_json
-from mansard.errors import BadInput, Corrupt
+from mansard.errors import BadInput, JournalDamaged
 from mansard.release.events import FORMAT, GENESIS, Entry, as_text
 from mansard.release.schema import Database, Row
 
@@ -107,14 +107,14 @@ class Ledger:
     def read_back(self, entry: Entry) -> None:
         """What was committed is there."""
         if self.entry(entry.sequence) != entry:
-            raise Corrupt(f"journal {self.name}: entry {entry.sequence} was written but not read back")
+            raise JournalDamaged(f"journal {self.name}: entry {entry.sequence} was written but not read back")
 
     def _entry(self, row: Row) -> Entry:
         sequence, model, kind, at, who, why, body, previous_digest, digest, form = row
         try:
             content = json.loads(body)
         except (TypeError, ValueError) as error:
-            raise Corrupt(f"journal {self.name}: entry {sequence}: its body is not JSON") from error
+            raise JournalDamaged(f"journal {self.name}: entry {sequence}: its body is not JSON") from error
         if not isinstance(content, dict) or form != FORMAT:
-            raise Corrupt(f"journal {self.name}: entry {sequence}: format {form!r}; {FORMAT} is expected")
+            raise JournalDamaged(f"journal {self.name}: entry {sequence}: format {form!r}; {FORMAT} is expected")
         return Entry(sequence, model, kind, at, who, why, content, previous_digest, digest, form)

@@ -1,20 +1,20 @@
-"""What the on-call reads and does with nothing but files: status, history, why, and a rollback with the host down.
+"""What the on-call reads with nothing but files: status, history, why.
 
-Guarantees: standard library and PyYAML until evidence in the store is read (`why`, and the check of a rollback's
-target, which load BLAKE3); damage that is found is told in the answer, not raised, where the answer is still of use.
-Not covered: talking to the host (mansard/serving/host_client.py) and the form on the screen (oncall_text.py).
+Guarantees: standard library and PyYAML until `why` reads evidence in the store, which loads BLAKE3; damage that is
+found is told in the answer, not raised, where the answer is still of use; status and history go on with what this
+machine remembers while the journal's database is down. Not covered: talking to the host (serving/host_client.py) and
+the form on the screen (oncall_text.py).
 """
 
 import json
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mansard.errors import Conflict, Corrupt, MansardError
+from mansard.errors import Corrupt, JournalDamaged, JournalDown
+from mansard.release import emergency
 from mansard.release.chain import link_of
+from mansard.release.direct_rollback import known_state
 from mansard.release.events import (
-    APPROVED,
     CANARY_STEP,
     DECISIONS,
     EVIDENCE,
@@ -25,38 +25,46 @@ from mansard.release.events import (
     ROLLOUT_STARTED,
     Entry,
     Pointers,
-    utc_now,
 )
 from mansard.release.journal import Journal
-from mansard.release.pointer import RollbackPlan, approvals_in_force, last_move, plan_rollback
+from mansard.release.pointer import approvals_in_force, last_move
 from mansard.site import Site
-
-ATTEMPTS = 5
-"""So often a rollback decides anew when somebody else moved the pointer between reading and writing."""
-
-Answers = Callable[[str, int], bool]
-"""(model, version) -> whether an engine that the traffic split names answers for it now."""
-WriteSplit = Callable[[str, Pointers, int], None]
-"""(model, pointers, global term): bring the model's part of the split file to these pointers, which name no canary.
-
-Repeatable: where the file says so already, nothing is written. Conflict where the file is newer than `term`.
-"""
 
 
 def status(site: Site, model: str) -> dict[str, Any]:
-    """Pointers, rollout, traffic split and versions, as journal and files tell it."""
+    """Pointers, rollout, traffic split and versions, as journal and files tell it.
+
+    With the journal's database down: as this machine remembers it, and `journal` holds the `problem`.
+    """
     if _is_new(site):
         return _status(site, model, [], Pointers(), 0)
-    with Journal.open(site.journal) as journal:
-        return _status(site, model, journal.entries(model), journal.pointers(model), journal.term(), journal.tip())
+    try:
+        with Journal.open(site.journal) as journal:
+            return _status(site, model, journal.entries(model), journal.pointers(model), journal.term(), journal.tip())
+    except (JournalDown, JournalDamaged) as error:
+        return remembered_status(site, model, str(error))
+
+
+def remembered_status(site: Site, model: str, problem: str) -> dict[str, Any]:
+    """`status` without the journal. Corrupt where emergency entries were changed."""
+    known, memory, _, term = known_state(site, model)
+    told = _status(site, model, list(known.moves), known.pointers, max(term, known.pointers.term))
+    journal = {**told["journal"], "entries": memory.sequence, "tip": memory.digest or None, "problem": problem}
+    return {**told, "journal": journal, "next": "mansard rollback   (works without the journal's database)"}
 
 
 def history(site: Site, model: str) -> list[dict[str, Any]]:
-    """The journal's entries of a model and of the site's people, in order."""
+    """The journal's entries of a model and of the site's people, in order, and emergency entries that wait for it."""
     if _is_new(site):
         return []
     with Journal.open(site.journal) as journal:
-        return [_entry_json(e) for e in journal.entries() if e.model == model or e.kind == PEOPLE_CHANGED]
+        entries = [_entry_json(e) for e in journal.entries() if e.model == model or e.kind == PEOPLE_CHANGED]
+    return entries + [_entry_json(r.as_entry()) for r in emergency.waiting(site) if r.model == model]
+
+
+def remembered_history(site: Site, model: str) -> list[dict[str, Any]]:
+    """The moves that this machine knows of while the journal's database is down, the waiting ones last."""
+    return [_entry_json(e) for e in known_state(site, model)[0].moves]
 
 
 def why(site: Site, model: str, version: int) -> dict[str, Any]:
@@ -92,139 +100,9 @@ def why(site: Site, model: str, version: int) -> dict[str, Any]:
     }
 
 
-def rollback_directly(
-    site: Site,
-    model: str,
-    from_version: int | None,
-    to_version: int | None,
-    hard: bool,
-    who: str,
-    reason: str,
-    answers: Answers,
-    write_split: WriteSplit,
-) -> dict[str, Any]:
-    """Decision 10 without the host: move the pointer in the journal, then write the split. Safe to repeat.
-
-    Also where nothing is to move, the split is brought to the pointers, because an earlier call may have been killed
-    between the two. Raises Conflict (nothing to go back to), BadInput (`to_version`), Corrupt (the target is damaged)
-    and MansardError (the target does not answer, and nobody is there to start it); `hard` moves in the last two cases.
-    """
-    begun = time.perf_counter()
-    with Journal.open(site.journal) as journal:
-        plan, warnings = _move(site, journal, model, from_version, to_version, hard, who, reason, answers)
-        after = _write(journal, model, write_split)
-    return {
-        "format": 1,
-        "model": model,
-        "changed": plan.action != "nothing",
-        "action": plan.action,
-        "stable": after.stable,
-        "canary": after.canary,
-        "previous": after.previous,
-        "term": after.term,
-        "message": plan.message,
-        "warnings": warnings,
-        "host": "down",
-        "milliseconds": round((time.perf_counter() - begun) * 1000, 3),
-    }
-
-
-def target_warnings(site: Site, journal: Journal, model: str, version: int, hard: bool) -> list[str]:
-    """Check a version to move back to: the manifest's digest and every object's size (`mansard verify` reads bytes).
-    Never approvals; only who signed and is gone is reported.
-
-    Raises Corrupt for damaged or missing content; with `hard` that is a warning too.
-    """
-    from mansard.store import Store  # BLAKE3 is loaded only where evidence is read
-
-    warnings = []
-    entry = journal.evidence(model, version)
-    artifact = str(entry.body["registration"]["artifact"])
-    try:
-        if entry.digest != entry.computed_digest():
-            raise Corrupt(f"journal entry {entry.sequence} was changed")
-        if not Store.of(site).holds(artifact):
-            raise Corrupt(f"its artifact {artifact[:12]} is not whole in {site.store_uri}")
-    except Corrupt as error:
-        if not hard:
-            raise Corrupt(f"{model} version {version}: {error}; --to another version, or --hard") from error
-        warnings.append(f"version {version}: {error}")
-    approved = [e for e in journal.entries(model, kinds=(APPROVED,)) if e.version == version]
-    signers = {entry.body["registration"]["author"]: "author", **({approved[-1].who: "reviewer"} if approved else {})}
-    for name, role in signers.items():
-        if name not in site.people or role not in site.people[name].roles:
-            warnings.append(f"version {version}: {name}, its {role}, has that role in {site.path.name} no more")
-        elif site.people[name].revoked:
-            why = site.people[name].revoked
-            warnings.append(f"version {version}: the key of {name}, its {role}, is revoked: {why}")
-    return warnings
-
-
-def _move(
-    site: Site,
-    journal: Journal,
-    model: str,
-    from_version: int | None,
-    to_version: int | None,
-    hard: bool,
-    who: str,
-    reason: str,
-    answers: Answers,
-) -> tuple[RollbackPlan, list[str]]:
-    """Decide and move the pointer; decide anew when somebody else moved it in between."""
-    facts = {"host": "down", "hard": hard}
-    for attempt in range(1, ATTEMPTS + 1):
-        pointers = journal.pointers(model)
-        plan = plan_rollback(journal.moves(model), model, pointers, utc_now(), from_version, to_version)
-        warnings: list[str] = []
-        try:
-            if plan.action == "abort":
-                journal.abort(model, _known(plan.version), who, reason or "rollback", pointers, facts)
-            elif plan.action == "move":
-                warnings = _check_move(site, journal, model, _known(plan.to), hard, answers)
-                journal.rollback(model, _known(plan.to), who, reason or "rollback", pointers, facts)
-            break
-        except Conflict:
-            if attempt == ATTEMPTS:
-                raise
-    return plan, warnings
-
-
-def _write(journal: Journal, model: str, write_split: WriteSplit) -> Pointers:
-    """Bring the split to the pointers; somebody newer may be writing it too."""
-    for attempt in range(1, ATTEMPTS + 1):
-        pointers, term = journal.pointers(model), journal.term()
-        if pointers.canary is not None:
-            break  # a rollout runs, and the split is its controller's
-        try:
-            write_split(model, pointers, term)
-            break
-        except Conflict:
-            if attempt == ATTEMPTS:
-                raise
-    return pointers
-
-
-def _check_move(site: Site, journal: Journal, model: str, to: int, hard: bool, answers: Answers) -> list[str]:
-    warnings = target_warnings(site, journal, model, to, hard)
-    if not answers(model, to):
-        if not hard:
-            raise MansardError(
-                f"{model} version {to} has no engine that answers, and the host that would start it is down: "
-                "start the host (mansard up) and try again, or move at once, answering 503 until then: --hard"
-            )
-        warnings.append(f"version {to} has no engine that answers; the router answers 503 until mansard up")
-    return warnings
-
-
 def _is_new(site: Site) -> bool:
     """Whether the site has no journal yet: looking makes none."""
     return isinstance(site.journal, Path) and not site.journal.exists()
-
-
-def _known(version: int | None) -> int:
-    assert version is not None, "a plan that moves or aborts names its version"
-    return version
 
 
 def _status(
@@ -244,6 +122,7 @@ def _status(
         "mirror": _mirror(site, sequence),
         "versions": versions,
         "journal": {"path": str(site.journal), "entries": sequence, "tip": None if tip is None else tip.digest},
+        "emergency": _emergency(site, model, entries),
         "urls": {
             "router": f"http://127.0.0.1:{site.ports.router}",
             "prefect": f"http://127.0.0.1:{site.ports.prefect}",
@@ -315,6 +194,18 @@ def _split(site: Site, model: str, pointers: Pointers) -> dict[str, Any]:
         return {"term": 0, "agrees": pointers.stable is None, "versions": {}}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return {"term": 0, "agrees": False, "versions": {}, "problem": f"{site.split_file}: damaged: {error}"}
+
+
+def _emergency(site: Site, model: str, entries: list[Entry]) -> dict[str, Any]:
+    """Moves that wait for the journal, and imported ones in conflict with it since the last promotion."""
+    promoted = max((e.sequence for e in entries if e.kind == PROMOTED), default=0)
+    conflicts = [e for e in emergency.conflicts_of(entries) if e.sequence > promoted]
+    told = [{"sequence": e.sequence, "conflict": e.body["facts"]["conflict"], "who": e.who} for e in conflicts]
+    try:
+        waiting = [_brief(r.as_entry()) for r in emergency.waiting(site) if r.model == model]
+        return {"waiting": waiting, "conflicts": told}
+    except Corrupt as error:
+        return {"waiting": [], "conflicts": told, "problem": str(error)}
 
 
 def _mirror(site: Site, sequence: int) -> dict[str, Any] | None:

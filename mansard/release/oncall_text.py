@@ -8,6 +8,7 @@ from mansard.release.events import (
     APPROVED,
     ATTEMPTED,
     CANARY_STEP,
+    EMERGENCY,
     EVIDENCE,
     PEOPLE_CHANGED,
     PROMOTED,
@@ -41,8 +42,10 @@ def status_text(status: dict[str, Any]) -> str:
     lines += [table(("pointer", "version", "since", "by"), standing), ""]
     if status["last_move"] is not None:
         lines.append(f"last move: {event(status['last_move'])}")
-    lines += [_split_line(status["split"]), *_mirror_lines(status["mirror"])]
-    if status["versions"]:
+    lines += [_split_line(status["split"]), *_journal_lines(status), *_mirror_lines(status["mirror"])]
+    if "problem" in status["journal"]:
+        pass  # the versions are in the journal
+    elif status["versions"]:
         header = ("version", "is", "verdict", "decision", "base", "spec", "author", "registered", "artifact")
         lines += ["", table(header, [_version_cells(v) for v in status["versions"]])]
     else:
@@ -54,7 +57,7 @@ def status_text(status: dict[str, Any]) -> str:
 def history_text(entries: Sequence[dict[str, Any]]) -> str:
     if not entries:
         return "the journal is empty; it begins with: mansard adopt SPEC"
-    rows = [(e["sequence"], moment(e["at"]), e["who"], said(e), " ".join(str(e["why"]).split())) for e in entries]
+    rows = [(e["sequence"], moment(e["at"]), e["who"], _what(e), " ".join(str(e["why"]).split())) for e in entries]
     return table(("entry", "when (UTC)", "who", "what", "why"), rows)
 
 
@@ -81,6 +84,8 @@ def said(entry: dict[str, Any]) -> str:
         return f"rolled back from version {version} to {body['to']}"
     if entry["kind"] == ATTEMPTED:
         return f"began to evaluate artifact {body['artifact'][:SHORT]}"
+    if entry["kind"] == EMERGENCY:
+        return f"emergency entry about version {version}: nothing was left to move"
     texts = {
         APPROVED: f"approved version {version}",
         REJECTED: f"rejected version {version}",
@@ -90,6 +95,17 @@ def said(entry: dict[str, Any]) -> str:
         PEOPLE_CHANGED: "used another people section of the site for the first time",
     }
     return texts.get(entry["kind"], str(entry["kind"]))
+
+
+def _what(entry: dict[str, Any]) -> str:
+    """`said`, and how the entry came here where that was not the usual way."""
+    body = entry.get("body", {})
+    if body.get("emergency"):
+        return f"{said(entry)} (emergency, waits for the journal)"
+    facts = body.get("facts") or {}
+    if facts.get("conflict"):
+        return f"{said(entry)} (emergency, CONFLICT: {facts['conflict']})"
+    return f"{said(entry)} (emergency)" if facts.get("emergency") else said(entry)
 
 
 def event(entry: dict[str, Any]) -> str:
@@ -131,6 +147,20 @@ def _split_line(split: dict[str, Any]) -> str:
     )
     agrees = "" if split["agrees"] else "; it DIFFERS from the pointers: mansard rollback or mansard up mends it"
     return f"traffic split, term {split['term']}: {shares or 'nothing is served'}{agrees}"
+
+
+def _journal_lines(status: dict[str, Any]) -> list[str]:
+    """What is not as it should be with the journal; usually nothing."""
+    lines = []
+    if "problem" in status["journal"]:
+        lines += [f"journal: DOWN: {status['journal']['problem']}", "what you see is what this machine remembers"]
+    for entry in status["emergency"]["waiting"]:
+        lines.append(f"emergency, waits for the journal: {event(entry)}")
+    for entry in status["emergency"]["conflicts"]:
+        lines.append(f"emergency in CONFLICT, entry {entry['sequence']} by {entry['who']}: {entry['conflict']}")
+    if "problem" in status["emergency"]:
+        lines.append(f"emergency entries: {status['emergency']['problem']}")
+    return lines
 
 
 def _mirror_lines(mirror: dict[str, Any] | None) -> list[str]:

@@ -21,6 +21,7 @@ from mansard.release.approval import (
     check_verdict,
     next_step,
 )
+from mansard.release.emergency import refuse_forward
 from mansard.release.events import (
     ABORTED,
     APPROVED,
@@ -64,6 +65,7 @@ def guard_of(site_path: Path) -> Guard:
         if kind not in (ROLLOUT_STARTED, CANARY_STEP, PROMOTED):
             return  # going back is free: decision 10
         site = load_site(site_path)
+        refuse_forward(site, model)
         if kind == ROLLOUT_STARTED:
             keys.require_key(site, who, "operator", utc_now())
         check_approval(site, journal, model, version)

@@ -16,6 +16,7 @@ from mansard.release.events import (
     ABORTED,
     APPROVED,
     CANARY_STEP,
+    EMERGENCY,
     JUDGED,
     MOVES,
     PROMOTED,
@@ -24,6 +25,7 @@ from mansard.release.events import (
     ROLLOUT_STARTED,
     Entry,
     Pointers,
+    Uptime,
     as_moment,
 )
 
@@ -96,12 +98,22 @@ def last_move(entries: Iterable[Entry], model: str) -> Entry | None:
     return moves[-1] if moves else None
 
 
-def recent_move(entries: Iterable[Entry], model: str, now: datetime) -> Entry | None:
-    """The last move, when it was a rollback or an abort less than ten minutes ago (either way: clocks may jump)."""
+def recent_move(
+    entries: Iterable[Entry], model: str, now: datetime, uptime: Uptime | None = None
+) -> Entry | None:
+    """The last move, when it was a rollback or an abort less than ten minutes ago.
+
+    By the seconds since the boot where the entry is of this boot, because clocks jump; else by the clock, either way.
+    """
     last = last_move(entries, model)
     if last is None or last.kind not in (ROLLED_BACK, ABORTED):
         return None
-    return last if abs(now - as_moment(last.at)) < RECENT else None
+    then = last.body.get("uptime")
+    if uptime is not None and isinstance(then, dict) and then.get("boot") == uptime.boot:
+        age = timedelta(seconds=uptime.seconds - float(then["seconds"]))
+    else:
+        age = abs(now - as_moment(last.at))
+    return last if age < RECENT else None
 
 
 def plan_rollback(
@@ -111,12 +123,13 @@ def plan_rollback(
     now: datetime,
     from_version: int | None = None,
     to_version: int | None = None,
+    uptime: Uptime | None = None,
 ) -> RollbackPlan:
     """All of decision 10's rules in their order. Raises Conflict (nothing to go back to) or BadInput (`to_version`)."""
     stable, canary = pointers.stable, pointers.canary
     if from_version is not None and from_version not in (stable, canary):
         return RollbackPlan("nothing", f"{model}: nothing changed: version {from_version} is not stable, {stable} is")
-    recent = None if from_version is not None else recent_move(entries, model, now)
+    recent = None if from_version is not None else recent_move(entries, model, now, uptime)
     if recent is not None:
         return RollbackPlan("nothing", _recently(recent, model, pointers, to_version))
     if canary is not None:
@@ -165,6 +178,8 @@ def after_move(earlier: Sequence[Entry], new: Entry, before: Pointers, term: int
         if before.stable != version or new.body["to"] == version:
             raise Conflict(f"{model}: stable is {before.stable}; it cannot go from {version} to {new.body['to']}")
         return Pointers(int(new.body["to"]), None, previous_of([*earlier, new], model), term)
+    if new.kind == EMERGENCY:
+        return replace(before, term=term)
     if before.canary != version:
         raise Conflict(f"{model}: no rollout of version {version} runs (canary is {before.canary}): {new.kind} refused")
     if new.kind == CANARY_STEP:

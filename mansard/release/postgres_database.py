@@ -11,7 +11,7 @@ from typing import Any
 
 import psycopg
 
-from mansard.errors import Corrupt, JournalDown, MansardError
+from mansard.errors import JournalDamaged, JournalDown, MansardError
 from mansard.release.schema import APPEND_ONLY, BUSY_SECONDS, Row, check_format, make_tables
 
 CONNECT_SECONDS = 5
@@ -121,7 +121,7 @@ class PostgresDatabase:
 
 @contextlib.contextmanager
 def _errors_named(name: str) -> Iterator[None]:
-    """Nobody answers, a lock, a full disk, a standby: JournalDown; a missing right: MansardError; damage: Corrupt."""
+    """Nobody answers, a lock, a full disk, a standby: JournalDown; no right: MansardError; damage: JournalDamaged."""
     try:
         yield
     except (psycopg.OperationalError, psycopg.errors.ReadOnlySqlTransaction) as error:
@@ -129,7 +129,7 @@ def _errors_named(name: str) -> Iterator[None]:
     except psycopg.ProgrammingError as error:
         raise MansardError(f"journal {name}: {_words(error)}; may this user use the database?") from error
     except psycopg.DatabaseError as error:
-        raise Corrupt(f"journal {name}: {_words(error)}; look with: mansard verify --journal") from error
+        raise JournalDamaged(f"journal {name}: {_words(error)}; look with: mansard verify --journal") from error
 
 
 def _words(error: psycopg.Error) -> str:

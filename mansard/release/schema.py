@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
-from mansard.errors import Corrupt, MansardError
+from mansard.errors import JournalDamaged, MansardError
 
 FORMAT = 1
 """Of the tables. Older ones are read (there are none yet), newer ones refused."""
@@ -35,7 +35,7 @@ APPEND_ONLY = ("journal", "versions")
 
 
 class Database(Protocol):
-    """One open database. Its errors come as JournalDown, MansardError or Corrupt. Not safe for threads by itself."""
+    """One open database, for one thread at a time. Its errors are JournalDown, JournalDamaged or MansardError."""
 
     name: str
     """How messages name it: a path or a URL, never with a password."""
@@ -61,10 +61,10 @@ def make_tables(database: Database, triggers: Sequence[str]) -> None:
 
 
 def check_format(database: Database) -> None:
-    """MansardError for a newer format, Corrupt where none is said."""
+    """MansardError for a newer format, JournalDamaged where none is said."""
     rows = database.rows("SELECT value FROM meta WHERE name = 'format'")
     if not rows or not str(rows[0][0]).isdigit():
-        raise Corrupt(f"journal {database.name}: it does not say its format")
+        raise JournalDamaged(f"journal {database.name}: it does not say its format")
     if int(rows[0][0]) > FORMAT:
         raise MansardError(
             f"journal {database.name}: format {rows[0][0]}, this Mansard reads up to {FORMAT}; use the newer Mansard"

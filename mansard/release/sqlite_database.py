@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mansard.errors import Corrupt, JournalDown
+from mansard.errors import JournalDamaged, JournalDown
 from mansard.release.schema import APPEND_ONLY, BUSY_SECONDS, Row, check_format, make_tables
 
 _TRIGGERS = tuple(
@@ -70,7 +70,7 @@ class SqliteDatabase:
 
 @contextlib.contextmanager
 def _errors_named(name: str) -> Iterator[None]:
-    """A damaged file is Corrupt; a lock, a full disk or a lost file is JournalDown."""
+    """A damaged file is JournalDamaged; a lock, a full disk or a lost file is JournalDown."""
     try:
         yield
     except sqlite3.ProgrammingError:  # a closed journal: our own mistake
@@ -78,7 +78,7 @@ def _errors_named(name: str) -> Iterator[None]:
     except (sqlite3.OperationalError, OSError) as error:
         raise JournalDown(f"journal {name}: {error}; is the disk full, or does another process hold it?") from error
     except sqlite3.DatabaseError as error:
-        raise Corrupt(f"journal {name}: {error}; bring a copy back, then: mansard verify --journal") from error
+        raise JournalDamaged(f"journal {name}: {error}; bring a copy back, then: mansard verify --journal") from error
 
 
 def _use_wal(connection: sqlite3.Connection) -> None:

@@ -24,6 +24,7 @@ import aiohttp
 from aiohttp import web
 
 from mansard.errors import BadInput, MansardError
+from mansard.release import emergency
 from mansard.release.approval import check_evidence
 from mansard.release.journal import Journal
 from mansard.release.permission import check_approval, guard_of
@@ -78,6 +79,7 @@ class Host:
 
     def open(self) -> None:
         """Adopt engines, bring the split in line with the journal, walk on with rollouts that a dead host left open."""
+        emergency.import_waiting(self.site, self.journal)
         for engine in self.engines.adopt():
             log.info("adopted engine %s, process %d at %s", engine.identity.key, engine.pid, engine.endpoint)
         for model in self.site.models:

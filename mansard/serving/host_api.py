@@ -11,7 +11,16 @@ from typing import Any, Protocol
 from aiohttp import web
 from pydantic import ValidationError
 
-from mansard.errors import BadInput, Conflict, Corrupt, JournalDown, MansardError, NotAllowed, StageFailed
+from mansard.errors import (
+    BadInput,
+    Conflict,
+    Corrupt,
+    JournalDamaged,
+    JournalDown,
+    MansardError,
+    NotAllowed,
+    StageFailed,
+)
 from mansard.serving.engine import EngineIdentity
 from mansard.serving.host_engines import Engines
 from mansard.serving.host_rollback import Rollback, RollbackRequest
@@ -22,8 +31,8 @@ from mansard.specs import Serve
 FORMAT = 1
 MAX_BODY_BYTES = 1 << 20
 _STATUS = (
-    *((BadInput, 400), (NotAllowed, 403), (Conflict, 409), (Corrupt, 500), (StageFailed, 500), (JournalDown, 503)),
-    (MansardError, 500),
+    *((BadInput, 400), (NotAllowed, 403), (Conflict, 409), (JournalDamaged, 500), (Corrupt, 500), (StageFailed, 500)),
+    *((JournalDown, 503), (MansardError, 500)),
 )
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]

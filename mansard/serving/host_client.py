@@ -10,12 +10,22 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from mansard.errors import BadInput, Conflict, Corrupt, JournalDown, MansardError, NotAllowed, StageFailed
+from mansard.errors import (
+    BadInput,
+    Conflict,
+    Corrupt,
+    JournalDamaged,
+    JournalDown,
+    MansardError,
+    NotAllowed,
+    StageFailed,
+)
 from mansard.site import Site
 
 FORMAT = 1
 _KINDS = {
-    kind.__name__: kind for kind in (BadInput, NotAllowed, Corrupt, Conflict, JournalDown, StageFailed, MansardError)
+    kind.__name__: kind
+    for kind in (BadInput, NotAllowed, Corrupt, JournalDamaged, Conflict, JournalDown, StageFailed, MansardError)
 }
 _KIND_OF_STATUS = {400: BadInput, 403: NotAllowed, 404: BadInput, 409: Conflict}
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from mansard.errors import MansardError
-from mansard.release.events import Pointers, utc_now
+from mansard.release import emergency
+from mansard.release.direct_rollback import operator_warnings, target_warnings
+from mansard.release.events import Pointers, uptime_now, utc_now
 from mansard.release.journal import Journal
-from mansard.release.oncall import target_warnings
 from mansard.release.pointer import RollbackPlan, plan_rollback
 from mansard.serving import engine_http
 from mansard.serving.host_residents import Residents
@@ -81,6 +82,7 @@ class Rollback:
         milliseconds = round((time.perf_counter() - begun) * 1000, 3)
         if plan.action != "nothing":
             log.info("%s by %s in %.1f ms", plan.message, request.who, milliseconds)
+            warnings += operator_warnings(self._site, request.who)
             warnings += await self._confirm(request, plan, term)
             self._residents.wake()
         after = self._journal.pointers(request.model)
@@ -99,9 +101,11 @@ class Rollback:
 
     def _plan(self, request: RollbackRequest) -> tuple[Pointers, RollbackPlan]:
         model = request.model
+        emergency.import_waiting(self._site, self._journal)
         pointers = self._journal.pointers(model)
         moves = self._journal.moves(model)
-        return pointers, plan_rollback(moves, model, pointers, utc_now(), request.from_version, request.to_version)
+        asked = (request.from_version, request.to_version)
+        return pointers, plan_rollback(moves, model, pointers, utc_now(), *asked, uptime_now())
 
     def _move(self, request: RollbackRequest, plan: RollbackPlan, pointers: Pointers) -> int:
         """Journal, then split; no await, so nothing comes between."""

@@ -1,4 +1,5 @@
-"""Follows the journal for the host: signs its tip, and records a people section that changed.
+"""Follows the journal for the host: imports emergency entries, signs the tip, writes down what a rollback needs while
+the database is down, and records a people section that changed.
 
 A thread with a connection of its own, so that a database that hangs holds up nothing that serves. Guarantees: a tip is
 signed only for a journal that still holds the tip signed before; otherwise that one stays and the trouble is logged.
@@ -9,7 +10,10 @@ import threading
 from types import TracebackType
 
 from mansard.errors import BadInput, Corrupt, MansardError
+from mansard.release import emergency
+from mansard.release.ballast import keep_ballast
 from mansard.release.journal import Journal
+from mansard.release.memory import remember
 from mansard.release.people import record_people
 from mansard.release.tip import HOST, Tip, read_tip, sign_tip, write_tip
 from mansard.site import Site, load_site
@@ -29,6 +33,7 @@ class JournalWatch:
         self._thread = threading.Thread(target=self._run, name="journal watch", daemon=True)
         self._tip: Tip | None = None
         self._site_changed_at = 0
+        self._remembered = 0
         self._said: set[str] = set()
 
     def __enter__(self) -> "JournalWatch":
@@ -42,11 +47,14 @@ class JournalWatch:
         self._thread.join(JOIN_SECONDS)
 
     def look(self, journal: Journal) -> None:
-        """One turn: people first, because that is an entry too."""
+        """One turn: what makes entries comes first."""
+        for entry in emergency.import_waiting(self._site, journal):
+            log.error("entry %d, an emergency in conflict: %s", entry.sequence, entry.body["facts"]["conflict"])
         try:
             self._record_people(journal)
         except BadInput as error:  # half edited, or a key is still to be made; the tip does not wait for that
             self._say(str(error))
+        keep_ballast(self._site)
         self._sign_tip(journal)
 
     def _say(self, trouble: str) -> None:
@@ -74,6 +82,9 @@ class JournalWatch:
         if entry is not None and (known is None or entry.sequence > known.sequence):
             known = sign_tip(self._site, entry)
             write_tip(self._site, known)
+        if entry is not None and entry.sequence != self._remembered:
+            remember(self._site, journal)
+            self._remembered = entry.sequence
         self._tip = known
 
     def _run(self) -> None:

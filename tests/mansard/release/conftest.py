@@ -10,14 +10,17 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import psycopg
 import pytest
 
 from mansard.records import Registration
+from mansard.release.approval import approve, sign_registration
 from mansard.release.journal import Journal
 from mansard.release.keys import generate_key
+from mansard.serving import split as splits
 from mansard.site import Environment, Person, Site, load_site
 from mansard.store import Store
 
@@ -98,6 +101,24 @@ def candidate(store: Store) -> Callable[..., Registration]:
         return replace(made, **fields)  # type: ignore[arg-type]
 
     return make
+
+
+@pytest.fixture
+def three(site: Site, candidate: Callable[..., Registration]) -> Site:
+    """Versions 1, 2 and 3 were released an hour ago, one after the other; all are resident."""
+    split, an_hour_ago = splits.Split(), datetime.now(UTC) - timedelta(hours=1)
+    with Journal.open(site.journal, clock=lambda: an_hour_ago) as journal:
+        for version, name in enumerate(("one", "two", "three"), 1):
+            made = candidate(name, base_version=version - 1 or None, baseline_version=version - 1 or None)
+            made = replace(made, verdict="baseline") if version == 1 else made
+            journal.register(made, sign_registration(site, made))
+            approve(site, journal, Store(site.store), "demo", version, "grace", "good")
+            journal.start_rollout("demo", version, "otto", "", journal.pointers("demo"))
+            journal.step("demo", version, 25, "host", "", journal.pointers("demo"))
+            journal.promote("demo", version, "host", "all steps pass", journal.pointers("demo"))
+            split = splits.with_stable(split, "demo", version, f"http://127.0.0.1:810{version}", "demo", journal.term())
+    splits.write_split(site.split_file, split)
+    return site
 
 
 class Postgres:

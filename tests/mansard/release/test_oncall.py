@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from mansard.errors import BadInput, Conflict, Corrupt, MansardError
 from mansard.records import Registration
 from mansard.release import oncall, oncall_text
 from mansard.release.approval import approve, sign_registration
+from mansard.release.direct_rollback import Request, rollback_directly
 from mansard.release.events import Pointers
 from mansard.release.journal import Journal
 from mansard.release.roots import version_roots
@@ -25,7 +25,6 @@ from mansard.store import Store
 
 Make = Callable[..., Registration]
 ROOT = Path(__file__).resolve().parents[3]
-AN_HOUR_AGO = datetime.now(UTC) - timedelta(hours=1)
 
 
 class Files:
@@ -54,31 +53,10 @@ def release(journal: Journal, version: int) -> None:
     journal.promote("demo", version, "host", "all steps pass", journal.pointers("demo"))
 
 
-@pytest.fixture
-def three(site: Site, candidate: Make) -> Site:
-    """Versions 1, 2 and 3 were released an hour ago, one after the other; all are resident."""
-    split = splits.Split()
-    with Journal.open(site.journal, clock=lambda: AN_HOUR_AGO) as journal:
-        for version, name in enumerate(("one", "two", "three"), 1):
-            made = candidate(name, base_version=version - 1 or None, baseline_version=version - 1 or None)
-            made = replace(made, verdict="baseline") if version == 1 else made
-            journal.register(made, sign_registration(site, made))
-            approve(site, journal, Store(site.store), "demo", version, "grace", "good")
-            release(journal, version)
-            split = splits.with_stable(split, "demo", version, f"http://127.0.0.1:810{version}", "demo", journal.term())
-    splits.write_split(site.split_file, split)
-    return site
-
-
 def roll_back(site: Site, files: Files, **asked: object) -> dict[str, object]:
-    arguments = {"from_version": None, "to_version": None, "hard": False, "who": "otto", "reason": "", **asked}
-    return oncall.rollback_directly(
-        site,
-        "demo",
-        answers=files.answers,
-        write_split=files.write,
-        **arguments,  # type: ignore[arg-type]
-    )
+    arguments = {"from_version": None, "to_version": None, "hard": False, "who": "otto", "why": "", **asked}
+    request = Request("demo", **arguments)  # type: ignore[arg-type]
+    return rollback_directly(site, request, files.answers, files.write)
 
 
 def pointers_and_split(site: Site) -> tuple[Pointers, int, int | None, int]:
@@ -90,7 +68,7 @@ def pointers_and_split(site: Site) -> tuple[Pointers, int, int | None, int]:
 
 
 def test_rollback_with_the_host_down_moves_journal_and_split(three: Site) -> None:
-    done = roll_back(three, Files(three), reason="bad answers")
+    done = roll_back(three, Files(three), why="bad answers")
     assert (done["changed"], done["stable"], done["previous"], done["term"]) == (True, 2, 1, 10)
     assert done["message"] == "demo: version 2 is stable again, was 3"
     assert isinstance(done["milliseconds"], float)
@@ -117,12 +95,12 @@ def test_operators_who_roll_back_at_once_move_one_version(three: Site) -> None:
     code = """
 import sys
 from pathlib import Path
-from mansard.release import oncall
+from mansard.release.direct_rollback import Request, rollback_directly
 from mansard.site import load_site
 site = load_site(Path(sys.argv[1]))
 sys.stdin.readline()
 who, alive, write = sys.argv[2], lambda model, version: True, lambda model, pointers, term: None
-told = oncall.rollback_directly(site, "demo", None, None, False, who, "", alive, write)
+told = rollback_directly(site, Request("demo", None, None, False, who, ""), alive, write)
 print(told["changed"], told["stable"])
 """
     processes = [

@@ -12,8 +12,12 @@ from typing import Any
 import pytest
 
 from mansard.errors import Corrupt
+from mansard.release.ballast import BALLAST_BYTES
+from mansard.release.direct_rollback import Request, rollback_directly
 from mansard.release.journal import Journal
+from mansard.release.memory import recall
 from mansard.release.tip import read_tip
+from mansard.serving.host_down import follow_pointers
 from mansard.serving.host_watch import JournalWatch
 from mansard.site import load_site
 
@@ -79,6 +83,35 @@ def test_a_changed_people_section_is_an_entry_and_a_broken_site_file_only_a_line
     told = journal.entries(kinds=("people_changed",))
     assert [e.body["people"]["grace"]["roles"] for e in told] == [["operator", "reviewer"], ["operator"]]
     assert told[1].body["people_digest"] == load_site(site.path).people_digest()
+
+
+def test_the_host_writes_down_what_an_emergency_needs_and_imports_what_was_done_in_one(
+    place: Any, journal: Journal
+) -> None:
+    watch, site = JournalWatch(place.site), place.site
+    for name in ("one", "two"):
+        version = place.register(fingerprint=place.store.put_files({"fingerprint.json": b"{}"}), name=name)
+        journal.start_rollout("demo", version, "ada", "", journal.pointers("demo"))
+        journal.promote("demo", version, "host", "", journal.pointers("demo"))
+    watch.look(journal)
+    assert recall(site).models["demo"].pointers == journal.pointers("demo")
+    assert site.ballast_file.stat().st_size == BALLAST_BYTES
+    aside = site.home / "aside"
+    aside.mkdir()
+    for path in site.home.glob("journal.sqlite3*"):
+        path.rename(aside / path.name)
+    (site.home / "journal.sqlite3").mkdir()
+    request = Request("demo", None, None, True, "ada", "night")
+    split = lambda *where: follow_pointers(site, *where)  # noqa: E731
+    assert rollback_directly(site, request, lambda *_: False, split)["stable"] == 1
+    (site.home / "journal.sqlite3").rmdir()
+    for path in aside.iterdir():
+        path.rename(site.home / path.name)
+    with Journal.open(site.journal) as again:
+        watch.look(again)
+        assert again.pointers("demo").stable == 1
+        assert again.entries()[-1].body["facts"]["emergency"]["who"] == "ada"
+        assert read_tip(site.tip_file).sequence == again.entries()[-1].sequence  # type: ignore[union-attr]
 
 
 def test_a_journal_that_is_away_for_a_while_is_followed_again(place: Any, journal: Journal, tmp_path: Path) -> None:
