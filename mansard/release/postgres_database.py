@@ -26,7 +26,7 @@ _TRIGGERS = (
     "CREATE OR REPLACE FUNCTION refuse_change() RETURNS trigger LANGUAGE plpgsql AS "
     "$$ BEGIN RAISE EXCEPTION 'the % table is append-only', TG_TABLE_NAME; END $$",
     *(
-        f"CREATE TRIGGER {table}_is_append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON {table} "
+        f"CREATE OR REPLACE TRIGGER {table}_is_append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON {table} "
         "FOR EACH STATEMENT EXECUTE FUNCTION refuse_change()"
         for table in APPEND_ONLY
     ),
@@ -47,9 +47,8 @@ class PostgresDatabase:
         database = PostgresDatabase(url)
         try:
             if database.rows("SELECT to_regclass('meta')") == [(None,)]:
-                with database._making():
-                    if database.rows("SELECT to_regclass('meta')") == [(None,)]:
-                        make_tables(database, _TRIGGERS)
+                with database._making():  # looking again here may find an old answer in the server's catalog cache
+                    make_tables(database, _TRIGGERS)
             check_format(database)
         except BaseException:
             database.close()
