@@ -132,7 +132,7 @@ class Place:
 
     def _make_site(self) -> Site:
         bare = Site(self.home / "site.yaml", self.home, self.home, ("demo",), {"m": Environment(ROOT, ROOT)}, {})
-        roles = {"ada": ["author", "operator"], "grace": ["reviewer", "operator"]}
+        roles = {"ada": ["author", "operator"], "grace": ["reviewer", "operator"], "otto": ["operator"]}
         for name in roles:
             generate_key(name, bare)
         python = {"python": sys.executable, "lock": str(ROOT / "infra/constraints/main.txt")}
