@@ -34,10 +34,10 @@ def check_format(folder: Folder, backend: Backend) -> None:
 
 def mark(folder: Folder, backend: Backend) -> None:
     """Write the format where it is not written yet."""
-    home = os.urandom(16).hex()
-    url = None if backend is folder else backend.url
-    folder.create(FORMAT_FILE, canonical_json({"format": FORMAT, "home": home, "store": url}))
-    if backend is not folder:
+    if _read(folder) is None:
+        url = None if backend is folder else backend.url
+        folder.create(FORMAT_FILE, canonical_json({"format": FORMAT, "home": os.urandom(16).hex(), "store": url}))
+    if backend is not folder and _read(backend) is None:
         ours = _read(folder)
         assert ours is not None, "just made"
         backend.create(FORMAT_FILE, canonical_json({"format": FORMAT, "home": ours["home"], "store": backend.url}))

@@ -88,7 +88,7 @@ def derive_here(
 ) -> dict[str, Any]:
     """One derivation in this process, under its recipe's lock; recalled where another made it meanwhile."""
     recipe = request["recipe"]
-    with store.lock(recipe), store.lease(request["inputs"].values()):
+    with store.lease(request["inputs"].values()), store.lock(recipe):  # its inputs stay while it waits
         known = store.recall(recipe)
         if known is not None:
             return {"recipe": recipe, "snapshot": known, "reused": True, "seconds": 0.0}

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,30 @@ def test_pin_and_collect_by_hand(site: Site, tmp_path: Path, capsys: pytest.Capt
     told("pin", ids[0][:12], "--remove")
     assert main(["pin", "abc", *where]) == 2
     assert main(["collect", "--grace-hours", "-1", *where]) == 2
+
+
+def test_a_full_disk_is_one_line_and_exit_1_and_the_same_command_then_goes_on(
+    site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree" / "a").write_bytes(os.urandom(1_500_000))
+    site.store.mkdir(parents=True)
+    disk = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(site.store)]
+    if subprocess.run(disk, capture_output=True).returncode != 0:
+        pytest.skip("left out: a small disk cannot be mounted here")
+    try:
+        (site.store / "ballast").write_bytes(bytes(1_000_000))
+        command = ["snapshot", str(tmp_path / "tree"), "--site", str(site.path)]
+        assert main(command) == 1
+        told = capsys.readouterr().err.strip()
+        assert told.startswith("mansard snapshot: ")
+        assert "the disk is full" in told and "\n" not in told
+        assert not any(p.is_file() for p in (site.store / "objects").rglob("*"))
+        (site.store / "ballast").unlink()
+        assert main(command) == 0
+        assert main(["verify", "--site", str(site.path)]) == 0
+    finally:
+        subprocess.run(["umount", str(site.store)], check=True)
 
 
 def test_on_call_verbs_on_a_site_where_nothing_happened(site: Site, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from mansard.collection import collect
 from mansard.errors import BadInput, StageFailed
 from mansard.launch import Request, derive, derive_all, recipe_of, this_interpreter
 from mansard.records import SnapshotId
@@ -128,6 +129,21 @@ def test_what_a_stage_refuses_reaches_the_caller_as_its_own_error(site: Site, ma
     spec = Expand(blocks=1, positions=[7]).model_dump(mode="json")
     with pytest.raises(BadInput, match="7"):
         derive(store, site, Request("expand", {"model": base}, spec))
+
+
+def test_a_collect_leaves_what_a_running_recipe_needs(site: Site, make_checkpoint: Any) -> None:
+    """The worker waits for its recipe's lock meanwhile, so that it surely is at work when the collect runs."""
+    store = Store(site.store)
+    base, other = store.snapshot(make_checkpoint(depth=2)), store.put_files({"x": b"x"})
+    request = expansion(base)
+    with store.lock(recipe_of(request, ROOT / "infra/constraints/main.txt")):
+        running = caller(site, request)
+        wait_for(store.leases.begun, "the worker's lease")
+        assert collect(store, frozenset, grace_seconds=-1e6).snapshots == (other,)
+    made = running.communicate(timeout=DEADLINE_SECONDS)[0].strip()
+    assert running.returncode == 0
+    assert store.holds(made)
+    assert collect(store, frozenset, grace_seconds=-1e6).snapshots == tuple(sorted((base, made)))
 
 
 def test_an_interpreter_with_other_versions_than_its_lock_is_refused(
