@@ -4,7 +4,7 @@ PYTHON ?= python3.11
 MAIN := .venv/bin/python
 SERVE := .venv-serve/bin/python
 
-.PHONY: setup demo check test lint types bench-surgery bench-router bench-loss fuzz-router bench-gate bench-store bench-rollout chaos clean up down stage-versions
+.PHONY: setup demo check test lint types bench-surgery bench-router bench-loss fuzz fuzz-router bench-gate bench-store bench-rollout chaos clean up down stage-versions
 
 setup: .venv/.ready .venv-serve/.ready
 
@@ -40,6 +40,9 @@ bench-surgery: setup
 
 bench-store: setup
 	@$(MAIN) tests/benchmarks/bench_store.py
+
+fuzz: setup
+	@$(MAIN) tests/benchmarks/fuzz_safetensors.py
 
 bench-gate: setup
 	@$(MAIN) tests/benchmarks/bench_gate.py

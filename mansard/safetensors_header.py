@@ -7,8 +7,10 @@ data. The order of names in the JSON is free, as in the format's reference imple
 
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from json.decoder import scanstring
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,12 @@ from mansard.errors import BadInput
 
 MAX_HEADER_BYTES = 100_000_000
 """The reference implementation's limit (safetensors, tensor.rs, MAX_HEADER_SIZE)."""
+
+MAX_TENSORS = 1_000_000
+MAX_ENTRY_CHARACTERS = 1 << 16
+MAX_METADATA_CHARACTERS = 10_000_000
+"""What no real model comes near (128 experts in 94 layers are 37,000 tensors), so that a hostile header of the largest
+size cannot fill the memory: `make fuzz` measures what reading one takes."""
 
 DTYPE_BITS = {
     "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8,
@@ -27,6 +35,7 @@ DTYPE_BITS = {
 _LENGTH_BYTES = 8
 _METADATA = "__metadata__"
 _MAX_OFFSET = 2**63 - 1
+_BLANKS = re.compile(r"[ \t\n\r]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,22 +76,20 @@ def parse_safetensors_header(path: Path) -> tuple[str, tuple[TensorEntry, ...]]:
         text = raw.decode()
     except UnicodeDecodeError as error:
         raise BadInput(f"{path}: the safetensors header is not UTF-8 (byte {error.start}); JSON is expected") from error
+    del raw
     return text, parse_header_text(text, str(path), size_bytes - _LENGTH_BYTES - header_bytes)
 
 
 def parse_header_text(text: str, where: str, data_bytes: int) -> tuple[TensorEntry, ...]:
     """The entries in the order of their data; `data_bytes` is what follows the header. BadInput begins with `where`."""
-    tree = _read_json(text, where)
-    _check_metadata(tree.pop(_METADATA, {}), where)
-    entries = sorted(
-        (_entry(name, value, where) for name, value in tree.items()), key=lambda e: (e.begin, e.end, e.name)
-    )
+    entries = [_entry(name, value, where) for name, value in _parts(text, where) if name != _METADATA]
+    entries.sort(key=lambda e: (e.begin, e.end, e.name))
     expected = 0
     for entry in entries:
         if entry.begin != expected:
             what = "overlaps the tensor before it" if entry.begin < expected else "leaves a hole before it"
             raise BadInput(
-                f"{where}: tensor {entry.name!r} begins at byte {entry.begin} and {what}: {expected} is expected"
+                f"{where}: tensor {entry.name!r:.200} begins at byte {entry.begin} and {what}: {expected} is expected"
             )
         expected = entry.end
     if expected != data_bytes:
@@ -93,7 +100,7 @@ def parse_header_text(text: str, where: str, data_bytes: int) -> tuple[TensorEnt
 
 def header_metadata(text: str) -> dict[str, str]:
     """The free text entries (`__metadata__`) of a header that was parsed before."""
-    return dict(json.loads(text).get(_METADATA, {}))
+    return next((dict(value) for name, value in _parts(text, "header") if name == _METADATA), {})
 
 
 def compose_header(
@@ -136,32 +143,116 @@ def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
     return bits // 8
 
 
-def _read_json(text: str, where: str) -> dict[str, Any]:
+def _parts(text: str, where: str) -> Iterator[tuple[str, Any]]:
+    """(name, value) of the header's object, one at a time, so that no hostile text grows in memory: a tensor's value is
+    decoded from at most MAX_ENTRY_CHARACTERS, metadata as pairs of text."""
     if not text.startswith("{"):
         raise BadInput(f"{where}: the safetensors header begins with {text[:8]!r}; '{{' is expected")
+    seen: set[str] = set()
+    place, mark = 1, ","
+    while mark == ",":
+        place = _skip_blanks(text, place)
+        if not seen and text[place : place + 1] == "}":
+            place, mark = place + 1, "}"
+            break
+        name, place = _name(text, place, where)
+        if name in seen:
+            raise BadInput(f"{where}: the safetensors header names {name!r:.200} twice; each name stands once")
+        seen.add(name)
+        if len(seen) > MAX_TENSORS:
+            raise BadInput(f"{where}: the safetensors header names more than {MAX_TENSORS} tensors")
+        value, place = (_metadata if name == _METADATA else _value)(text, place, where, name)
+        yield name, value
+        place = _skip_blanks(text, place)
+        mark, place = text[place : place + 1], place + 1
+    if mark != "}" or _skip_blanks(text, place) != len(text):
+        raise _not_json(where, place - 1, "',' or the end of the object is expected")
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        tree = dict(pairs)
-        if len(tree) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in tree if names.count(name) > 1)
-            raise BadInput(f"{where}: the safetensors header names {twice!r} twice; each name stands once")
-        return tree
 
+def _name(text: str, place: int, where: str) -> tuple[str, int]:
+    """A name with its colon, and where its value begins."""
+    name, place = _string(text, place, where)
+    place = _skip_blanks(text, place)
+    if text[place : place + 1] != ":":
+        raise _not_json(where, place, "':' is expected")
+    return name, _skip_blanks(text, place + 1)
+
+
+def _string(text: str, place: int, where: str) -> tuple[str, int]:
+    if text[place : place + 1] != '"':
+        raise _not_json(where, place, "text in double quotes is expected")
     try:
-        tree: dict[str, Any] = json.loads(text, object_pairs_hook=unique)
+        return scanstring(text, place + 1, True)
+    except ValueError as error:
+        raise _not_json(where, place, str(error)) from error
+
+
+def _value(text: str, place: int, where: str, name: str) -> tuple[Any, int]:
+    piece = text[place : place + MAX_ENTRY_CHARACTERS]
+    try:
+        value, used = json.JSONDecoder(object_pairs_hook=_unique).raw_decode(piece)
     except RecursionError as error:
         raise BadInput(f"{where}: the safetensors header is nested too deep; three levels are expected") from error
-    except BadInput:
-        raise
+    except _Twice as error:
+        raise BadInput(f"{where}: tensor {name!r:.200} has the key {error} twice; each stands once") from error
     except ValueError as error:
-        raise BadInput(f"{where}: the safetensors header is not JSON: {error!s:.200}") from error
+        if len(piece) == MAX_ENTRY_CHARACTERS:
+            raise BadInput(
+                f"{where}: tensor {name!r:.200} takes more than {MAX_ENTRY_CHARACTERS} characters of the header"
+            ) from error
+        raise _not_json(where, place, str(error)) from error
+    return value, place + used
+
+
+def _metadata(text: str, place: int, where: str, name: str) -> tuple[dict[str, str], int]:
+    """An object of texts only."""
+    begin, found = place, {}
+    seen = text[begin : begin + 60]
+    expected = f"{where}: {name} is {seen!r:.80}; a mapping of text to text is expected"
+    if text[place : place + 1] != "{":
+        raise BadInput(expected)
+    place, mark = _skip_blanks(text, place + 1), ","
+    if text[place : place + 1] == "}":
+        return {}, place + 1
+    while mark == ",":
+        key, place = _name(text, _skip_blanks(text, place), where)
+        if text[place : place + 1] != '"':
+            raise BadInput(expected)
+        value, place = _string(text, place, where)
+        if key in found:
+            raise BadInput(f"{where}: {name} names {key!r:.200} twice; each name stands once")
+        if not _is_text(key + value):
+            raise BadInput(expected)
+        found[key] = value
+        if place - begin > MAX_METADATA_CHARACTERS:
+            raise BadInput(f"{where}: {name} takes more than {MAX_METADATA_CHARACTERS} characters of the header")
+        place = _skip_blanks(text, place)
+        mark, place = text[place : place + 1], place + 1
+    if mark != "}":
+        raise _not_json(where, place - 1, f"',' or the end of {name} is expected")
+    return found, place
+
+
+class _Twice(ValueError):
+    """A key that an object has twice."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    tree = dict(pairs)
+    if len(tree) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise _Twice(f"{next(name for name in tree if names.count(name) > 1)!r:.200}")
     return tree
 
 
-def _check_metadata(metadata: Any, where: str) -> None:  # noqa: ANN401 - any JSON value
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) and _is_text(k + v) for k, v in metadata.items()):
-        raise BadInput(f"{where}: __metadata__ is {str(metadata)!r:.80}; a mapping of text to text is expected")
+def _skip_blanks(text: str, place: int) -> int:
+    found = _BLANKS.match(text, place)
+    assert found is not None, "a pattern that takes nothing too always matches"
+    return found.end()
+
+
+def _not_json(where: str, place: int, what: str) -> BadInput:
+    return BadInput(f"{where}: the safetensors header is not JSON at character {place}: {what:.200}")
 
 
 def _entry(name: str, value: Any, where: str) -> TensorEntry:  # noqa: ANN401 - any JSON value
