@@ -71,7 +71,7 @@ def expand(
     base = store.snapshot(tree)
     spec = _checked(Expand, {"blocks": blocks, "positions": positions})
     expansion = _derive(store, "expand", {"model": base}, spec.model_dump(mode="json"))
-    _derive(store, "prove", {"base": base, "expansion": expansion}, {"probe_tokens": 64, "seed": 0})
+    _derive(store, "prove", {"base": base, "expansion": expansion}, {"probe_tokens": 64, "seed": 0, "form": "auto"})
     return Model(store, expansion, base)
 
 

@@ -57,6 +57,13 @@ class Expand(Part):
         return self
 
 
+class Prove(Part):
+    """How the expansion is proved: `logits` on a probe, or `structure` (digests and zeros, in little memory); `auto`
+    takes logits where memory holds one model in float32."""
+
+    form: Literal["auto", "logits", "structure"] = "auto"
+
+
 class Source(Part):
     """One training source: a JSONL file (one {"text", "file"} a line) under the site's data folder."""
 
@@ -266,6 +273,7 @@ class UpgradeSpec(Spec):
     """One upgrade: the adopted steps and a storey."""
 
     expand: Expand
+    prove: Prove = Prove()
     train: Train
     fuse: Fuse = Fuse()
 

@@ -2,7 +2,7 @@
 
 from mansard.launch import Request
 from mansard.records import Derivation, SnapshotId
-from mansard.specs import Expand
+from mansard.specs import Expand, Prove
 from tasks import policy
 from tasks.derivation import Asked, Work, derive_one
 
@@ -17,9 +17,10 @@ def expand(work: Work, model: SnapshotId, spec: Expand) -> Derivation:
 
 
 @policy.derivation
-def prove(work: Work, base: SnapshotId, expansion: SnapshotId) -> Derivation:
+def prove(work: Work, base: SnapshotId, expansion: SnapshotId, spec: Prove) -> Derivation:
     """The expansion computes the base's function; StageFailed when it does not. Runs beside the training."""
-    request = Request("prove", {"base": base, "expansion": expansion}, PROBE)
+    slices = {**PROBE, **spec.model_dump(mode="json")}
+    request = Request("prove", {"base": base, "expansion": expansion}, slices)
     return derive_one(work, Asked(request, "prove"), has_bar=False)
 
 

@@ -2,6 +2,7 @@
 
 import struct
 
+from mansard.digest import digest_bytes, digest_zeros
 from mansard.safetensors_header import TensorEntry
 from mansard.store import Store
 
@@ -11,6 +12,14 @@ def one_value(value: float, dtype: str) -> bytes:
     if dtype == "BF16":
         return struct.pack("<f", value)[2:]
     return struct.pack({"F64": "<d", "F32": "<f", "F16": "<e"}[dtype], value)
+
+
+def constant_digest(value: float, like: TensorEntry) -> str:
+    """The digest of a tensor of the type and shape of `like` that holds `value` throughout."""
+    if value == 0.0:
+        return digest_zeros(like.size_bytes)
+    element = one_value(value, like.dtype)
+    return digest_bytes(element * (like.size_bytes // len(element)))
 
 
 class Constants:

@@ -1,14 +1,18 @@
 """Stage `prove`: the expansion computes its base's function, bit for bit, and survives being saved and loaded.
 
-Base and expansion are loaded one after the other, never both, in float32 and in the checkpoint's type. Logits of random
-token ids, greedy generation through the key-value cache and its logits at each step must have the same bytes; then the
-expansion, saved by transformers and loaded again, must hold the same tensors and give the same logits. The output is
-one file, proof.json. Does not cover the structural form (digests and zeros) for models larger than memory.
+In the form `logits`, base and expansion are loaded one after the other, never both, in float32 and in the checkpoint's
+type. Logits of random token ids, greedy generation through the key-value cache and its logits at each step must have
+the same bytes; then the expansion, saved by transformers and loaded again, must hold the same tensors and give the same
+logits. The form `structure` (mansard.models.structure: digests and zeros) loads nothing; it is taken where the spec
+says so, or where `auto` finds too little memory for one model in float32. The output is one file, proof.json, which
+says the form and what chose it.
 """
 
 import shutil
+import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,13 +20,16 @@ from mansard.canonical import canonical_json
 from mansard.errors import BadInput, StageFailed
 from mansard.models.freeze import compare, digest_tensors
 from mansard.models.loading import choose_device, load_model
+from mansard.models.memory import available_bytes, loading_bytes
 from mansard.models.probe import Answers, answers, are_bit_equal, forward_logits, max_abs_difference, random_probe
+from mansard.models.structure import held_tensors, prove_structure
 from mansard.records import SnapshotId
+from mansard.store import Store
 
 if TYPE_CHECKING:
     from mansard.worker import StageContext
 
-CODE_VERSION = 2
+CODE_VERSION = 3
 PACKAGES = ("torch", "transformers", "safetensors")
 
 PROBE_SEQUENCES = 2
@@ -30,6 +37,37 @@ GENERATED_TOKENS = 16
 
 
 def run(context: "StageContext") -> SnapshotId:
+    form, chosen_by = choose_form(context.store, context.inputs["expansion"], context.spec["form"])
+    prove = prove_structurally if form == "structure" else prove_by_logits
+    proof = {"format": 1, "form": form, "chosen_by": chosen_by, "equal": True, **prove(context)}
+    return context.store.put_files({"proof.json": canonical_json(proof)})
+
+
+def choose_form(store: Store, expansion: SnapshotId, wanted: str) -> tuple[str, str]:
+    """(`logits` or `structure`, `spec` or `memory`)."""
+    if wanted != "auto":
+        return wanted, "spec"
+    needed = loading_bytes((h.entry for h in held_tensors(store, expansion).values()), torch.float32.itemsize)
+    room = available_bytes()
+    if choose_device().type == "cuda":
+        room = min(room, torch.cuda.mem_get_info()[0])
+    form = "logits" if needed <= room else "structure"
+    print(f"prove: {form}: {needed:,} bytes are needed for logits, {room:,} are there", file=sys.stderr, flush=True)
+    return form, "memory"
+
+
+def prove_structurally(context: "StageContext") -> dict[str, Any]:
+    """StageFailed unless digests and zeros say that it is equal; the record."""
+
+    def told(done: int, total: int) -> None:
+        context.progress(done, total, "bytes", "digests and zeros")
+
+    structure = prove_structure(context.store, context.inputs["base"], context.inputs["expansion"], told)
+    return {"tensors": asdict(structure)}
+
+
+def prove_by_logits(context: "StageContext") -> dict[str, Any]:
+    """StageFailed unless the answers have the same bytes; the record."""
     saved = context.work / "saved"
     shutil.rmtree(saved, ignore_errors=True)
     with (
@@ -37,16 +75,12 @@ def run(context: "StageContext") -> SnapshotId:
         context.store.using(context.inputs["expansion"]) as expansion,
     ):
         types, probe_BT = _prove(context, base, expansion, saved)
-    proof = {
-        "format": 1,
-        "form": "logits",
-        "equal": True,
+    return {
         "types": [_name(t) for t in types],
         "probe": {"sequences": probe_BT.shape[0], "tokens": probe_BT.shape[1], "seed": context.spec["seed"]},
         "generated_tokens": GENERATED_TOKENS,
         "reload_equal": True,
     }
-    return context.store.put_files({"proof.json": canonical_json(proof)})
 
 
 def _prove(context: "StageContext", base: Path, expansion: Path, saved: Path) -> tuple[list[torch.dtype], torch.Tensor]:

@@ -29,7 +29,7 @@ def expand(store: Store, base: str, positions: list[int]) -> str:
 def prove(make_context: Any, base: str, expansion: str) -> dict[str, Any]:
     from mansard.models import prove_stage
 
-    context = make_context({"base": base, "expansion": expansion}, {"probe_tokens": 24, "seed": 0})
+    context = make_context({"base": base, "expansion": expansion}, {"probe_tokens": 24, "seed": 0, "form": "logits"})
     proof: dict[str, Any] = json.loads(context.store.read_file(prove_stage.run(context), "proof.json"))
     return proof
 

@@ -1,6 +1,8 @@
 """An expansion computes its base's function, bit for bit; the proof sees one that does not."""
 
+import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,23 +11,24 @@ import pytest
 from mansard.errors import BadInput, StageFailed
 from mansard.models.expand import apply, plan
 from mansard.models.model_files import model_config
+from mansard.safetensors_header import compose_header, header_prefix
 from mansard.snapshot import Manifest, TensorFile
 from mansard.specs import Expand
 from mansard.store import Store
 
 pytestmark = pytest.mark.slow
 
-SPEC = {"probe_tokens": 24, "seed": 0}
+SPEC = {"probe_tokens": 24, "seed": 0, "form": "auto"}
 
 
 def expanded(store: Store, base: str, blocks: int, positions: Any = "even") -> str:
     return apply(store, base, plan(model_config(store, base), Expand(blocks=blocks, positions=positions)))
 
 
-def prove(make_context: Any, base: str, expansion: str) -> dict[str, Any]:
+def prove(make_context: Any, base: str, expansion: str, **spec: Any) -> dict[str, Any]:
     from mansard.models import prove_stage
 
-    context = make_context({"base": base, "expansion": expansion}, SPEC)
+    context = make_context({"base": base, "expansion": expansion}, {**SPEC, **spec})
     proof: dict[str, Any] = json.loads(context.store.read_file(prove_stage.run(context), "proof.json"))
     return proof
 
@@ -99,6 +102,71 @@ def test_base_with_infinite_weights_proves_nothing(make_llama: Any, make_context
     broken = with_tensor(store, base, "model.norm.weight", b"\x80\x7f" * 128)
     with pytest.raises(BadInput, match=r"'model.norm.weight' holds NaN or infinity"):
         prove(make_context, broken, expanded(store, broken, 1))
+
+
+def test_the_structural_form_needs_no_model_in_memory_and_the_record_says_so(
+    make_llama: Any, make_context: Any, store: Store
+) -> None:
+    base = store.snapshot(make_llama(tie_word_embeddings=True, attention_bias=True))
+    proof = prove(make_context, base, expanded(store, base, 2), form="structure")
+    assert (proof["form"], proof["chosen_by"], proof["equal"]) == ("structure", "spec", True)
+    assert proof["tensors"] == {"kept": 2 * 13 + 2, "copied": 2 * 10, "silent": 2 * 3}
+    assert "types" not in proof and "reload_equal" not in proof
+
+
+def test_a_model_larger_than_memory_is_proved_by_structure(store: Store) -> None:
+    from mansard.models.prove_stage import choose_form
+
+    size_bytes = 4 << 40
+    digest = "ab" * 32
+    file = store.root / "objects" / digest[:2] / digest
+    file.parent.mkdir(parents=True)
+    with file.open("wb") as sparse:
+        sparse.truncate(size_bytes)
+    text, entries = compose_header({}, {"lm_head.weight": ("BF16", (1 << 20, size_bytes >> 21))})
+    whole = TensorFile(text, {"lm_head.weight": digest}, len(header_prefix(text)) + entries[0].size_bytes)
+    huge = store.put_manifest(Manifest({"model.safetensors": whole}))
+    assert choose_form(store, huge, "auto") == ("structure", "memory")
+    assert choose_form(store, huge, "logits") == ("logits", "spec")
+
+
+def test_base_and_expansion_are_never_in_memory_together(make_llama: Any, make_context: Any, store: Store) -> None:
+    import gc
+
+    from mansard.models import prove_stage
+    from mansard.worker import Channel
+
+    class Watch(io.StringIO):
+        def write(self, text: str) -> int:
+            gc.collect()
+            alive = [o for o in gc.get_objects() if type(o).__name__ == "LlamaForCausalLM"]
+            seen.append(sum(bool(dict(model.named_parameters())) for model in alive) - before)
+            return len(text)
+
+    gc.collect()  # what other tests of this process left behind is no concern of ours
+    alive = [o for o in gc.get_objects() if type(o).__name__ == "LlamaForCausalLM"]
+    before, seen = sum(bool(dict(model.named_parameters())) for model in alive), []
+    base = store.snapshot(make_llama())
+    context = make_context({"base": base, "expansion": expanded(store, base, 1)}, {**SPEC, "form": "logits"})
+    prove_stage.run(replace(context, channel=Channel(Watch())))
+    assert len(seen) >= 5 and set(seen) == {0}, seen
+
+
+def test_what_memory_there_is_follows_the_machine_and_the_control_group(tmp_path: Path) -> None:
+    from mansard.models.memory import available_bytes
+
+    group = tmp_path / "sys/fs/cgroup"
+    (tmp_path / "proc").mkdir()
+    group.mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemTotal:   2000 kB\nMemAvailable:   1000 kB\nHugePages_Free:   0\n")
+    assert available_bytes(tmp_path) == 1000 << 10
+    (group / "memory.max").write_text("max\n")
+    (group / "memory.current").write_text("9000\n")
+    (group / "memory.stat").write_text("anon 1\ninactive_file 2000\n")
+    assert available_bytes(tmp_path) == 1000 << 10
+    (group / "memory.max").write_text("10000\n")
+    assert available_bytes(tmp_path) == 3000
+    assert available_bytes() > 0
 
 
 def test_difference_only_in_cached_generation_is_found() -> None:
