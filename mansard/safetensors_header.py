@@ -10,7 +10,6 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from json.decoder import scanstring
 from pathlib import Path
 from typing import Any
 
@@ -182,9 +181,11 @@ def _string(text: str, place: int, where: str) -> tuple[str, int]:
     if text[place : place + 1] != '"':
         raise _not_json(where, place, "text in double quotes is expected")
     try:
-        return scanstring(text, place + 1, True)
+        value, end = json.JSONDecoder().raw_decode(text, place)
     except ValueError as error:
         raise _not_json(where, place, str(error)) from error
+    assert isinstance(value, str), "what begins with a double quote is text"
+    return value, end
 
 
 def _value(text: str, place: int, where: str, name: str) -> tuple[Any, int]:
