@@ -64,7 +64,8 @@ def pin(args: argparse.Namespace) -> int:
         _tell(args, {"pins": pins}, "\n".join(lines) or "nothing is pinned; versions and what led to them stay anyway")
         return 0
     if args.remove:
-        [found] = [s for s in store.pins() if s.startswith(args.snapshot)] or [store.resolve(args.snapshot)]
+        pinned = [s for s in store.pins() if s.startswith(args.snapshot)]
+        found = pinned[0] if len(pinned) == 1 else store.resolve(args.snapshot)
         store.unpin(found)
         _tell(args, {"snapshot": found, "pinned": False}, f"{found[:12]} is not pinned any more\nnext: mansard collect")
         return 0
@@ -106,7 +107,7 @@ def _collected_text(done: Collected, is_dry: bool) -> str:
     lines.append(f"snapshots kept: {kept}")
     if done.unfinished_bytes:
         lines.append(f"unfinished work: {done.unfinished_bytes:,} bytes, left alone")
-    verb = "would free" if is_dry else "freed"
+    verb = "would free at least" if is_dry else "freed"
     lines.append(
         f"{verb} {done.freed_bytes:,} bytes: {len(done.snapshots)} snapshots, {done.num_objects} objects"
     )

@@ -18,10 +18,11 @@ def object_name(digest: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """A name that is there; `used_at` is when it was last written or touched, in seconds of the epoch."""
+    """A name that is there. `room_bytes` is what it takes there (a hole in a file takes nothing), `used_at` when it was
+    last written or touched, in seconds of the epoch."""
 
     name: str
-    size_bytes: int
+    room_bytes: int
     used_at: float
 
 

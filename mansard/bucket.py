@@ -196,17 +196,17 @@ class Bucket:
         """Evict the least recently used copies, down to nine tenths, once the cache is over its bound."""
         with self._evicting:
             if self._cached_bytes is None:
-                self._cached_bytes = sum(copy.size_bytes for copy in self._cache.listed(OBJECTS))
+                self._cached_bytes = sum(copy.room_bytes for copy in self._cache.listed(OBJECTS))
             else:
                 self._cached_bytes += new_bytes
             if self._cached_bytes <= self._bound_bytes:
                 return
             copies = sorted(self._cache.listed(OBJECTS), key=lambda copy: copy.used_at)
-            left = sum(copy.size_bytes for copy in copies)  # other processes add and evict too
+            left = sum(copy.room_bytes for copy in copies)  # other processes add and evict too
             for copy in copies:
                 if left > self._bound_bytes * 9 // 10:
                     self._cache.remove([copy.name])
-                    left -= copy.size_bytes
+                    left -= copy.room_bytes
             self._cached_bytes = left
 
     def _mark(self, name: str) -> None:

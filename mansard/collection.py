@@ -41,17 +41,19 @@ class Content:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What goes. `lineage` are names; `kept` counts snapshots by the first reason to stay that they have."""
+    """What goes, and the room it takes. `lineage` are names; `kept` counts snapshots by their first reason to stay."""
 
     snapshots: tuple[SnapshotId, ...]
     objects: tuple[Listed, ...]
     lineage: tuple[str, ...]
+    room_bytes: int
     kept: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """What went, or would go: `freed_bytes` of the backend (and of trees, once it was done), as they lie there."""
+    """What went, or would go. `freed_bytes` is the room that this gave (trees and what dead writers left with it) or
+    would give at least."""
 
     snapshots: tuple[SnapshotId, ...]
     num_objects: int
@@ -64,9 +66,9 @@ def plan(content: Content, oldest_seconds: float, objects_of: ObjectsOf) -> Plan
     """Pure. What was used at `oldest_seconds` (of the epoch) or later stays."""
     kept: set[SnapshotId] = set()
     counts = {"versions": 0, "pins": 0, "recent": 0}
-    gone = []
+    gone: list[Listed] = []
     for listed in content.snapshots:
-        snapshot = listed.name.removeprefix(f"{MANIFESTS}/")
+        snapshot = _last(listed)
         reasons = {
             "versions": snapshot in content.rooted,
             "pins": snapshot in content.pinned,
@@ -74,7 +76,7 @@ def plan(content: Content, oldest_seconds: float, objects_of: ObjectsOf) -> Plan
         }
         reason = next((name for name, holds in reasons.items() if holds), None)
         if reason is None:
-            gone.append(snapshot)
+            gone.append(listed)
         else:
             kept.add(snapshot)
             counts[reason] += 1
@@ -82,9 +84,11 @@ def plan(content: Content, oldest_seconds: float, objects_of: ObjectsOf) -> Plan
     objects = tuple(o for o in content.objects if o.name not in named and o.used_at < oldest_seconds)
     stays = kept | content.rooted | content.pinned
     lineage = tuple(
-        r.name for r in content.lineage if r.used_at < oldest_seconds and r.name.split("/")[1] not in stays
+        r for r in content.lineage if r.used_at < oldest_seconds and r.name.split("/")[1] not in stays
     )
-    return Plan(tuple(gone), objects, lineage, counts)
+    room_bytes = sum(listed.room_bytes for listed in (*gone, *objects, *lineage))
+    ids, names = (tuple(_last(listed) for listed in gone)), tuple(listed.name for listed in lineage)
+    return Plan(ids, objects, names, room_bytes, counts)
 
 
 def collect(
@@ -113,8 +117,7 @@ def preview(
 ) -> Collected:
     """What `collect` would delete now; changes nothing."""
     found = _planned(store, roots, _Memory(store), grace_seconds, clock)
-    size_bytes = sum(o.size_bytes for o in found.objects)
-    return Collected(found.snapshots, len(found.objects), size_bytes, found.kept, _unfinished_bytes(store))
+    return Collected(found.snapshots, len(found.objects), found.room_bytes, found.kept, _unfinished_bytes(store))
 
 
 class _Memory:
@@ -169,4 +172,8 @@ def _stale_recipes(store: Store, lineage: Sequence[str]) -> Iterator[str]:
 
 
 def _unfinished_bytes(store: Store) -> int:
-    return sum(listed.size_bytes for listed in store.scratch())
+    return sum(listed.room_bytes for listed in store.scratch())
+
+
+def _last(listed: Listed) -> str:
+    return listed.name.rpartition("/")[2]

@@ -38,7 +38,7 @@ class Folder:
                 path = Path(below, file)
                 with contextlib.suppress(FileNotFoundError):  # removed since it was listed
                     found = path.stat()
-                    yield Listed(str(path.relative_to(self._root)), found.st_size, found.st_mtime)
+                    yield Listed(str(path.relative_to(self._root)), found.st_blocks * 512, found.st_mtime)
 
     def sizes(self, names: Collection[str]) -> dict[str, int]:
         found = {}
@@ -104,9 +104,9 @@ class Folder:
         return freed_bytes
 
     def sweep(self) -> int:
-        size_bytes = sum(item.size_bytes for item in self.listed("incoming"))
+        room_bytes = sum(item.room_bytes for item in self.listed("incoming"))
         shutil.rmtree(self._incoming, ignore_errors=True)
-        return size_bytes
+        return room_bytes
 
     @contextlib.contextmanager
     def beside(self, name: str, fill: Callable[[int], object]) -> Iterator[Path]:

@@ -147,7 +147,7 @@ def rounds(tree: Path, scratch: Path) -> Iterator[tuple[float, float, float, flo
 
 
 def object_bytes(store: Store) -> int:
-    return sum(listed.size_bytes for listed in store.backend.listed(""))
+    return sum(listed.room_bytes for listed in store.backend.listed(""))
 
 
 def main() -> None:

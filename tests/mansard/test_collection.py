@@ -52,7 +52,7 @@ def test_what_nothing_needs_goes_and_the_bytes_are_counted(store: Store) -> None
     done = collect(store, lambda: {kept})
     assert store.snapshots() == [kept]
     assert (told.snapshots, told.num_objects) == (done.snapshots, done.num_objects) == ((gone,), 2)
-    assert done.freed_bytes >= before - object_bytes(store) > 60_000
+    assert done.freed_bytes >= told.freed_bytes >= before - object_bytes(store) > 60_000
     assert done.kept == {"versions": 1, "pins": 0, "recent": 0}
     assert store.verify() == []
     assert collect(store, lambda: {kept}).freed_bytes == 0
@@ -193,7 +193,7 @@ def test_trees_go_with_their_snapshots_unless_they_are_in_use(store: Store) -> N
 def test_unfinished_work_is_left_alone_and_counted(store: Store) -> None:
     (store.work("recipe") / "checkpoint").write_bytes(bytes(1000))
     done = collect(store, no_roots, grace_seconds=-DAY)
-    assert done.unfinished_bytes == 1000
+    assert done.unfinished_bytes >= 1000
     assert (store.work("recipe") / "checkpoint").stat().st_size == 1000
 
 

@@ -134,5 +134,5 @@ def test_two_writers_at_once_make_what_they_make_one_after_the_other(
         assert together.snapshots() == sorted(set(taken))
         assert together.verify() == []
         for listed, alone in zip(together.backend.listed("objects"), apart.backend.listed("objects"), strict=True):
-            assert (listed.name, listed.size_bytes) == (alone.name, alone.size_bytes)
+            assert (listed.name, listed.room_bytes) == (alone.name, alone.room_bytes)
         assert not any((together.root / "incoming").iterdir())
