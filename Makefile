@@ -4,7 +4,7 @@ PYTHON ?= python3.11
 MAIN := .venv/bin/python
 SERVE := .venv-serve/bin/python
 
-.PHONY: setup demo check test lint types bench-surgery bench-router bench-loss fuzz fuzz-router bench-gate bench-store bench-rollout chaos clean up down stage-versions
+.PHONY: setup demo check test lint types bench-surgery bench-router bench-loss fuzz fuzz-router bench-gate bench-store bench-rollout bench-rollback bench-canary chaos clean up down stage-versions
 
 setup: .venv/.ready .venv-serve/.ready
 
@@ -46,6 +46,12 @@ fuzz: setup
 
 bench-gate: setup
 	@$(MAIN) tests/benchmarks/bench_gate.py
+
+bench-rollback: setup
+	@$(MAIN) tests/benchmarks/bench_rollback.py
+
+bench-canary: setup
+	@$(MAIN) tests/benchmarks/bench_canary.py
 
 bench-rollout: setup
 	@$(MAIN) tests/benchmarks/bench_rollout.py

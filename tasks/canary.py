@@ -7,6 +7,7 @@ from typing import Any
 
 from mansard.digest import digest_json
 from mansard.errors import MansardError
+from mansard.serving.host_client import HostDown
 from mansard.site import Site
 from tasks import policy, tracking
 from tasks.derivation import PrefectProgress
@@ -39,13 +40,17 @@ class Walk:
 
 @policy.once
 def follow_rollout(site: Site, model_name: str, version: int, clock: Callable[[], float] = time.monotonic) -> Walk:
-    """Look on until the rollout is promoted or aborted. Interrupting this does not end the rollout."""
+    """Look on until the rollout is promoted or aborted. Interrupting this does not end the rollout.
+
+    A host that is down is waited for: the next one walks on. HostDown when none came in HOST_AWAY_SECONDS.
+    """
     begun = clock()
+    watch = _Watch(site, model_name, clock)
     show = PrefectProgress(f"release {version}")
     stops: list[Stop] = []
     try:
         while True:
-            now = rollout_state(site, model_name)
+            now = watch.look()
             stop = Stop(round(clock() - begun, 1), now["state"], now["step"], now["weight_percent"])
             if not stops or (stop.state, stop.step) != (stops[-1].state, stops[-1].step):
                 stops.append(stop)
@@ -72,6 +77,28 @@ def report_rollout(site: Site, model_name: str, walk: Walk, who: str) -> None:
         tracking.close_upgrade(run, "FINISHED")
     except MansardError as error:
         say(f"the rollout is over, but MLflow does not show it: {error}")
+
+
+@dataclass(slots=True)
+class _Watch:
+    """Asks the host, also while it is away for a while."""
+
+    site: Site
+    model_name: str
+    clock: Callable[[], float]
+
+    def look(self) -> dict[str, Any]:
+        away_since: float | None = None
+        while True:
+            try:
+                return rollout_state(self.site, self.model_name)
+            except HostDown:
+                if away_since is None:
+                    away_since = self.clock()
+                    say("the host is down; the canary gets nothing after 10 s; mansard up goes on with the rollout")
+                if self.clock() - away_since > policy.HOST_AWAY_SECONDS:
+                    raise
+                time.sleep(policy.ROLLOUT_POLL_SECONDS)
 
 
 def _words(now: dict[str, Any]) -> str:

@@ -21,6 +21,8 @@ TAG = "mansard"
 RETRY_DELAYS_SECONDS = [5.0, 20.0, 60.0]
 """Long enough for a server of the stack to come back after `mansard up`."""
 ROLLOUT_POLL_SECONDS = 1.0
+HOST_AWAY_SECONDS = 900.0
+"""So long a follower waits for a host that was killed; the rollout itself waits for ever."""
 
 
 def passes(error: BaseException) -> bool:

@@ -221,6 +221,13 @@ class Engine:
         self.record_file.unlink(missing_ok=True)
         self.state = "stopped"
 
+    def end_now(self) -> None:
+        """SIGKILL to the group. What it was answering breaks off, which the router tells the clients."""
+        self.state = "stopping"
+        self._clear()
+        self.record_file.unlink(missing_ok=True)
+        self.state = "stopped"
+
     def _spawn(self, tree: Path) -> None:
         stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
         self.log = self._site.logs / "engines" / f"{stamp}-{self.identity.key}-{self.port}.log"

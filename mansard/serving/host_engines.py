@@ -108,6 +108,13 @@ class Engines:
             await self._stop(key)
         return keys
 
+    async def end_now(self, identity: EngineIdentity) -> None:
+        """Kill the engine of this identity, if there is one, without letting its requests end."""
+        engine = self._engines.get(identity.key)
+        if engine is not None:
+            self._drop(engine)
+            await asyncio.to_thread(engine.end_now)
+
     async def make_room(self, num_extra: int = MAX_EXTRA_ENGINES) -> None:
         """Stop the least recently used idle engines beyond `num_extra` that no version in service needs."""
         pinned = self._pinned()

@@ -68,6 +68,20 @@ class Residents:
         engine = self.engines.find(self.identity(model, version))
         return engine.endpoint if engine is not None and engine.state == "ready" else None
 
+    async def start(self, model: str, version: int) -> Engine:
+        """The version's engine, ready, and its fingerprint compared: a change is a warning of the engine."""
+        identity = self.identity(model, version)
+        is_fresh = not self.engines.is_ready(identity)
+        engine = await self.engines.ensure(identity)
+        if is_fresh:
+            await self._warn_fingerprint(model, version, engine)
+        return engine
+
+    def warnings(self, model: str, version: int) -> list[str]:
+        """What its engine warned of at its last start."""
+        engine = self.engines.find(self.identity(model, version))
+        return [] if engine is None or not engine.warning else [f"version {version}: {engine.warning}"]
+
     def wake(self) -> None:
         """Look again now: a pointer moved or an engine ended."""
         self._wakes.set()
@@ -116,8 +130,7 @@ class Residents:
     async def _start(self, model: str, version: int) -> None:
         key = (model, version)
         try:
-            engine = await self.engines.ensure(self.identity(model, version))
-            await self._warn_fingerprint(model, version, engine)
+            engine = await self.start(model, version)
         except MansardError as error:
             self._failures[key] = self._failures.get(key, 0) + 1
             wait_seconds = min(2.0 ** self._failures[key], MAX_BACKOFF_SECONDS)

@@ -1,8 +1,10 @@
 """Rollback by the rules of decision 10: pointer and split first, everything else after.
 
 Guarantees: while a rollout runs, it is aborted and stable stays; a second operator's plain rollback changes nothing; a
-cold target is started first while stable goes on serving, unless `hard`. `milliseconds` is from the decision to the
-split on disk. Does not cover: the host being down (the command moves journal and split itself).
+cold target is started first while stable goes on serving, and its fingerprint compared (a change warns and does not
+stop), unless `hard`. `hard` also ends what the version that is left still answers: streams get an error event, other
+requests are asked of stable. `milliseconds` is from the decision to the split on disk. Does not cover: the host being
+down (the command moves journal and split itself).
 """
 
 import logging
@@ -78,10 +80,13 @@ class Rollback:
         warnings: list[str] = []
         if plan.action == "move":
             warnings = target_warnings(self._site, self._journal, request.model, _target(plan), request.hard)
+            warnings += self._residents.warnings(request.model, _target(plan))
         term = self._move(request, plan, pointers)
         milliseconds = round((time.perf_counter() - begun) * 1000, 3)
         if plan.action != "nothing":
             log.info("%s by %s in %.1f ms", plan.message, request.who, milliseconds)
+            if request.hard:
+                await self._end_left(request.model, plan)
             warnings += operator_warnings(self._site, request.who)
             warnings += await self._confirm(request, plan, term)
             self._residents.wake()
@@ -121,8 +126,15 @@ class Rollback:
     async def _start(self, model: str, version: int) -> float:
         log.info("%s version %d does not answer: it is started before traffic moves", model, version)
         begun = time.monotonic()
-        await self._residents.engines.ensure(self._residents.identity(model, version))
+        await self._residents.start(model, version)
         return time.monotonic() - begun
+
+    async def _end_left(self, model: str, plan: RollbackPlan) -> None:
+        """The engine of the version that is left, unless the new stable's is the same."""
+        assert plan.version is not None, f"a {plan.action} names the version that is left"
+        left, stable = self._residents.identity(model, plan.version), self._journal.pointers(model).stable
+        if stable is None or self._residents.identity(model, stable).key != left.key:
+            await self._residents.engines.end_now(left)
 
     async def _confirm(self, request: RollbackRequest, plan: RollbackPlan, term: int) -> list[str]:
         """What is not as it should be after the move: a worker that did not take it, a stable that does not answer."""

@@ -11,7 +11,8 @@ import time
 from dataclasses import dataclass, field
 
 NUM_USERS = 64
-NUM_KEYS = 400
+NUM_KEYS = 1200
+"""So that 5 % of them are 60: a step is judged on 30 users a side at least."""
 ANSWER_SECONDS = 60.0
 
 

@@ -101,10 +101,12 @@ class Traffic:
         self._threads = []
 
 
-def ask(port: int, user: str = "user-0", is_streamed: bool = False) -> tuple[int, str | None, bytes]:
+def ask(
+    port: int, user: str = "user-0", is_streamed: bool = False, max_tokens: int = 4
+) -> tuple[int, str | None, bytes]:
     """One completion through the router: status (599 for a broken answer), x-mansard-version, body."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    body = {"model": "demo", "prompt": "x = ", "max_tokens": 4, "stream": is_streamed}
+    body = {"model": "demo", "prompt": "x = ", "max_tokens": max_tokens, "stream": is_streamed}
     try:
         headers = {"content-type": "application/json", "x-mansard-session": user}
         connection.request("POST", "/v1/completions", json.dumps(body), headers)
@@ -168,9 +170,7 @@ class Place:
 
     def start_supervisor(self) -> "subprocess.Popen[bytes]":
         """The router with all its workers; the caller ends it."""
-        supervisor = self._start(
-            "router.log", "-m", "mansard.serving.router_supervisor", "--site", str(self.site.path)
-        )
+        supervisor = self._start("router.log", "-m", "mansard.serving.router_supervisor", "--site", str(self.site.path))
         for index in range(self.site.router.workers):
             admin = HostClient(self.site.run / f"router-{index}.sock")
             wait_for("a router worker", lambda admin=admin: self._answers(admin, "/observations"))
@@ -231,6 +231,10 @@ class Place:
         found = [e for e in self.status()["engines"] if e["artifact"] == artifact]
         assert len(found) == 1, f"one engine of version {version}, not {found}"
         return found[0]
+
+    def ask_long(self, user: str = "user-0") -> tuple[int, str | None, bytes]:
+        """A stream of a thousand tokens."""
+        return ask(self.site.ports.router, user, is_streamed=True, max_tokens=1000)
 
     def ask(self, user: str = "user-0") -> tuple[int, str | None]:
         return ask(self.site.ports.router, user)[:2]

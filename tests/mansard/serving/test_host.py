@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from mansard.errors import BadInput, Conflict, MansardError, NotAllowed
 from mansard.release.journal import Journal
 from mansard.serving.engine import EngineIdentity, command, last_words, variables
+from mansard.serving.host_client import router_observations
 from mansard.serving.process import identify
 from mansard.specs import Serve
 
@@ -371,6 +373,45 @@ def test_a_hard_rollback_does_not_wait_for_a_cold_previous(place: Any) -> None:
     wait_for(place, "answers of version 1", lambda: place.ask() == (200, "1"))
 
 
+def test_a_hard_rollback_ends_running_streams_with_an_error_event(place: Any) -> None:
+    in_service(place)
+    assert release_to_all(place, place.register(ONE_STEP, voice="b", seconds_per_token=0.01)) == "promoted"
+    with ThreadPoolExecutor() as threads:
+        stream = threads.submit(place.ask_long)
+        wait_for(place, "the stream", lambda: router_in_flight(place, "2"))
+        old = place.engine_of(2)["pid"]
+        back = place.roll_back(hard=True)
+        status, version, text = stream.result(60)
+    assert (back["stable"], back["warnings"]) == (1, [])
+    assert (status, version) == (599, "2")  # 599: not whole
+    assert b'"error"' in text
+    assert b"version 2 broke off this answer" in text
+    wait_for(place, "the engine's end", lambda: identify(old) is None)
+    assert place.ask() == (200, "1")
+
+
+def test_a_graceful_rollback_lets_running_streams_end(place: Any) -> None:
+    in_service(place)
+    assert release_to_all(place, place.register(ONE_STEP, voice="b", seconds_per_token=0.01)) == "promoted"
+    with ThreadPoolExecutor() as threads:
+        stream = threads.submit(place.ask_long)
+        wait_for(place, "the stream", lambda: router_in_flight(place, "2"))
+        assert place.roll_back()["stable"] == 1
+        assert place.ask() == (200, "1")
+        status, version, _ = stream.result(60)
+    assert (status, version) == (200, "2")
+
+
+def test_a_rollback_to_a_version_that_answers_otherwise_now_warns_and_is_made(place: Any) -> None:
+    in_service(place, babble_once=str(place.home / "begun"))
+    assert release_to_all(place, place.register(ONE_STEP, voice="b")) == "promoted"
+    os.kill(place.engine_of(1)["pid"], signal.SIGKILL)
+    wait_for(place, "its death to be seen", lambda: place.split().versions[1].endpoint is None)
+    back = place.roll_back()
+    assert back["stable"] == 1
+    assert any("fingerprint" in warning for warning in back["warnings"]), back
+
+
 def test_the_split_follows_a_pointer_that_another_process_moved(place: Any) -> None:
     in_service(place)
     assert release_to_all(place, place.register(ONE_STEP, voice="b")) == "promoted"
@@ -468,9 +509,16 @@ def release_to_all(place: Any, version: int) -> str:
     return str(ended)
 
 
-def in_service(place: Any) -> None:
+def router_in_flight(place: Any, version: str) -> int:
+    """What the router has under way at a version."""
+    for seen in router_observations(place.site):
+        return int(seen["models"]["demo"]["versions"].get(version, {"in_flight": 0})["in_flight"])
+    return 0
+
+
+def in_service(place: Any, **behaviour: Any) -> None:
     """Host, router, and version 1 stable and answering."""
     place.start_host()
     place.start_router()
-    assert place.release(place.register())["state"] == "promoted"
+    assert place.release(place.register(**behaviour))["state"] == "promoted"
     wait_for(place, "an answer of version 1", lambda: place.ask() == (200, "1"))

@@ -7,7 +7,8 @@ Answers are a deterministic function of the prompt and of `behaviour.json` in th
    "fail_after": int,
    "hang_after": int      completions after so many are never answered,
    "babble_after": int    completions after so many have another voice,
-   "start_once": str      a file: where it is there the start fails, else it is made}
+   "start_once": str      a file: where it is there the start fails, else it is made,
+   "babble_once": str     a file: where it is there the voice is another, else it is made}
 `POST /die` ends the process at once. Standard library only.
 """
 
@@ -76,6 +77,7 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path == "/metrics":
             text = f'vllm:num_requests_running{{engine="0"}} {self.engine.running}.0\n'
             text += 'vllm:num_requests_waiting{engine="0"} 0.0\n'
+            text += f"fake:completions {self.engine.completions}.0\n"
             self.answer(200, text)
         elif self.path == "/version":
             self.answer(200, {"version": "0.0.0-fake"})
@@ -163,6 +165,11 @@ def main() -> None:
     if mark is not None:
         if Path(mark).exists():
             raise ValueError("started once already")
+        Path(mark).touch()
+    mark = engine.behaviour.get("babble_once")
+    if mark is not None:
+        if Path(mark).exists():
+            engine.behaviour["babble_after"] = 0
         Path(mark).touch()
     if engine.behaviour.get("start") == "hang":
         threading.Event().wait()

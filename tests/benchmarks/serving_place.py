@@ -1,0 +1,19 @@
+"""The serving tests' own place (site, keys, store, journal, host) for benchmarks, which pytest does not run."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+CONFTEST = Path(__file__).resolve().parents[1] / "mansard/serving/conftest.py"
+
+
+def place_class() -> Any:
+    """`Place` of tests/mansard/serving/conftest.py."""
+    spec = importlib.util.spec_from_file_location("serving_conftest", CONFTEST)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module.Place
