@@ -6,6 +6,7 @@ Run again it finds what was made and returns the recorded version. Imports prefe
 
 from prefect import flow
 
+from flows.failure import tell_of_failure
 from flows.judgement import Candidate, judge_and_register, recorded_outcome
 from flows.outcome import Outcome
 from mansard.digest import digest_json
@@ -23,7 +24,13 @@ from tasks.snapshots import resolve_version, take_base, take_data, take_suites
 from tasks.training import train
 
 
-@flow(name="upgrade", flow_run_name="upgrade {spec_path}", persist_result=False)
+@flow(
+    name="upgrade",
+    flow_run_name="upgrade {spec_path}",
+    persist_result=False,
+    on_failure=[tell_of_failure],
+    on_crashed=[tell_of_failure],
+)
 def upgrade(spec_path: str, site_path: str, as_person: str | None = None, model: str | None = None) -> Outcome:
     """Raises BadInput or NotAllowed before anything starts, Conflict while nothing is stable, StageFailed later."""
     order = read_order(UpgradeSpec, spec_path, site_path, model, as_person)

@@ -108,12 +108,19 @@ def _through_host(
 
 def _without_host(site: Site, model: str, args: argparse.Namespace, who: str) -> dict[str, Any]:
     request = Request(model, args.from_version, args.to_version, args.hard, who, args.reason)
-    return rollback_directly(
+    done = rollback_directly(
         site,
         request,
         answers=lambda name, version: engine_answers(site, name, version),
         write_split=lambda name, pointers, term: follow_pointers(site, name, pointers, term),
     )
+    if done["changed"] and site.notify:
+        from mansard.release.notify import notify  # the host does that where it runs
+
+        event = "abort" if done["action"] == "abort" else "rollback"
+        told = notify(site, event, model, f"{done['message']} (by {who})", who=who, why=args.reason, host="down")
+        done["warnings"] += [told] if told else []
+    return done
 
 
 def history(args: argparse.Namespace) -> int:

@@ -119,6 +119,7 @@ class Site:
     schedules: tuple[Schedule, ...] = ()
     journal_url: str = field(default="", metadata={"key": "journal"})
     host_public_key: str = ""
+    notify: tuple[str, ...] = ()
     store_url: str | None = field(default=None, metadata={"key": "store"})
     """A bucket, s3://BUCKET/PREFIX, where the store's content lasts; without it, it lasts in `store`."""
 

@@ -1,21 +1,26 @@
 """Follows the journal for the host: imports emergency entries, signs the tip, writes down what a rollback needs while
-the database is down, and records a people section that changed.
+the database is down, records a people section that changed, and tells people what they must hear of.
 
 A thread with a connection of its own, so that a database that hangs holds up nothing that serves. Guarantees: a tip is
 signed only for a journal that still holds the tip signed before; otherwise that one stays and the trouble is logged.
 """
 
+import json
 import logging
 import threading
+from pathlib import Path
 from types import TracebackType
 
+from mansard.canonical import write_atomically
 from mansard.errors import BadInput, Corrupt, MansardError
 from mansard.release import emergency
 from mansard.release.ballast import keep_ballast
 from mansard.release.journal import Journal
 from mansard.release.memory import remember
+from mansard.release.notify import notify
 from mansard.release.people import record_people
 from mansard.release.tip import HOST, Tip, read_tip, sign_tip, write_tip
+from mansard.serving.host_notices import notice_of
 from mansard.site import Site, load_site
 
 LOOK_SECONDS = 0.25
@@ -34,6 +39,7 @@ class JournalWatch:
         self._tip: Tip | None = None
         self._site_changed_at = 0
         self._remembered = 0
+        self._notified: int | None = None
         self._said: set[str] = set()
 
     def __enter__(self) -> "JournalWatch":
@@ -56,6 +62,26 @@ class JournalWatch:
             self._say(str(error))
         keep_ballast(self._site)
         self._sign_tip(journal)
+        self._tell(journal)
+
+    def _tell(self, journal: Journal) -> None:
+        """Call the site's program for entries since the last one told; `run/notified.json` outlives the host."""
+        told = self._site.run / "notified.json"
+        tip = journal.tip()
+        if tip is None or not self._site.notify:
+            return
+        if self._notified is None:
+            self._notified = _read_sequence(told)
+        if self._notified is None:  # a site that begins to notify does not tell its whole past
+            self._notified = tip.sequence
+            write_atomically(told, json.dumps({"format": 1, "sequence": tip.sequence}).encode())
+        for entry in journal.entries(after=self._notified) if tip.sequence > self._notified else ():
+            notice = notice_of(entry)
+            trouble = "" if notice is None else notify(self._site, **notice)
+            if trouble:
+                self._say(trouble)
+            self._notified = entry.sequence
+            write_atomically(told, json.dumps({"format": 1, "sequence": entry.sequence}).encode())
 
     def _say(self, trouble: str) -> None:
         """Once, however often it comes again."""
@@ -97,3 +123,11 @@ class JournalWatch:
             except (MansardError, OSError) as error:  # down, written anew, a full disk
                 self._say(str(error))
                 self._stop.wait(4 * LOOK_SECONDS)
+
+
+def _read_sequence(path: Path) -> int | None:
+    """Up to which entry people were told; None where that is not known."""
+    try:
+        return int(json.loads(path.read_bytes())["sequence"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
