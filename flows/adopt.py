@@ -12,7 +12,7 @@ from mansard.specs import AdoptSpec
 from tasks.derivation import recorded
 from tasks.intake import read_order, terms_of
 from tasks.quantization import quantize
-from tasks.snapshots import resolve_version, take_base, take_data, take_suites
+from tasks.snapshots import check_base, resolve_version, take_base, take_data, take_suites
 
 
 @flow(name="adopt", flow_run_name="adopt {spec_path}", persist_result=False)
@@ -25,7 +25,7 @@ def adopt(spec_path: str, site_path: str, as_person: str | None = None, model: s
     tags = {"mansard_author": order.author}
     with recorded(order.site, order.model_name, f"adopt {order.spec.name}", key, tags) as work:
         base = take_base(work, order, version)
-        data = take_data(work, order.spec.data)
+        sound, data = check_base(work, base.snapshot), take_data(work, order.spec.data)
         artifact = quantize(work, base.snapshot, data, order.spec.quantize)
-        candidate = Candidate(base.snapshot, artifact.snapshot, None, (base.derivation, artifact))
+        candidate = Candidate(base.snapshot, artifact.snapshot, None, (base.derivation, sound, artifact))
         return recorded_outcome(work, terms, candidate) or judge_and_register(work, terms, candidate, against=None)

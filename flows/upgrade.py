@@ -20,7 +20,7 @@ from tasks.fusion import fuse
 from tasks.intake import check_power, read_order, terms_of
 from tasks.quantization import quantize
 from tasks.registration import standing
-from tasks.snapshots import resolve_version, take_base, take_data, take_suites
+from tasks.snapshots import check_base, resolve_version, take_base, take_data, take_suites
 from tasks.training import train
 
 
@@ -43,13 +43,13 @@ def upgrade(spec_path: str, site_path: str, as_person: str | None = None, model:
     tags = {"mansard_author": order.author, "mansard_base_version": str(version)}
     with recorded(order.site, order.model_name, f"upgrade {spec.name}", key, tags) as work:
         base = take_base(work, order, version)
-        data = take_data(work, spec.data)
+        sound, data = check_base(work, base.snapshot), take_data(work, spec.data)
         clean = look_for_contamination(work, spec.gate, suites, data)
         expansion = expand(work, base.snapshot, spec.expand)
         proof = prove.submit(work, base.snapshot, expansion.snapshot, spec.prove)
         trained = train(work, expansion.snapshot, data, spec.data, spec.train)
         fused = fuse(work, expansion.snapshot, trained.snapshot, spec.fuse)
         artifact = quantize(work, fused.snapshot, data, spec.quantize)
-        made = (base.derivation, clean, expansion, proof.result(), trained, fused, artifact)
+        made = (base.derivation, sound, clean, expansion, proof.result(), trained, fused, artifact)
         candidate = Candidate(fused.snapshot, artifact.snapshot, version, made)
         return recorded_outcome(work, terms, candidate) or judge_and_register(work, terms, candidate, against)

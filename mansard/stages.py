@@ -12,6 +12,7 @@ from pathlib import Path
 STAGES = {
     "corpus": "mansard.demo.corpus_stage",
     "pretrain": "mansard.demo.pretrain_stage",
+    "check": "mansard.models.check_stage",
     "expand": "mansard.models.expand_stage",
     "prove": "mansard.models.prove_stage",
     "train": "mansard.training.stage",

@@ -15,6 +15,7 @@ from mansard.errors import BadInput
 from mansard.evaluation import power
 from mansard.evaluation.power import alpha_of_attempt
 from mansard.evaluation.suites import suite_files
+from mansard.models.checkpoint import check_folder
 from mansard.records import SnapshotId
 from mansard.release import keys
 from mansard.release.journal import Journal
@@ -89,6 +90,7 @@ def check_base(order: Order[Spec], spec_path: str | Path) -> None:
     base, site = order.spec.base, order.site
     if base.path is not None:
         check_model_tree(site.data / base.path)
+        check_folder(site.data / base.path)
     if base.version is not None:
         with Journal.open(site.journal) as journal:
             if base.version != "stable":

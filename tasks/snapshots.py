@@ -9,7 +9,7 @@ from pathlib import Path
 from mansard.digest import digest_json
 from mansard.errors import BadInput, MansardError
 from mansard.evaluation.suites import take_suite
-from mansard.launch import Progress
+from mansard.launch import Progress, Request
 from mansard.models.families import family_of
 from mansard.models.model_files import model_config
 from mansard.models.widths import check_widths
@@ -19,7 +19,7 @@ from mansard.snapshot import Blob, Manifest, check_model_tree
 from mansard.specs import Base, Data, Spec
 from mansard.store import Store
 from tasks import policy, tracking
-from tasks.derivation import Work
+from tasks.derivation import Asked, Work, derive_one
 from tasks.intake import Order
 from tasks.terminal import stage_progress
 
@@ -72,6 +72,12 @@ def take_base(work: Work, order: Order[Spec], version: int | None) -> BaseModel:
         source = order.spec.base.model_dump(mode="json", exclude_none=True)
         tracking.finish_stage(running, taken, "base", tracking.Inputs({}, {}), work.site.store_uri, {"base": source})
     return BaseModel(snapshot, version, taken)
+
+
+@policy.derivation
+def check_base(work: Work, model: SnapshotId) -> Derivation:
+    """The base is what its config says and holds finite numbers only; BadInput where it is not. Done once a base."""
+    return derive_one(work, Asked(Request("check", {"model": model}, {}), "check"))
 
 
 def resolve_version(order: Order[Spec]) -> int | None:

@@ -4,13 +4,43 @@ Headers only, no tensor is read. Each refusal is one BadInput line that names th
 """
 
 from collections.abc import Collection, Mapping
+from pathlib import Path
 
 from mansard.errors import BadInput
-from mansard.models.families import Config, Family, depth_of
-from mansard.safetensors_header import TensorEntry
+from mansard.models.families import Config, Family, depth_of, family_of
+from mansard.models.model_files import model_config, weight_files
+from mansard.models.vocabulary import TOKENIZER_FILE, check_vocabulary
+from mansard.records import SnapshotId
+from mansard.safetensors_header import TensorEntry, parse_safetensors_header
+from mansard.snapshot import CONFIG_FILE, read_json_object
+from mansard.store import Store
 
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """Types of a model's tensors: the name in config.json -> the name in safetensors."""
+
+
+def check_folder(tree: Path) -> None:
+    """BadInput unless the model in a folder is one that can be expanded: family, keys, tensors, vocabulary."""
+    config = read_json_object((tree / CONFIG_FILE).read_bytes(), str(tree / CONFIG_FILE))
+    files = {path.name: parse_safetensors_header(path)[1] for path in sorted(tree.glob("*.safetensors"))}
+    tokenizer = tree / TOKENIZER_FILE
+    _check(config, files, tokenizer.read_bytes() if tokenizer.is_file() else None)
+
+
+def check_snapshot(store: Store, model: SnapshotId) -> None:
+    """The same of a model in the store; reads the manifest and small files."""
+    manifest = store.manifest(model)
+    files = {path: file.entries(path) for path, file in weight_files(manifest).items()}
+    tokenizer = store.read_file(model, TOKENIZER_FILE) if TOKENIZER_FILE in manifest.files else None
+    _check(model_config(store, model), files, tokenizer)
+
+
+def _check(config: Config, files: Mapping[str, Collection[TensorEntry]], tokenizer: bytes | None) -> None:
+    family = family_of(config)
+    check_once(files)
+    check_tensors(family, config, {e.name: e for found in files.values() for e in found})
+    if tokenizer is not None:
+        check_vocabulary(config, tokenizer)
 
 
 def check_once(files: Mapping[str, Collection[TensorEntry]]) -> None:

@@ -1,4 +1,5 @@
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path: Path, make_checkpoint: Callable[..., Path]) -> Path:
     """The shipped configs, with a site of their own, ada's key, text and items."""
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     site_file = tmp_path / "configs/site/local.yaml"
@@ -32,16 +33,8 @@ def folder(tmp_path: Path) -> Path:
         )
     keys.generate_key("ada", load_site(site_file))
     change(tmp_path, base={"path": "base"})
-    model(tmp_path / ".mansard/data/base")
+    make_checkpoint(depth=1).rename(tmp_path / ".mansard/data/base")
     return tmp_path
-
-
-def model(tree: Path) -> None:
-    """A folder that looks like a model from outside: one tensor of one number."""
-    tree.mkdir()
-    (tree / "config.json").write_text('{"model_type": "llama"}')
-    header = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
-    (tree / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
 
 
 def change(folder: Path, **sections: Any) -> None:

@@ -1,0 +1,28 @@
+"""Stage `check`: a base is what its config.json says, and every number of it is finite. Loads no torch.
+
+Names, shapes and types of all tensors, the tokenizer against the vocabulary, then every tensor read once, a piece at a
+time. Done once a base, before anything is made of it: NaN would otherwise show as a training that diverges.
+"""
+
+from typing import TYPE_CHECKING
+
+from mansard.canonical import canonical_json
+from mansard.models.checkpoint import check_snapshot
+from mansard.models.structure import check_finite, held_tensors
+from mansard.records import SnapshotId
+
+if TYPE_CHECKING:
+    from mansard.worker import StageContext
+
+CODE_VERSION = 1
+PACKAGES = ("numpy",)
+
+
+def run(context: "StageContext") -> SnapshotId:
+    store, model = context.store, context.inputs["model"]
+    check_snapshot(store, model)
+    tensors = held_tensors(store, model)
+    context.progress(0, len(tensors), "tensors", "looking for NaN and infinity")
+    check_finite(store, tensors)
+    context.progress(len(tensors), len(tensors), "tensors", "sound")
+    return store.put_files({"check.json": canonical_json({"format": 1, "finite": True, "tensors": len(tensors)})})
