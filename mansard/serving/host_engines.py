@@ -18,13 +18,17 @@ import aiohttp
 from mansard.canonical import canonical_json, write_atomically
 from mansard.errors import BadInput, MansardError, StageFailed
 from mansard.serving import engine_http
-from mansard.serving.engine import SHUTDOWN_SECONDS, Engine, EngineIdentity, last_words
+from mansard.serving.engine import DRAIN_SECONDS, Engine
+from mansard.serving.engine_command import SHUTDOWN_SECONDS, EngineIdentity
+from mansard.serving.engine_log import last_words
 from mansard.serving.process import ProcessIdentity, group_of, send, wait_for_end, with_output_below
 from mansard.site import Site
 from mansard.store import Store
 
 MAX_EXTRA_ENGINES = 1
 """Engines kept warm beside the pinned ones: an evaluation's engine is what a release starts next."""
+RETIRE_SECONDS = 20.0
+"""What the requests of an engine that failed as a canary get; then they are asked of stable or told of an error."""
 
 
 class Engines:
@@ -107,6 +111,15 @@ class Engines:
         for key in keys:
             await self._stop(key)
         return keys
+
+    def retire(self, identity: EngineIdentity) -> None:
+        """End an engine that is not to be trusted, unless a version in service needs it. In the background."""
+        if identity.key in self._engines and identity.key not in self._pinned():
+            self._in_background(self._stop(identity.key, RETIRE_SECONDS), f"retire {identity.key}")
+
+    def retire_left(self) -> None:
+        """End what left the rollback window, beyond the engines that stay warm anyway. In the background."""
+        self._in_background(self.make_room(), "retire what left the window")
 
     async def end_now(self, identity: EngineIdentity) -> None:
         """Kill the engine of this identity, if there is one, without letting its requests end."""
@@ -202,9 +215,9 @@ class Engines:
             self._drop(engine)
             self._on_end(engine)
 
-    async def _stop(self, key: str) -> None:
+    async def _stop(self, key: str, drain_seconds: float = DRAIN_SECONDS) -> None:
         if key not in self._stops:
-            task = asyncio.create_task(self._engines[key].stop(), name=f"stop {key}")
+            task = asyncio.create_task(self._engines[key].stop(drain_seconds), name=f"stop {key}")
             self._stops[key] = task
             task.add_done_callback(lambda _: self._stops.pop(key, None))
             self._drop(self._engines[key])

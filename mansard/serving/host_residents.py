@@ -13,7 +13,8 @@ from collections.abc import Awaitable, Callable
 from mansard.errors import MansardError
 from mansard.release.journal import Journal
 from mansard.release.window import resident_versions
-from mansard.serving.engine import Engine, EngineIdentity
+from mansard.serving.engine import Engine
+from mansard.serving.engine_command import EngineIdentity
 from mansard.serving.host_engines import Engines
 from mansard.serving.host_traffic import Traffic
 from mansard.site import Site
@@ -88,6 +89,7 @@ class Residents:
 
     async def run(self) -> None:
         """Look at every model, until cancelled."""
+        is_moved = False
         try:
             while True:
                 self._wakes.clear()
@@ -96,10 +98,13 @@ class Residents:
                         self.look(model)
                     except (MansardError, OSError) as error:  # what serves goes on serving; the next look tries again
                         log.error("%s: %s", model, error)
+                if is_moved:
+                    self.engines.retire_left()
                 try:
                     await asyncio.wait_for(self._wakes.wait(), LOOK_SECONDS)
+                    is_moved = True
                 except TimeoutError:
-                    continue
+                    is_moved = False
         finally:
             for task in self._starts.values():
                 task.cancel()
