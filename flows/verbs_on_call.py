@@ -29,21 +29,24 @@ def status(args: argparse.Namespace) -> int:
     site = load_site(find_site(args.site))
     names = [site.model_named(args.model)] if args.model else list(site.models)
     models = {name: oncall.status(site, name) for name in names}
-    host = _host_status(site)
+    host, trouble = _host_status(site)
     if args.json:
         print(json.dumps({"format": 1, "models": models, "host": host, "processes": _processes(site)}))
         return 0
     for found in models.values():
         print(status_text(found))
-    print(_engines_text(host))
+    print(trouble if host is None else _engines_text(host))
     return 0
 
 
-def _host_status(site: Site) -> dict[str, Any] | None:
+def _host_status(site: Site) -> tuple[dict[str, Any] | None, str]:
+    """What the host says, or None and why it says nothing."""
     try:
-        return HostClient(site.host_socket).call("GET", "/status", timeout_seconds=HOST_TIMEOUT_SECONDS)
-    except MansardError:  # down, or it hangs
-        return None
+        return HostClient(site.host_socket).call("GET", "/status", timeout_seconds=HOST_TIMEOUT_SECONDS), ""
+    except HostDown:
+        return None, "host: down (mansard up starts it); rollback works without it"
+    except MansardError as error:  # it hangs, or has no journal to read
+        return None, f"host: runs, but cannot answer: {error}; rollback works without it"
 
 
 def _processes(site: Site) -> list[dict[str, Any]]:
@@ -52,9 +55,7 @@ def _processes(site: Site) -> list[dict[str, Any]]:
     return status_of_processes(site)
 
 
-def _engines_text(host: dict[str, Any] | None) -> str:
-    if host is None:
-        return "host: down (mansard up starts it); rollback works without it"
+def _engines_text(host: dict[str, Any]) -> str:
     lines = [f"host: {host['state']}, pid {host['pid']}"]
     for engine in host["engines"]:
         lines.append(f"engine {engine['artifact'][:12]}: {engine['state']}, {engine['endpoint']}, pid {engine['pid']}")
@@ -80,7 +81,7 @@ def rollback(args: argparse.Namespace) -> int:
         "who": who,
         "why": args.reason,
     }
-    if _host_status(site) is None:
+    if _host_status(site)[0] is None:
         done = _without_host(site, model, args, who)
     else:
         done = _through_host(site, model, args, who, body)

@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from mansard.models.families import LLAMA
 from mansard.store import Store
+from tests.mansard.postgres_server import PostgresServer, postgres_binaries
 from tests.mansard.s3_server import environment, make_bucket, s3_server
 
 # The same examples on every run, and no clock: a slow machine must not fail a test.
@@ -106,3 +107,17 @@ def _write_weights(folder: Path, tensors: dict[str, np.ndarray], shards: int) ->
         "weight_map": {n: file for file, inside in files.items() for n in inside},
     }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """One server for all tests that ask for it."""
+    binaries = postgres_binaries()
+    if binaries is None:
+        pytest.skip("left out: the journal on PostgreSQL; no initdb here (Debian: apt-get install postgresql)")
+    server = PostgresServer(binaries)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.close()

@@ -1,19 +1,11 @@
-"""A small site with real keys, a real store, registrations to play with, and a PostgreSQL server of our own."""
+"""A small site with real keys, a real store, and registrations to play with."""
 
-import contextlib
-import os
-import pwd
-import shutil
-import subprocess
-import tempfile
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-import psycopg
 import pytest
 
 from mansard.records import Registration
@@ -23,6 +15,7 @@ from mansard.release.keys import generate_key
 from mansard.serving import split as splits
 from mansard.site import Environment, Person, Site, load_site
 from mansard.store import Store
+from tests.mansard.postgres_server import PostgresServer
 
 ROLES = {"ada": "author, operator", "grace": "reviewer, operator", "both": "author, reviewer", "otto": "operator"}
 
@@ -121,87 +114,12 @@ def three(site: Site, candidate: Callable[..., Registration]) -> Site:
     return site
 
 
-class Postgres:
-    """A private server: data and socket in a folder of its own, run by a user without rights, no TCP port."""
-
-    def __init__(self, binaries: Path) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="mansard-pg-"))
-        self._binaries = binaries
-        self._process: subprocess.Popen[bytes] | None = None
-        self._as: dict[str, object] = {}
-        if os.geteuid() == 0:  # PostgreSQL refuses root
-            nobody = pwd.getpwnam("nobody")
-            os.chown(self.folder, nobody.pw_uid, nobody.pw_gid)
-            self._as = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
-        words = ["initdb", "-D", "data", "-U", "mansard", "-A", "trust", "-E", "UTF8", "--no-sync", "--locale=C"]
-        self._call(*words)
-
-    def _call(self, program: str, *words: str) -> None:
-        command = [str(self._binaries / program), *words]
-        subprocess.run(command, cwd=self.folder, check=True, capture_output=True, **self._as)  # type: ignore[call-overload]
-
-    def start(self) -> None:
-        command = [str(self._binaries / "postgres"), "-D", "data", "-k", str(self.folder), "-c", "listen_addresses="]
-        command += ["-c", "fsync=off", "-c", "max_connections=60"]  # our own disk's promises are not what is tested
-        with (self.folder / "log").open("ab") as log:
-            self._process = subprocess.Popen(
-                command, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log, **self._as  # type: ignore[call-overload]
-            )
-        deadline = time.monotonic() + 120
-        while True:
-            with contextlib.suppress(psycopg.OperationalError), psycopg.connect(self.url("postgres")):
-                return
-            assert self._process.poll() is None and time.monotonic() < deadline, (self.folder / "log").read_text()
-            time.sleep(0.05)
-
-    def stop(self) -> None:
-        """At once, as a crash does."""
-        if self._process is not None:
-            self._process.send_signal(3)  # SIGQUIT: immediate shutdown
-            self._process.wait(60)
-            self._process = None
-
-    def close(self) -> None:
-        self.stop()
-        shutil.rmtree(self.folder)
-
-    def url(self, database: str) -> str:
-        return f"postgresql://mansard@/{database}?host={self.folder}"
-
-    def new_journal(self) -> str:
-        """A URL that leads to an empty schema of its own, which is cheaper than a database."""
-        name = f"journal_{uuid.uuid4().hex}"
-        with psycopg.connect(self.url("postgres"), autocommit=True) as connection:
-            connection.execute(f"CREATE SCHEMA {name}".encode())
-        return f"{self.url('postgres')}&options=-csearch_path%3D{name}"
-
-
-def _binaries() -> Path | None:
-    """Where the newest initdb of the system is; Debian keeps it off the path."""
-    found = [Path(p) for p in [shutil.which("initdb")] if p] + sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    return found[-1].parent if found else None
-
-
-@pytest.fixture(scope="session")
-def postgres() -> Iterator[Postgres]:
-    """One server for all tests that ask for it."""
-    binaries = _binaries()
-    if binaries is None:
-        pytest.skip("left out: the journal on PostgreSQL; no initdb here (Debian: apt-get install postgresql)")
-    server = Postgres(binaries)
-    try:
-        server.start()
-        yield server
-    finally:
-        server.close()
-
-
 @pytest.fixture(params=["sqlite", "postgresql"])
 def new_place(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], Path | str]:
     """Where a new journal may be, again and again: first in files, then on the server."""
     if request.param == "sqlite":
         return lambda: tmp_path / uuid.uuid4().hex / "journal.sqlite3"
-    server: Postgres = request.getfixturevalue("postgres")
+    server: PostgresServer = request.getfixturevalue("postgres")
     return server.new_journal
 
 
