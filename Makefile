@@ -11,11 +11,15 @@ setup: .venv/.ready .venv-serve/.ready
 .venv/.ready: infra/constraints/main.txt infra/setup-environment.sh pyproject.toml
 	@PYTHON=$(PYTHON) bash infra/setup-environment.sh main
 
-.venv-serve/.ready: infra/constraints/serve-cpu.txt infra/constraints/serve-cuda.txt infra/setup-environment.sh .venv/.ready
+.venv-serve/.ready: infra/constraints/serve-cpu.txt infra/constraints/serve-cuda.txt infra/setup-environment.sh infra/vllm-plugin/pyproject.toml .venv/.ready
 	@PYTHON=$(PYTHON) bash infra/setup-environment.sh serve
 
 demo: setup
 	@$(MAIN) -m flows.demo
+
+.PHONY: demo-carry-on bench-carry-on
+demo-carry-on: setup
+	@$(MAIN) -m flows.demo_carry_on
 
 up down: setup
 	@.venv/bin/mansard $@
@@ -70,6 +74,9 @@ bench-loss: setup
 
 chaos: setup
 	@$(MAIN) -m tests.chaos.campaign
+
+bench-carry-on: setup
+	@$(MAIN) tests/benchmarks/bench_carry_on.py
 
 clean:
 	@test ! -x .venv/bin/mansard || .venv/bin/mansard down

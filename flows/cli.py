@@ -19,6 +19,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "status": ("flows.verbs_on_call:status", "what serves, what runs, and where to look"),
     "adopt": ("flows.verbs_model:adopt", "take a first base into service as version 1"),
     "upgrade": ("flows.verbs_model:upgrade", "insert, train, fuse, quantize, evaluate, gate, register"),
+    "customize": ("flows.verbs_model:customize", "capture, train a branch, compose, evaluate, gate, register"),
     "gate": ("flows.verbs_model:gate", "judge a version again against today's stable and anchor"),
     "remove-storey": ("flows.verbs_model:remove_storey", "a version without one of its storeys, judged as a candidate"),
     "review": ("flows.verbs_review:review", "the evidence behind a version"),
@@ -42,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="mansard", description="Adds a storey to a model in service.", epilog=EPILOG)
     verbs = top.add_subparsers(dest="verb", required=True, metavar="COMMAND")
     made = {name: _verb(verbs, name, text) for name, (_, text) in VERBS.items()}
-    for name in ("adopt", "upgrade"):
+    for name in ("adopt", "upgrade", "customize"):
         made[name].add_argument("spec", metavar="SPEC", help="a YAML file, e.g. configs/upgrade/demo.yaml")
     for name in ("gate", "remove-storey", "review", "approve", "reject", "release", "why"):
         made[name].add_argument("version", metavar="VERSION", type=int)

@@ -1,4 +1,5 @@
-"""The platform team's verbs: adopt, upgrade, gate, remove-storey, release. They start the stack where it is down."""
+"""The platform team's verbs: adopt, upgrade, customize, gate, remove-storey, release. They start the stack where it
+is down."""
 
 import argparse
 import json
@@ -13,7 +14,7 @@ from flows.person import person
 from mansard.errors import MansardError
 from mansard.models.remove_storey import check_removable
 from mansard.site import Site, find_site, load_site
-from mansard.specs import AdoptSpec, UpgradeSpec
+from mansard.specs import AdoptSpec, CustomizeSpec, UpgradeSpec
 from mansard.store import Store
 from tasks.evidence import check_suites_unchanged, recorded_evidence, recorded_version
 from tasks.intake import check_author, read_order
@@ -37,6 +38,14 @@ def upgrade(args: argparse.Namespace) -> int:
     """One storey."""
     site = _ready(args, UpgradeSpec)
     from flows.upgrade import upgrade as flow
+
+    return _tell(args, _followed(flow, str(Path(args.spec).resolve()), str(site.path), _author(), args.model))
+
+
+def customize(args: argparse.Namespace) -> int:
+    """A branch on a base in service."""
+    site = _ready(args, CustomizeSpec)
+    from flows.customize import customize as flow
 
     return _tell(args, _followed(flow, str(Path(args.spec).resolve()), str(site.path), _author(), args.model))
 
@@ -82,7 +91,7 @@ def release(args: argparse.Namespace) -> int:
     return 0 if is_promoted else 4
 
 
-def _ready(args: argparse.Namespace, kind: type[AdoptSpec] | type[UpgradeSpec] | None) -> Site:
+def _ready(args: argparse.Namespace, kind: type[AdoptSpec] | type[UpgradeSpec] | type[CustomizeSpec] | None) -> Site:
     """Everything that can be wrong in spec, site and files is found before anything starts."""
     site = load_site(find_site(args.site))
     site.model_named(args.model)

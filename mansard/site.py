@@ -98,6 +98,14 @@ class Schedule:
 
 
 @dataclass(frozen=True, slots=True)
+class InferenceNode:
+    """A vLLM engine in pooling mode that gives states away for carry-ons: http://HOST:PORT, and its served name."""
+
+    endpoint: str
+    served_name: str
+
+
+@dataclass(frozen=True, slots=True)
 class Site:
     """One place where Mansard runs. Build it with `load_site`."""
 
@@ -122,6 +130,7 @@ class Site:
     notify: tuple[str, ...] = ()
     store_url: str | None = field(default=None, metadata={"key": "store"})
     """A bucket, s3://BUCKET/PREFIX, where the store's content lasts; without it, it lasts in `store`."""
+    nodes: tuple[InferenceNode, ...] = ()
 
     @property
     def store(self) -> Path:

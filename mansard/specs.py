@@ -121,6 +121,56 @@ class Train(Part):
     seed: int = 0
 
 
+class Branch(Part):
+    """The branch of a carry-on: `blocks` decoder blocks, of a `width` or of at most so many `parameters`."""
+
+    blocks: Positive = 2
+    width: Annotated[int, Field(ge=8, multiple_of=8)] | None = None
+    parameters: Positive | None = None
+
+    @model_validator(mode="after")
+    def one_size(self) -> Self:
+        if (self.width is None) == (self.parameters is None):
+            raise ValueError("name exactly one of width, parameters")
+        return self
+
+
+class Capture(Part):
+    """States taken from the base as served: so many `tokens` of training text (shared out by the sources' weights;
+    training beyond them reads them again) and `held_out_rows` of each source. `scheme`: how they are kept; 8 bits have
+    a scale per token (a scale per tensor destroys the states: the first token's norm is about a hundred times the
+    others')."""
+
+    tokens: Positive
+    held_out_rows: Positive = 32
+    scheme: Literal["bf16", "fp8", "int8"] = "fp8"
+
+
+class BranchTrain(Part):
+    """A branch's training. `alpha` is the share at which it is added while it learns."""
+
+    tokens: Positive
+    batch_sequences: Positive
+    learning_rate: Annotated[float, Field(gt=0)]
+    alpha: Annotated[float, Field(gt=0)] = 1.0
+    warmup_fraction: Fraction = 0.05
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    precision: Literal["fp32", "bf16"] = "bf16"
+    evaluate_every_steps: Positive = 50
+    checkpoint_every_steps: Positive = 50
+    seed: int = 0
+
+
+class ChooseAlpha(Part):
+    """Which alpha is registered: the one of `tried` at which the domain's held-out text is shortest while no other
+    source's gets longer than the base's by more than `guard_bits` (bits per byte); or `fixed`, whatever they say."""
+
+    tried: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=1)] = [0.25, 0.5, 0.75, 1.0, 1.25]
+    guard_bits: Annotated[float, Field(ge=0)] = 0.0
+    fixed: Annotated[float, Field(ge=0)] | None = None
+
+
 class Fuse(Part):
     """`residual`: the plain checkpoint of the expanded depth."""
 
@@ -240,19 +290,27 @@ class Release(Part):
 
 
 class Spec(Part):
-    """What `adopt` and `upgrade` share."""
+    """What `adopt`, `upgrade` and `customize` share."""
 
     format: Literal[1]
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
     author: str
     base: Base
-    quantize: Quantize
     serve: Serve = Serve()
     gate: Gate
     fingerprint: Fingerprint
     cost: Cost = Cost()
     release: Release
     data: Data
+
+    def digest(self) -> str:
+        return digest_json(self.model_dump(mode="json"))
+
+
+class QuantizedSpec(Spec):
+    """What `adopt` and `upgrade` share: the artifact is quantized from a model that was made or taken."""
+
+    quantize: Quantize
 
     @model_validator(mode="after")
     def calibration_source_is_known(self) -> Self:
@@ -261,21 +319,33 @@ class Spec(Part):
             raise ValueError(f"quantize.source {self.quantize.source!r} is not one of data.sources: {names}")
         return self
 
-    def digest(self) -> str:
-        return digest_json(self.model_dump(mode="json"))
 
-
-class AdoptSpec(Spec):
+class AdoptSpec(QuantizedSpec):
     """A first base: quantized, evaluated without comparison, registered with verdict `baseline`."""
 
 
-class UpgradeSpec(Spec):
+class UpgradeSpec(QuantizedSpec):
     """One upgrade: the adopted steps and a storey."""
 
     expand: Expand
     prove: Prove = Prove()
     train: Train
     fuse: Fuse = Fuse()
+
+
+class CustomizeSpec(Spec):
+    """A branch on a base in service: captured, trained, composed, judged as an upgrade is."""
+
+    branch: Branch
+    capture: Capture
+    train: BranchTrain
+    alpha: ChooseAlpha = ChooseAlpha()
+
+    @model_validator(mode="after")
+    def base_is_a_version(self) -> Self:
+        if self.base.version is None:
+            raise ValueError("base: name a registered version, or stable: states come from an artifact as served")
+        return self
 
 
 T = TypeVar("T", bound=Part)

@@ -16,7 +16,7 @@ from mansard.models.widths import check_widths
 from mansard.records import Derivation, SnapshotId
 from mansard.release.journal import Journal
 from mansard.snapshot import Blob, Manifest, check_model_tree
-from mansard.specs import Base, Data, Spec
+from mansard.specs import Base, Data, QuantizedSpec, Spec
 from mansard.store import Store
 from tasks import policy, tracking
 from tasks.derivation import Asked, Work, derive_one
@@ -47,7 +47,7 @@ class TakenData:
 
 
 @policy.derivation
-def take_base(work: Work, order: Order[Spec], version: int | None) -> BaseModel:
+def take_base(work: Work, order: Order[QuantizedSpec], version: int | None) -> BaseModel:
     """The base in the store. `version` is what `resolve_version` found; a base from outside is checked and taken.
 
     An unsupported family, or a width that AWQ's group does not divide, is refused here, before any work.

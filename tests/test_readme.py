@@ -7,7 +7,7 @@ import pytest
 
 from flows.cli import VERBS, parser
 from mansard.site import load_site
-from mansard.specs import AdoptSpec, UpgradeSpec, load_spec, load_suites
+from mansard.specs import AdoptSpec, CustomizeSpec, UpgradeSpec, load_spec, load_suites
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -61,6 +61,11 @@ def test_shipped_upgrade_specs_load(path: Path) -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/adopt").glob("*.yaml")), ids=lambda p: p.name)
 def test_shipped_adopt_specs_load(path: Path) -> None:
     assert load_suites(load_spec(AdoptSpec, path), path)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/customize").glob("*.yaml")), ids=lambda p: p.name)
+def test_shipped_customize_specs_load(path: Path) -> None:
+    assert load_suites(load_spec(CustomizeSpec, path), path)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/site").glob("*.yaml")), ids=lambda p: p.name)

@@ -30,7 +30,7 @@ from mansard.specs import Gate, Suite, SuiteRole
 if TYPE_CHECKING:
     from mansard.worker import StageContext
 
-CODE_VERSION = 3
+CODE_VERSION = 4
 PACKAGES = ("numpy", "matplotlib")
 RESAMPLES_BEYOND = 20
 """A bound at a late attempt's level needs some resamples beyond it, whatever the spec asks for."""

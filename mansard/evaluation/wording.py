@@ -167,11 +167,25 @@ def background_rows(background: Background) -> list[tuple[str, list[list[str]]]]
             for s in known["sources"]
         ]
         tables.append(("Data mixture", rows))
+    if known.get("alphas"):
+        tables.append(_alpha_rows(known["alphas"]))
     if known.get("stages"):
         rows = [["stage", "recipe", "snapshot"], *[[s, r[:12], i[:12]] for s, r, i in known["stages"]]]
         base = known.get("base_version")
         tables.append(("Lineage" + ("" if base is None else f" (built on version {base})"), rows))
     return tables
+
+
+def _alpha_rows(branch: dict[str, Any]) -> tuple[str, list[list[str]]]:
+    """Held-out bits per byte of every source at every alpha of a branch; the change is against the base's."""
+    points = sorted(branch["alphas"], key=lambda p: float(p["alpha"]))
+    base = points[0]["bits_per_byte"]
+    rows = [["alpha", *base]]
+    for point in points:
+        bits = [f"{value:.4f} ({value - base[name]:+.4f})" for name, value in point["bits_per_byte"].items()]
+        rows.append([f"{point['alpha']:g}" + (" (the base)" if point["alpha"] == 0 else ""), *bits])
+    title = f"Branch of {branch['parameters']:,} parameters ({branch['bytes'] / 1e6:.2f} MB), trained at alpha "
+    return f"{title}{branch['trained_alpha']:g}: held-out bits per byte over alpha", rows
 
 
 def _contamination_rows(suites: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:

@@ -1,0 +1,20 @@
+"""vLLM plugin (entry point `vllm.general_plugins`): base and carry-on branch served as one model.
+
+vLLM calls `register` in every process that it starts. The base's own model class does the base's work; a config.json
+whose architecture is CarryOn... and whose `carry_on` section names the branch takes the class below it.
+"""
+
+FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+"""Bases whose logits are the head's product and nothing more, in vLLM and in transformers."""
+
+
+def register() -> None:
+    """Name the classes (nothing of vLLM's models is imported before one of them is asked for), and let models with
+    slots for branches have their own manager of adapters."""
+    from vllm import ModelRegistry
+
+    from mansard_vllm.slots import use_branch_manager
+
+    use_branch_manager()
+    for family in FAMILIES:
+        ModelRegistry.register_model(f"CarryOn{family}", f"mansard_vllm.models:CarryOn{family}")

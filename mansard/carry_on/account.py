@@ -1,0 +1,71 @@
+"""The training node's memory, item by item, before the first step: pure arithmetic.
+
+Phase 2 holds y and the float32 sums of p W, phase 3 the gradients (in the same memory) and a micro-batch's activations;
+the larger of the two is the step's. Legend: P parameters, N tokens of a step, n of a micro-batch, D base width, C rows
+of a chunk.
+"""
+
+from dataclasses import dataclass
+
+from mansard.carry_on.head import BLOCK_TOKENS, CHUNK_ROWS
+from mansard.carry_on.shape import BranchShape
+
+WORKSPACE_BYTES = 34_000_000
+"""cuBLAS's workspace on Hopper (32 MiB, measured 2026-11) and what the allocator rounds up."""
+OUTPUT_VALUES = 7
+"""D-wide values a token that a micro-batch's backward holds: x, f, g, g f, and the gradients of the last three."""
+BLOCK_VALUES = 12
+"""Values a token in units of the branch's width that one block holds while its inside is computed again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """Bytes by item; `phase_2` and `phase_3` are (item, bytes) pairs."""
+
+    phase_2: tuple[tuple[str, int], ...]
+    phase_3: tuple[tuple[str, int], ...]
+
+    @property
+    def peak(self) -> int:
+        return max(sum(n for _, n in self.phase_2), sum(n for _, n in self.phase_3))
+
+    def lines(self) -> list[str]:
+        """For people: every item of both phases, megabytes."""
+        made = []
+        for title, items in (("phase 2, the head", self.phase_2), ("phase 3, backward", self.phase_3)):
+            made += [f"{title}:", *(f"  {name:38} {size / 1e6:8.1f} MB" for name, size in items)]
+            made.append(f"  {'together':38} {sum(n for _, n in items) / 1e6:8.1f} MB")
+        return made
+
+
+def account(
+    shape: BranchShape, vocabulary: int, step_tokens: int, micro_tokens: int, value_bytes: int, moment_bytes: float
+) -> Account:
+    """`value_bytes` of a weight (2: bf16, 4: float32, no masters), `moment_bytes` of both moments of a parameter."""
+    parameters, width = shape.parameters, shape.base_width
+    chunk, block = min(CHUNK_ROWS, vocabulary), min(BLOCK_TOKENS, step_tokens)
+    lent = max(parameters * value_bytes, 4 * step_tokens * width)
+    always = (
+        ("branch's weights", parameters * value_bytes),
+        ("optimizer's moments", round(parameters * moment_bytes)),
+        ("gradients, before them the sums of p W", lent),
+    )
+    buffers = ("two chunks of the head", 2 * chunk * width * value_bytes)
+    workspace = ("library workspace", WORKSPACE_BYTES)
+    phase_2 = (
+        *always,
+        ("y", step_tokens * width * value_bytes),
+        ("labels' rows, then dL/dy", step_tokens * width * value_bytes),
+        buffers,
+        ("logits of a block", block * chunk * (4 + value_bytes)),
+        workspace,
+    )
+    phase_3 = (
+        *always,
+        ("dL/dy", step_tokens * width * value_bytes),
+        buffers,
+        ("micro-batch, base width", micro_tokens * width * OUTPUT_VALUES * value_bytes),
+        ("micro-batch, branch width", micro_tokens * shape.width * (BLOCK_VALUES + shape.blocks) * value_bytes),
+        workspace,
+    )
+    return Account(phase_2, phase_3)

@@ -1,0 +1,154 @@
+"""The branch in plain torch: what trains, and what the Hugging Face class and the tests compute.
+
+Only f's output projection starts at zero: then f = 0 and y = x whatever alpha is, and gradients reach f's projection at
+the first step and the rest from the second on (were the mixer's zero as well, g would be 1/2 everywhere and still move;
+were f and the mixer's product cut at both ends, nothing would). Legend: B rows, T tokens, D base width, d branch
+width, H heads, K head width, S keys.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+import torch
+import torch.utils.checkpoint
+from torch import nn
+from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
+
+from mansard.carry_on.shape import BranchShape
+
+Keep = Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""Takes block number, new keys and values [B, H, T, K]; gives all keys and values so far [B, H, S, K] (a KV cache)."""
+
+
+class Block(nn.Module):  # type: ignore[misc]
+    """A Llama block: pre-norm attention with rotary positions, pre-norm gated MLP."""
+
+    def __init__(self, shape: BranchShape) -> None:
+        super().__init__()
+        wide = shape.heads * shape.head_width
+        self.shape = shape
+        self.attention_norm = nn.Parameter(torch.ones(shape.width))
+        self.qkv = _matrix(3 * wide, shape.width)
+        self.attention_output = _matrix(shape.width, wide)
+        self.mlp_norm = nn.Parameter(torch.ones(shape.width))
+        self.gate_up = _matrix(2 * shape.intermediate, shape.width)
+        self.down = _matrix(shape.width, shape.intermediate)
+
+    def forward(
+        self,
+        h_BTd: torch.Tensor,
+        rotation: tuple[torch.Tensor, torch.Tensor],
+        mask: torch.Tensor,
+        keep: Keep | None,
+        number: int,
+    ) -> torch.Tensor:
+        shape, (rows, tokens, _) = self.shape, h_BTd.shape
+        qkv = linear(_norm(h_BTd, self.attention_norm, shape), self.qkv)
+        q, k, v = qkv.view(rows, tokens, 3, shape.heads, shape.head_width).permute(2, 0, 3, 1, 4)
+        q, k = rotate(q, *rotation), rotate(k, *rotation)
+        if keep is not None:
+            k, v = keep(number, k, v)
+        mixed_BHTK = scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        h_BTd = h_BTd + linear(mixed_BHTK.transpose(1, 2).flatten(2), self.attention_output)
+        gate, up = linear(_norm(h_BTd, self.mlp_norm, shape), self.gate_up).chunk(2, dim=-1)
+        return h_BTd + linear(silu(gate) * up, self.down)
+
+
+class Branch(nn.Module):  # type: ignore[misc]
+    """x -> g * f, D wide."""
+
+    def __init__(self, shape: BranchShape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.project = _matrix(shape.width, shape.base_width)
+        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.blocks))
+        self.norm = nn.Parameter(torch.ones(shape.width))
+        self.output = nn.Parameter(torch.zeros(shape.base_width, shape.width))
+        self.mixer = _matrix(shape.base_width, shape.width)
+
+    def start(self, seed: int) -> None:
+        """Random weights of deviation 0.02 (blocks' outputs divided by the depth's root, as GPT-2), f's output zero."""
+        generator = torch.Generator().manual_seed(seed)
+        depth = (2 * self.shape.blocks) ** 0.5
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if parameter.ndim == 1:
+                    parameter.fill_(1.0)
+                elif name == "output":
+                    parameter.zero_()
+                else:
+                    last = name.endswith(("attention_output", "down"))
+                    deviation = parameter.shape[1] ** -0.5 if name == "project" else 0.02 / (depth if last else 1.0)
+                    values = torch.randn(parameter.shape, generator=generator) * deviation
+                    parameter.copy_(values)
+
+    def forward(
+        self, x_BTD: torch.Tensor, positions_BT: torch.Tensor, mask: torch.Tensor, keep: Keep | None = None
+    ) -> torch.Tensor:
+        """g * f of `x_BTD` in the branch's type. `mask` [B, 1, T, S] is true where a token sees a key."""
+        h_BTd = linear(x_BTD.to(self.project.dtype), self.project)
+        rotation = rotation_of(self.shape, positions_BT, h_BTd.dtype)
+        for number, block in enumerate(self.blocks):
+            h_BTd = self.run_block(block, h_BTd, rotation, mask, keep, number)
+        last_BTd = _norm(h_BTd, self.norm, self.shape)
+        return torch.sigmoid(linear(last_BTd, self.mixer)) * linear(last_BTd, self.output)
+
+    def run_block(self, block: nn.Module, *arguments: Any) -> torch.Tensor:  # noqa: ANN401 - the block's own
+        """One block; with gradients its inside is computed again in backward, so that only its input is kept."""
+        if torch.is_grad_enabled():
+            checkpointed = torch.utils.checkpoint.checkpoint
+            return cast(torch.Tensor, checkpointed(block, *arguments, use_reentrant=False, preserve_rng_state=False))
+        return cast(torch.Tensor, block(*arguments))
+
+
+def joined(x_BTD: torch.Tensor, delta_BTD: torch.Tensor, alpha: float) -> torch.Tensor:
+    """x + alpha * delta in x's type; at alpha 0 it is x itself, bit for bit."""
+    return x_BTD if alpha == 0.0 else x_BTD + alpha * delta_BTD.to(x_BTD.dtype)
+
+
+def packed_mask(positions_BT: torch.Tensor) -> torch.Tensor:
+    """[B, 1, T, T]: true inside the past of a segment (a segment starts at position 0)."""
+    segments_BT = (positions_BT == 0).cumsum(-1)
+    length = positions_BT.shape[1]
+    causal_TT = torch.ones(length, length, dtype=torch.bool, device=positions_BT.device).tril()
+    return ((segments_BT[:, :, None] == segments_BT[:, None, :]) & causal_TT)[:, None]
+
+
+def rotation_of(
+    shape: BranchShape, positions_BT: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(cosine, sine) [B, 1, T, K / 2] of rotary positions (Su et al., 2021), computed in float32."""
+    half = shape.head_width // 2
+    powers = torch.arange(half, dtype=torch.float32, device=positions_BT.device) / half
+    angles = positions_BT[:, None, :, None].float() * shape.rope_theta**-powers
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(heads_BHTK: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    """The first half of each head paired with the second (NeoX order, as vLLM's get_rope)."""
+    first, second = heads_BHTK.chunk(2, dim=-1)
+    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
+
+
+def names_of(shape: BranchShape) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a branch and its shape."""
+    with torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in Branch(shape).named_parameters()}
+
+
+def problems_of(shape: BranchShape, found: Iterable[tuple[str, tuple[int, ...]]]) -> list[str]:
+    """What is missing, left over or of another shape, one phrase each."""
+    wanted, there = names_of(shape), dict(found)
+    return [
+        *(f"{n} is missing" for n in wanted if n not in there),
+        *(f"{n} is not a tensor of this branch" for n in there if n not in wanted),
+        *(f"{n} has shape {list(there[n])}, not {list(s)}" for n, s in wanted.items() if n in there and there[n] != s),
+    ]
+
+
+def _norm(h_BTd: torch.Tensor, weight: torch.Tensor, shape: BranchShape) -> torch.Tensor:
+    return rms_norm(h_BTd, (shape.width,), weight, shape.norm_epsilon)
+
+
+def _matrix(rows: int, columns: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(rows, columns))

@@ -1,0 +1,175 @@
+"""Stage `capture`: the states of a base as served, of every sequence of the training and held-out text, once.
+
+Inputs: `artifact` (the base), `data.NAME.train`, `data.NAME.held_out`. Spec: {"data", "scheme", "serve", "engine",
+"rows": {NAME: {"train", "held_out"}}} (how many packed rows of each text are taken, from its beginning).
+Where: {"nodes": [{"endpoint", "served_name"}]} or {"start": ...} (see pooling_engine), and {"salvage": snapshot} of an
+earlier capture of the same recipe that was damaged. Makes shards, the packed rows, and capture.json. A killed capture
+goes on with the shards that are whole.
+"""
+
+import contextlib
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+
+from mansard.canonical import canonical_json
+from mansard.carry_on.cached import CAPTURE_FILE
+from mansard.carry_on.fetching import fetch
+from mansard.carry_on.nodes import Node, check_agreement
+from mansard.carry_on.pooling_engine import pooling_engine
+from mansard.carry_on.sequences import distinct, groups
+from mansard.carry_on.shards import Shard, check_room, expected_bytes, plan_shards, write_shard
+from mansard.carry_on.wire import check_scheme
+from mansard.errors import BadInput, Corrupt
+from mansard.models.loading import load_tokenizer
+from mansard.records import SnapshotId
+from mansard.specs import Data
+from mansard.training.data import Packed, pack_texts, read_texts, require_rows
+
+if TYPE_CHECKING:
+    from mansard.worker import StageContext
+
+CODE_VERSION = 1
+PACKAGES = ("numpy", "safetensors", "tokenizers", "torch", "transformers")
+
+REQUEST_TOKENS = 4096
+REQUEST_SEQUENCES = 32
+"""The node describes each sequence in one header line, which HTTP bounds."""
+PREFETCH = 8
+
+
+def run(context: "StageContext") -> SnapshotId:
+    spec = context.spec
+    check_scheme(spec["scheme"])
+    data = Data.model_validate(spec["data"])
+    folder = context.work / "cache"
+    folder.mkdir(exist_ok=True)
+    with context.store.using(context.inputs["artifact"]) as tree:
+        texts = read_packed(context, data, load_tokenizer(tree))
+        sequences = distinct([packed for parts in texts.values() for packed in parts.values()])
+        shards = plan_shards(sequences)
+        _salvage(context, folder, shards)
+        missing = [shard for shard in shards if not shard.is_whole(folder)]
+        width = _width(context)
+        size_bytes = expected_bytes(shards, spec["scheme"], width)
+        print(_preflight(shards, spec["scheme"], width, size_bytes), file=sys.stderr, flush=True)
+        check_room(expected_bytes(missing, spec["scheme"], width), folder)
+        if missing:
+            with _nodes(context, tree) as nodes:
+                _capture(context, nodes, folder, shards, missing, width)
+    _write_rows(folder, texts)
+    facts = {
+        "format": 1,
+        "base": context.inputs["artifact"],
+        "scheme": spec["scheme"],
+        "width": width,
+        "sequences": len(sequences),
+        "tokens": sum(shard.tokens for shard in shards),
+        "bytes": size_bytes,
+        "sources": {
+            name: {part: {"bytes_per_token": packed.bytes_per_token} for part, packed in parts.items()}
+            for name, parts in texts.items()
+        },
+    }
+    (folder / CAPTURE_FILE).write_bytes(canonical_json(facts))
+    return context.store.snapshot(folder)
+
+
+def read_packed(
+    context: "StageContext", data: Data, tokenizer: Any  # noqa: ANN401 - a transformers tokenizer
+) -> dict[str, dict[str, Packed]]:
+    """Source -> train and held-out text, packed as training packs them."""
+    texts: dict[str, dict[str, Packed]] = {}
+    for source in data.sources:
+        for part in ("train", "held_out"):
+            name = f"data.{source.name}.{part}"
+            lines = read_texts(context.store.read_file(context.inputs[name], "data.jsonl"), name)
+            packed = pack_texts(source.name, lines, tokenizer, data.sequence_tokens, data.seed)
+            limit = context.spec["rows"][source.name][part]
+            packed = require_rows(packed, name, 1)
+            texts.setdefault(source.name, {})[part] = Packed(
+                packed.name, packed.tokens_RT[:limit], packed.positions_RT[:limit], packed.bytes_per_token
+            )
+    return texts
+
+
+@contextlib.contextmanager
+def _nodes(context: "StageContext", tree: Path) -> Iterator[list[Node]]:
+    """The site's nodes, or one of our own."""
+    listed = context.where.get("nodes") or []
+    if listed:
+        yield [Node(n["endpoint"], n["served_name"]) for n in listed]
+        return
+    context.progress(0, 1, "tokens", "starting an engine in pooling mode (a minute or two on a CPU)")
+    log = Path(context.where["start"]["logs"]) / f"capture-{context.recipe[:12]}.log"
+    with pooling_engine(tree, context.where["start"], context.spec["serve"], log) as node:
+        yield [node]
+
+
+def _capture(
+    context: "StageContext", nodes: list[Node], folder: Path, shards: list[Shard], missing: list[Shard], width: int
+) -> None:
+    """Fetch what is missing; a shard is written when its last sequence is there."""
+    longest = max(len(s.tokens) for shard in missing for s in shard.sequences)
+    for node in nodes:
+        node.check(context.inputs["artifact"], longest)
+    found = check_agreement(nodes, max(missing[0].sequences, key=lambda s: len(s.tokens)))
+    if found != width:
+        raise BadInput(
+            f"{nodes[0].endpoint} gives states of width {found}, the base has {width}; name nodes of the base"
+        )
+    wanted = [s for shard in missing for s in shard.sequences]
+    states = _one_by_one(fetch(nodes, groups(wanted, REQUEST_TOKENS, REQUEST_SEQUENCES), PREFETCH))
+    total = sum(shard.tokens for shard in shards)
+    done = total - sum(shard.tokens for shard in missing)
+    for shard in missing:
+        write_shard(folder, shard, [next(states) for _ in shard.sequences], context.spec["scheme"])
+        done += shard.tokens
+        context.progress(done, total, "tokens", f"{len(nodes)} nodes")
+
+
+def _one_by_one(answers: Iterator[list[torch.Tensor]]) -> Iterator[torch.Tensor]:
+    for answer in answers:
+        yield from answer
+
+
+def _width(context: "StageContext") -> int:
+    from mansard.models.model_files import model_config  # beside the family code, which the fetching does not need
+
+    return int(model_config(context.store, context.inputs["artifact"])["hidden_size"])
+
+
+def _salvage(context: "StageContext", folder: Path, shards: list[Shard]) -> None:
+    """Take over the whole shards of a damaged capture."""
+    earlier = context.where.get("salvage")
+    if not earlier:
+        return
+    for shard in shards:
+        if shard.is_whole(folder):
+            continue
+        for name in (shard.name, f"{shard.name}.json"):
+            with contextlib.suppress(Corrupt, BadInput):  # damaged or not there: fetched again
+                (folder / name).write_bytes(context.store.read_file(earlier, name))
+
+
+def _write_rows(folder: Path, texts: dict[str, dict[str, Packed]]) -> None:
+    rows = folder / "rows"
+    shutil.rmtree(rows, ignore_errors=True)
+    rows.mkdir()
+    for name, parts in texts.items():
+        for part, packed in parts.items():
+            tensors = {"tokens": torch.from_numpy(packed.tokens_RT), "positions": torch.from_numpy(packed.positions_RT)}
+            save_file({k: t.contiguous() for k, t in tensors.items()}, rows / f"{name}.{part}.safetensors")
+
+
+def _preflight(shards: list[Shard], scheme: str, width: int, size_bytes: int) -> str:
+    tokens = sum(shard.tokens for shard in shards)
+    return (
+        f"capture: {tokens:,} tokens of width {width} in {scheme}: {size_bytes:,} bytes in {len(shards)} shards "
+        f"({size_bytes / max(tokens, 1):,.0f} bytes a token)"
+    )

@@ -1,0 +1,131 @@
+"""Several nodes work on a list of requests at once; answers come out in the list's order, each once.
+
+At most `prefetch` answers wait to be taken. A request that fails on a node goes to another one; a node that fails
+`MAX_FAILURES` times running is left alone. Nothing is lost or repeated: a request is either waiting, at one node, or
+answered.
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from mansard.carry_on.nodes import NodeFailed
+from mansard.carry_on.sequences import TokenSequence
+from mansard.errors import StageFailed
+
+MAX_FAILURES = 3
+REQUESTS_PER_NODE = 2
+"""One is computed while the next one's tokens travel."""
+
+
+class GivesStates(Protocol):
+    """A node, or what stands for one."""
+
+    @property
+    def endpoint(self) -> str: ...
+
+    def states(self, sequences: Sequence[TokenSequence]) -> list[torch.Tensor]: ...
+
+
+@dataclass(slots=True)
+class _Board:
+    """What the threads share; everything under `changed`."""
+
+    waiting: list[int]
+    prefetch: int
+    changed: threading.Condition = field(default_factory=threading.Condition)
+    answers: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    failed_at: dict[int, set[str]] = field(default_factory=dict)
+    failures: dict[str, int] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    bug: BaseException | None = None
+    taken: int = 0
+    is_closed: bool = False
+
+    def alive(self) -> set[str]:
+        return {endpoint for endpoint, count in self.failures.items() if count < MAX_FAILURES}
+
+    def has_news(self, number: int) -> bool:
+        """Whether the one who waits for this request may go on: it is answered, or never will be."""
+        return number in self.answers or self.bug is not None or not self.alive()
+
+    def next_for(self, endpoint: str) -> int | None:
+        """The first waiting request in the window that this node may try: not one that it failed while others live."""
+        for number in self.waiting:
+            if number >= self.taken + self.prefetch:
+                return None
+            if endpoint not in self.failed_at.get(number, set()) or self.alive() <= self.failed_at[number]:
+                return number
+        return None
+
+
+def fetch(
+    nodes: Sequence[GivesStates], requests: Sequence[Sequence[TokenSequence]], prefetch: int
+) -> Iterator[list[torch.Tensor]]:
+    """The states of each request, in order. StageFailed when no node is left."""
+    board = _Board(list(range(len(requests))), prefetch, failures={n.endpoint: 0 for n in nodes})
+    threads = [
+        threading.Thread(target=_work, args=(board, node, requests), daemon=True, name=f"states from {node.endpoint}")
+        for node in nodes
+        for _ in range(REQUESTS_PER_NODE)
+    ]
+    for thread in threads:
+        thread.start()
+    try:
+        for number in range(len(requests)):
+            with board.changed:
+                board.changed.wait_for(lambda: board.has_news(board.taken))
+                if board.bug is not None:
+                    raise board.bug
+                if number not in board.answers:
+                    raise StageFailed(f"no inference node is left: {'; '.join(board.problems[-3:])}")
+                found = board.answers.pop(number)
+                board.taken = number + 1
+                board.changed.notify_all()
+            yield found
+    finally:
+        with board.changed:
+            board.is_closed = True
+            board.changed.notify_all()
+
+
+def _work(board: _Board, node: GivesStates, requests: Sequence[Sequence[TokenSequence]]) -> None:
+    while True:
+        with board.changed:
+            board.changed.wait_for(lambda: _may_go(board, node))
+            if board.is_closed or _is_out(board, node):
+                return
+            number = board.next_for(node.endpoint)
+            assert number is not None, "waited for"
+            board.waiting.remove(number)
+        try:
+            found = node.states(requests[number])
+        except NodeFailed as error:
+            with board.changed:
+                board.failures[node.endpoint] += 1
+                board.failed_at.setdefault(number, set()).add(node.endpoint)
+                board.problems.append(str(error))
+                board.waiting.insert(0, number)
+                board.waiting.sort()
+                board.changed.notify_all()
+            continue
+        except BaseException as error:  # noqa: BLE001 - handed to the thread that asked, which raises it
+            with board.changed:
+                board.bug = error
+                board.changed.notify_all()
+            return
+        with board.changed:
+            board.failures[node.endpoint] = 0
+            board.answers[number] = found
+            board.changed.notify_all()
+
+
+def _may_go(board: _Board, node: GivesStates) -> bool:
+    return board.is_closed or _is_out(board, node) or board.next_for(node.endpoint) is not None
+
+
+def _is_out(board: _Board, node: GivesStates) -> bool:
+    return board.failures[node.endpoint] >= MAX_FAILURES

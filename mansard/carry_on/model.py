@@ -1,0 +1,111 @@
+"""Base and branch as one Hugging Face model: for evaluation and `generate`, with the branch's own KV cache.
+
+The branch's keys and values live in the base's cache object, in layers behind the base's. alpha is a plain attribute
+and may be changed between calls; at 0 the base's logits come out bit for bit. Does not cover static caches, sliding
+windows in the branch, or bases that change the head's logits (Gemma's softcap is refused).
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from mansard.carry_on.branch import Branch, joined
+from mansard.carry_on.branch_file import load_branch
+from mansard.errors import BadInput
+from mansard.models.loading import load_model
+from mansard.records import SnapshotId
+
+
+class CarryOnForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """y(alpha) = W_head (x + alpha * g * f)."""
+
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
+    """The base's attention is as it was loaded; this class has none of its own that could be told otherwise."""
+
+    def __init__(self, base: PreTrainedModel, branch: Branch, alpha: float) -> None:
+        super().__init__(base.config)
+        width = base.get_output_embeddings().weight.shape[1]
+        if branch.shape.base_width != width:
+            raise BadInput(f"a branch for width {branch.shape.base_width} does not fit a base of width {width}")
+        if getattr(base.config, "final_logit_softcapping", None) is not None:
+            raise BadInput("this base caps its logits after the head; carry-ons of such bases are not supported")
+        self.base = base
+        self.branch = branch
+        self.alpha = alpha
+        self.generation_config = base.generation_config
+
+    def get_input_embeddings(self) -> Any:  # noqa: ANN401 - a module
+        return self.base.get_input_embeddings()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        **_: object,
+    ) -> CausalLMOutputWithPast:
+        """Logits [B, T, V] (the last `logits_to_keep` of T where it is above 0); `attention_mask` [B, S]: 0 at pads."""
+        if past_key_values is None and use_cache:
+            past_key_values = DynamicCache(config=self.config)
+        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if position_ids is None:
+            position_ids = _positions(input_ids, attention_mask, seen)
+        x_BTD = self.base.get_decoder()(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+        ).last_hidden_state
+        mask = _mask(input_ids, attention_mask, seen)
+        delta_BTD = self.branch(x_BTD, position_ids.expand(len(input_ids), -1), mask, self._keep(past_key_values))
+        y_BTD = joined(x_BTD, delta_BTD, self.alpha)[:, -logits_to_keep:]
+        return CausalLMOutputWithPast(logits=self.base.get_output_embeddings()(y_BTD), past_key_values=past_key_values)
+
+    def _keep(self, cache: Cache | None) -> Any:  # noqa: ANN401 - a branch's Keep, or None
+        if cache is None:
+            return None
+        first = self.config.get_text_config().num_hidden_layers
+        while len(cache.layers) < first + self.branch.shape.blocks:
+            cache.layers.append(DynamicLayer())
+
+        def keep(number: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            kept: tuple[torch.Tensor, torch.Tensor] = cache.layers[first + number].update(keys, values)
+            return kept
+
+        return keep
+
+
+def load_carry_on(
+    base_tree: Path, base: SnapshotId, branch_file: Path, alpha: float, dtype: torch.dtype | None = None
+) -> CarryOnForCausalLM:
+    """Base and branch; `base` is the snapshot that `base_tree` was laid out from. BadInput for another one's branch."""
+    branch, _ = load_branch(branch_file, base, dtype)
+    model = CarryOnForCausalLM(load_model(base_tree, dtype), branch, alpha)
+    model.eval()
+    return model
+
+
+def _positions(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, seen: int) -> torch.Tensor:
+    tokens = input_ids.shape[1]
+    if attention_mask is None:
+        return torch.arange(seen, seen + tokens, device=input_ids.device)[None]
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
+
+
+def _mask(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, seen: int) -> torch.Tensor:
+    """[B, 1, T, S]: causal after `seen` cached tokens, pads hidden (each token sees at least itself)."""
+    tokens = input_ids.shape[1]
+    keys = torch.arange(seen + tokens, device=input_ids.device)
+    here = keys[seen:, None]
+    causal = (keys[None] <= here)[None, None]
+    if attention_mask is None:
+        return causal
+    return causal & (attention_mask[:, None, None, :].bool() | (keys[None] == here)[None, None])

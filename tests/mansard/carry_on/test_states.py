@@ -1,0 +1,169 @@
+"""States on the wire, from nodes, and on disk."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mansard.errors import BadInput, StageFailed
+
+pytestmark = pytest.mark.slow
+
+
+def sequences(lengths: Sequence[int]) -> list[Any]:
+    from mansard.carry_on.sequences import TokenSequence, key_of
+
+    made = [numpy.arange(n, dtype=numpy.int32) + 1000 * i for i, n in enumerate(lengths)]
+    return [TokenSequence(key_of(tokens), tokens) for tokens in made]
+
+
+@dataclass
+class Answers:
+    """A node in this process: the state of a token is the token itself, twice; fails as told."""
+
+    endpoint: str
+    fails: set[int] = field(default_factory=set)
+    always_fails: bool = False
+    calls: int = 0
+    given: list[int] = field(default_factory=list)
+
+    def states(self, wanted: Sequence[Any]) -> list[Any]:
+        import torch
+
+        from mansard.carry_on.nodes import NodeFailed
+
+        self.calls += 1
+        if self.always_fails or self.calls in self.fails:
+            raise NodeFailed(f"{self.endpoint} is down")
+        self.given += [int(s.tokens[0]) for s in wanted]
+        return [torch.from_numpy(s.tokens.copy()).float()[:, None].expand(-1, 2) for s in wanted]
+
+
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=30),
+    nodes=st.integers(1, 4),
+    prefetch=st.integers(1, 5),
+    fails=st.lists(st.sets(st.integers(1, 12), max_size=2), min_size=4, max_size=4),
+)
+@settings(max_examples=60, deadline=None)
+def test_whatever_nodes_fail_every_sequence_comes_once_in_order(
+    lengths: list[int], nodes: int, prefetch: int, fails: list[set[int]]
+) -> None:
+    import torch
+
+    from mansard.carry_on.fetching import fetch
+    from mansard.carry_on.sequences import groups
+
+    wanted = sequences(lengths)
+    asked = groups(wanted, max_tokens=10, max_sequences=3)
+    serving = [Answers(f"node {i}", fails[i]) for i in range(nodes)]
+    states = [s for answer in fetch(serving, asked, prefetch) for s in answer]
+    assert [s[:, 0].tolist() for s in states] == [s.tokens.tolist() for s in wanted]
+    given = sorted(t for node in serving for t in node.given)
+    assert given == sorted(int(s.tokens[0]) for s in wanted)
+    assert all(isinstance(s, torch.Tensor) for s in states)
+
+
+def test_a_dead_node_is_left_alone_and_the_others_do_its_work() -> None:
+    from mansard.carry_on.fetching import MAX_FAILURES, fetch
+
+    wanted = [[s] for s in sequences([2] * 20)]
+    dead, alive = Answers("dead", always_fails=True), Answers("alive")
+    assert len(list(fetch([dead, alive], wanted, prefetch=4))) == 20
+    assert len(alive.given) == 20
+    assert dead.calls <= MAX_FAILURES + 1
+
+
+def test_no_node_left_is_one_line() -> None:
+    from mansard.carry_on.fetching import fetch
+
+    with pytest.raises(StageFailed, match="no inference node is left: down is down"):
+        list(fetch([Answers("down", always_fails=True)], [sequences([3])], prefetch=2))
+
+
+def test_no_more_answers_wait_than_the_prefetch_allows() -> None:
+    from mansard.carry_on.fetching import fetch
+
+    node = Answers("eager")
+    answers = fetch([node], [[s] for s in sequences([1] * 30)], prefetch=3)
+    next(answers)
+    assert node.calls <= 1 + 3
+    answers.close()
+
+
+@pytest.mark.parametrize(("scheme", "most"), [("bf16", 0.004), ("fp8", 0.04), ("int8", 0.02)])
+def test_states_keep_their_direction_and_first_tokens_stay_in_bf16(scheme: Any, most: float) -> None:
+    import torch
+
+    from mansard.carry_on.wire import decode, encode
+
+    torch.manual_seed(0)
+    states = torch.randn(40, 64)
+    states[[0, 25]] *= 100.0  # the first token of a sequence, as models make it
+    back = decode(encode(states, [0, 25], scheme), torch.tensor([0, 25]), torch.float32)
+    distance = (back - states).norm(dim=-1) / states.norm(dim=-1)
+    assert float(distance.max()) < most
+    assert torch.equal(back[[0, 25]], states[[0, 25]].to(torch.bfloat16).float())
+
+
+def test_one_scale_for_a_tensor_is_refused_with_the_reason() -> None:
+    from mansard.carry_on.wire import check_scheme
+
+    with pytest.raises(BadInput, match="destroys the states"):
+        check_scheme("fp8_per_tensor")
+    with pytest.raises(BadInput, match="one of bf16, fp8, int8"):
+        check_scheme("fp4")
+
+
+def test_states_that_are_not_finite_are_refused() -> None:
+    import torch
+
+    from mansard.carry_on.wire import encode
+
+    with pytest.raises(BadInput, match="not finite"):
+        encode(torch.full((2, 2), float("nan")), [0], "bf16")
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "no note"])
+def test_a_damaged_shard_counts_as_absent(tmp_path: Path, damage: str) -> None:
+    import torch
+
+    from mansard.carry_on.shards import plan_shards, write_shard
+
+    (shard,) = plan_shards(sequences([3, 4]))
+    write_shard(tmp_path, shard, [torch.randn(3, 8), torch.randn(4, 8)], "fp8")
+    assert shard.is_whole(tmp_path)
+    file = tmp_path / shard.name
+    data = bytearray(file.read_bytes())
+    if damage == "cut":
+        file.write_bytes(data[:-1])
+    elif damage == "flip":
+        data[-5] ^= 1
+        file.write_bytes(data)
+    else:
+        (tmp_path / f"{shard.name}.json").unlink()
+    assert not shard.is_whole(tmp_path)
+
+
+def test_the_preflight_counts_bytes_and_refuses_what_does_not_fit(tmp_path: Path) -> None:
+    from mansard.carry_on.shards import check_room, expected_bytes, plan_shards
+
+    shards = plan_shards(sequences([100] * 10), shard_tokens=300)
+    assert [shard.tokens for shard in shards] == [300, 300, 300, 100]
+    assert expected_bytes(shards, "bf16", 64) == 1000 * 128
+    assert expected_bytes(shards, "fp8", 64) == 1000 * 68 + 10 * 128
+    check_room(1000, tmp_path, room=3000)
+    with pytest.raises(BadInput, match=r"takes 1,000 bytes \(2,100 while it is taken\)"):
+        check_room(1000, tmp_path, room=2000)
+
+
+def test_rows_are_cut_into_the_segments_that_engines_see() -> None:
+    from mansard.carry_on.sequences import segments_of
+
+    tokens, positions = numpy.arange(7, dtype=numpy.int32), numpy.array([0, 1, 2, 0, 1, 0, 1], dtype=numpy.int32)
+    assert [s.tokens.tolist() for s in segments_of(tokens, positions)] == [[0, 1, 2], [3, 4], [5, 6]]
