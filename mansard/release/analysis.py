@@ -56,19 +56,21 @@ class Metric:
 
 METRICS = (
     Metric("errors", "of requests", False, weight_requests=60.0, past_requests=25.0, alpha_share=0.7),
-    Metric("first_token", "s", True, weight_requests=2.0, past_requests=2.0, alpha_share=0.075),
-    Metric("per_token", "s", True, weight_requests=20.0, past_requests=20.0, alpha_share=0.075),
-    Metric("request", "s", True, weight_requests=2.0, past_requests=2.0, alpha_share=0.075),
-    Metric("output", "events", True, weight_requests=2.0, past_requests=2.0, alpha_share=0.075),
+    Metric("first_token", "s", True, weight_requests=2.0, past_requests=2.0, alpha_share=0.06),
+    Metric("per_token", "s", True, weight_requests=20.0, past_requests=20.0, alpha_share=0.06),
+    Metric("request", "s", True, weight_requests=2.0, past_requests=2.0, alpha_share=0.06),
+    Metric("output", "events", True, weight_requests=2.0, past_requests=2.0, alpha_share=0.06),
+    Metric("refused", "of requests", False, weight_requests=60.0, past_requests=25.0, alpha_share=0.06),
 )
-"""`request` counts what is unfinished by its age, so a hang is slow long before it ends. Weights and controls trade
+"""`refused` are an engine's own 4xx: users send as many bad requests to either side (design decision 12).
+`request` counts what is unfinished by its age, so a hang is slow long before it ends. Weights and controls trade
 power between many light users and few heavy ones; they never touch the level of the test."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """`max_error_excess`: tolerated difference of error rates. `slower`: per latency metric the ratio that evaluation
-    measured, times the spec's tolerance. `output`: how many times longer or shorter answers may get.
+    """`max_error_excess`: tolerated difference of error rates, and of refusals. `slower`: per latency metric the ratio
+    that evaluation measured, times the spec's tolerance. `output`: how many times longer or shorter answers may get.
     """
 
     max_error_excess: float
@@ -112,7 +114,7 @@ class Finding:
         if math.isnan(self.estimate):
             return f"{self.metric}: inconclusive, {sides}; {MIN_KEYS} on each side are needed"
         low, high = self.interval
-        show = "{:+.1%}".format if self.metric == "errors" else "{:.2f}x".format
+        show = "{:+.1%}".format if self.metric in ("errors", "refused") else "{:.2f}x".format
         return (
             f"{self.metric}: {show(self.estimate)} ({show(low)} to {show(high)}), limit {show(self.limit)}, {sides}, "
             f"smallest change to be seen {show(self.smallest)}: {self.verdict}"

@@ -25,9 +25,11 @@ WORKER_TIMEOUT_SECONDS = 5.0
 FIELDS = (
     *("decided", "errors", "ended", "seconds", "first_tokens", "first_token_seconds"),
     *("gaps", "gap_seconds", "answers", "output_tokens", "unfinished", "unfinished_seconds"),
+    *("answered", "refused"),
 )
 """`ended` are successes and requests whose client went away: their time counts, so a hang cannot hide behind clients
-that give up. `answers` are successes whose `output_tokens` are known."""
+that give up. `answers` are successes whose `output_tokens` are known. `answered` are `decided` and `refused`, the
+engine's own 4xx."""
 _AT = {name: place for place, name in enumerate(FIELDS)}
 
 log = logging.getLogger(__name__)
@@ -94,11 +96,14 @@ class RecordTail:
 def add_records(table: Table, records: Iterable[Record]) -> None:
     """Add them to the table's sums."""
     for record in records:
-        if record.outcome == "engine_4xx":
-            continue
         row = table.get(record.key)
         if row is None:
             row = table[record.key] = [0.0] * len(FIELDS)
+        if record.outcome != "cancelled":
+            row[_AT["answered"]] += 1
+        if record.outcome == "engine_4xx":
+            row[_AT["refused"]] += 1
+            continue
         is_ok = record.outcome == "ok"
         if is_ok or record.outcome == "error":
             row[0] += 1
@@ -161,6 +166,7 @@ def _metrics(rows: list[list[float]]) -> tuple[Floats, Floats]:
         "per_token": (column["gap_seconds"], column["gaps"]),
         "request": (column["seconds"] + column["unfinished_seconds"], column["ended"] + column["unfinished"]),
         "output": (column["output_tokens"], column["answers"]),
+        "refused": (column["refused"], column["answered"]),
     }
     ordered = [found[metric.name] for metric in METRICS]
     return np.array([s for s, _ in ordered]), np.array([c for _, c in ordered])

@@ -20,6 +20,8 @@ REQUESTS_PER_SECOND = 80.0
 PAST_SECONDS = 300.0
 ERROR_RATE = 0.02
 """The most that stable may fail (issue 5)."""
+REFUSED_RATE = 0.01
+"""An engine's own 4xx."""
 DRIFT_SECONDS = 30.0
 USER_SPREAD, REQUEST_SPREAD, DRIFT_SPREAD = 0.6, 0.5, 0.15
 """Of the logarithm: between users, within a user, and of a user's half minutes."""
@@ -41,6 +43,7 @@ class Requests:
     user: Ints
     at: Floats
     failed: Bools
+    refused: Bools
     first: Floats
     whole: Floats
     events: Floats
@@ -59,7 +62,8 @@ def requests_between(rng: np.random.Generator, begin: float, end: float, people:
     events = np.ceil(40 * np.exp(people.length[user]) * rng.lognormal(0.0, REQUEST_SPREAD, len(user))) + 1
     between = 0.02 * speed * rng.lognormal(0.0, 0.3, len(user))
     failed = rng.random(len(user)) < people.error_rates[user]
-    return Requests(user, at, failed, first, first + between * (events - 1), events)
+    refused = ~failed & (rng.random(len(user)) < REFUSED_RATE)
+    return Requests(user, at, failed, refused, first, first + between * (events - 1), events)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +106,10 @@ def sums(requests: Requests, at: float) -> tuple[Floats, Floats]:
     begun = requests.at <= at
     done = begun & (requests.at + requests.whole <= at)
     started = begun & (requests.at + requests.first <= at)
-    good = done & ~requests.failed
+    good = done & ~requests.failed & ~requests.refused
+    decided = done & ~requests.refused
     age = np.where(done, requests.whole, at - requests.at)
-    timed = begun & ~(done & requests.failed)
+    timed = begun & ~(done & (requests.failed | requests.refused))
 
     def per_user(where: Bools, values: Floats | None = None) -> Floats:
         weights = None if values is None else values[where]
@@ -112,11 +117,12 @@ def sums(requests: Requests, at: float) -> tuple[Floats, Floats]:
 
     gaps = requests.events - 1
     rows = (
-        (per_user(done, requests.failed.astype(np.float64)), per_user(done)),
+        (per_user(decided, requests.failed.astype(np.float64)), per_user(decided)),
         (per_user(started, requests.first), per_user(started)),
         (per_user(good, requests.whole - requests.first), per_user(good, gaps)),
         (per_user(timed, age), per_user(timed)),
         (per_user(good, requests.events), per_user(good)),
+        (per_user(done, requests.refused.astype(np.float64)), per_user(done)),
     )
     return np.array([r[0] for r in rows]), np.array([r[1] for r in rows])
 

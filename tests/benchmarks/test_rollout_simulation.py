@@ -42,8 +42,9 @@ def test_what_the_population_tells_adds_up(bench: ModuleType) -> None:
     requests = bench.requests_between(rng, 0.0, 60.0, people)
     sums, counts = bench.sums(requests, 1e9)
     names = [metric.name for metric in METRICS]
-    assert counts[names.index("errors")].sum() == len(requests.at)
+    assert counts[names.index("refused")].sum() == len(requests.at)
+    assert counts[names.index("errors")].sum() == len(requests.at) - requests.refused.sum()
     assert sums[names.index("errors")].sum() == requests.failed.sum()
-    assert counts[names.index("request")].sum() == len(requests.at) - requests.failed.sum()
+    assert counts[names.index("request")].sum() == (~requests.failed & ~requests.refused).sum()
     half, full = bench.sums(requests, 30.0)[1], counts
     assert (half[names.index("errors")] <= full[names.index("errors")]).all()

@@ -52,10 +52,11 @@ def test_errors_lend_their_speed_to_nobody_and_a_client_that_gave_up_counts_with
     assert (found["decided"], found["errors"], found["ended"], found["seconds"]) == (1, 1, 1, 30.0)
 
 
-def test_a_bad_request_is_nobodys() -> None:
+def test_a_refusal_of_the_engine_is_no_error_and_counts_apart() -> None:
     table: Table = {}
-    add_records(table, [record(outcome="engine_4xx")])
-    assert table == {}
+    add_records(table, [record(outcome="engine_4xx"), record(), record(outcome="error")])
+    found = row(table)
+    assert (found["decided"], found["errors"], found["answered"], found["refused"]) == (2, 1, 3, 1)
 
 
 def test_what_hangs_counts_by_its_age_and_only_in_the_copy() -> None:
