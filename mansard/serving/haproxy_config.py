@@ -15,6 +15,11 @@ def runtime_socket(site: Site) -> Path:
     return site.run / "haproxy.sock"
 
 
+def routes_file(site: Site) -> Path:
+    """HAProxy reads it at its start and knows the map by this name; after that it lives in HAProxy."""
+    return site.run / "haproxy-routes.map"
+
+
 def log_socket(site: Site) -> Path:
     return site.run / "haproxy-log.sock"
 
@@ -26,6 +31,7 @@ def config_text(site: Site, port: int) -> str:
     values = {
         "socket": runtime_socket(site),
         "log": log_socket(site),
+        "map": routes_file(site),
         "threads": os.cpu_count() or 1,
         "port": port,
         "body_bytes": Limits().body_bytes,

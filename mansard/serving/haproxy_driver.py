@@ -4,7 +4,7 @@ To the host it is a router worker with index 0: it follows the same split file b
 ignored, a canary whose lease ran out gets nothing), and answers /observations, /records and /metrics on the same
 admin socket. A term counts as taken when HAProxy was seen to carry it. Guarantees: HAProxy outlives this process, which
 finds it again by its runtime socket; it is started anew when it died. Not covered: API keys, rates, error events in
-broken streams (HAProxy cuts them off), ages of what is in flight, and a rescue while the canary has all the weight.
+broken streams (HAProxy cuts them off), ages of what is in flight.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from pathlib import Path
 from mansard.canonical import write_atomically
 from mansard.errors import BadInput, MansardError
 from mansard.serving.folder_watch import FolderWatch
-from mansard.serving.haproxy_config import config_text, log_socket, runtime_socket
+from mansard.serving.haproxy_config import config_text, log_socket, routes_file, runtime_socket
 from mansard.serving.haproxy_log import take_line
 from mansard.serving.haproxy_runtime import HaproxyFailed, Runtime
 from mansard.serving.router_admin import RouterAdmin
@@ -48,7 +48,7 @@ class Driver:
     def __init__(self, site: Site, program: str, watch: SplitWatch, observations: Observations) -> None:
         self.split = Split()
         self.problem: str | None = None
-        self.runtime = Runtime(runtime_socket(site))
+        self.runtime = Runtime(runtime_socket(site), routes_file(site))
         self._site = site
         self._program = program
         self._watch = watch
@@ -65,6 +65,7 @@ class Driver:
             self._pid = self.runtime.pid()
             return
         config = self._site.run / "haproxy.cfg"
+        routes_file(self._site).write_text("canary 0\nlimit 0\n")
         write_atomically(config, config_text(self._site, self._site.ports.router).encode())
         process = await asyncio.create_subprocess_exec(
             *(self._program, "-db", "-f", str(config)), stdin=asyncio.subprocess.DEVNULL, start_new_session=True

@@ -1,9 +1,10 @@
-"""HAProxy over its runtime socket: servers that match a model's split, one a version, named v7.
+"""HAProxy over its runtime socket: one server a version, named v7, and a map that says who goes to the canary.
 
-Guarantees: `plan` is pure and ends with exactly the split's weights; a version gains weight before another loses its
-own, so that somebody always serves; what was set is read back. A version without an engine is in maintenance; one that
-left the split is deleted once nothing runs on it. The server's id is its version, which fixes its points on the ring of
-consistent hashing whatever the order in which servers came. Standard library only. HAProxy 2.6 or newer.
+Guarantees: `plan` is pure; users go to the canary by the rule of split.py's `choose`, so a raised weight only adds some
+and the analysis knows each one's side; stable alone has weight in the balancing, so what is not sent by name, and every
+second try, goes there; a canary gets users after its server is ready and loses them before it leaves; what was set is
+read back. A version without an engine is in maintenance; one that left the split is deleted once nothing runs on it.
+Standard library only. HAProxy 2.6 or newer.
 """
 
 import socket
@@ -13,11 +14,10 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from mansard.errors import MansardError
-from mansard.serving.split import ModelSplit
+from mansard.serving.split import BUCKETS_PER_PERCENT, ModelSplit
 
 BACKEND = "engines"
-WEIGHT_PER_PERCENT = 2
-"""HAProxy's weights go to 256; more points on the ring make shares more exact."""
+FULL_WEIGHT = 256
 TIMEOUT_SECONDS = 5.0
 _MAINTENANCE = 0x01
 
@@ -34,52 +34,64 @@ class Server:
     weight: int
 
 
-def wanted_servers(model: ModelSplit) -> dict[int, Server]:
-    """By version. The weights are the split's, times WEIGHT_PER_PERCENT."""
-    weights = {model.stable: 100 - model.canary_percent}
-    if model.canary is not None:
-        weights[model.canary] = model.canary_percent
-    return {
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """All of it: servers by version, and the map: places below `limit` (of NUM_BUCKETS) go to `canary` (0: nobody)."""
+
+    servers: Mapping[int, Server]
+    canary: int = 0
+    limit: int = 0
+
+
+def wanted(model: ModelSplit) -> Carried:
+    """What HAProxy should have for a model's split."""
+    servers = {
         number: Server(
             None if version.endpoint is None else urlsplit(version.endpoint).port,
-            weights.get(number, 0) * WEIGHT_PER_PERCENT,
+            FULL_WEIGHT if number == model.stable else 0,
         )
         for number, version in model.versions.items()
     }
+    is_there = model.canary is not None and servers[model.canary].port is not None
+    limit = model.canary_percent * BUCKETS_PER_PERCENT if is_there else 0
+    return Carried(servers, model.canary or 0, limit)
 
 
-def plan(present: Mapping[int, tuple[Server, int]], wanted: Mapping[int, Server]) -> list[str]:
-    """Commands that turn `present` (server and the port it is registered with) into `wanted`; none when it is so."""
-    changed = [n for n in wanted if n not in present or present[n][0] != wanted[n]]
-    added: list[str] = []
-    moved: list[str] = []
-    gaining: list[str] = []
-    losing: list[str] = []
-    for number in sorted(changed):
-        server, name = wanted[number], f"{BACKEND}/v{number}"
-        before = present[number][0] if number in present else None
+def plan(present: Carried, ports: Mapping[int, int], new: Carried) -> list[str]:
+    """Commands (the map's as `set map limit N`, without its file) that turn `present` into `new`; none when it is so.
+
+    `ports` are those that the present servers are registered with, in maintenance too.
+    """
+    coming: list[str] = []
+    going: list[str] = []
+    for number, server in sorted(new.servers.items()):
+        name, before = f"{BACKEND}/v{number}", present.servers.get(number)
         if server.port is None:
             if before is not None and before.port is not None:
-                losing.append(f"set server {name} state maint")
+                going.append(f"set server {name} state maint")
             continue
         if before is None:
-            added.append(f"add server {name} 127.0.0.1:{server.port} id {number} weight 0")
-        elif present[number][1] != server.port:
-            moved.append(f"set server {name} addr 127.0.0.1 port {server.port}")
-        rises = before is None or server.weight >= before.weight
-        (gaining if rises else losing).append(f"set server {name} weight {server.weight}")
+            coming.append(f"add server {name} 127.0.0.1:{server.port} weight 0")
+        elif ports[number] != server.port:
+            coming.append(f"set server {name} addr 127.0.0.1 port {server.port}")
+        if before is None or before.weight != server.weight:
+            (coming if server.weight else going).append(f"set server {name} weight {server.weight}")
         if before is None or before.port is None:
-            gaining.append(f"set server {name} state ready")
-    leaving = [f"set server {BACKEND}/v{n} state maint" for n in sorted(present) if n not in wanted]
-    deleted = [f"del server {BACKEND}/v{n}" for n in sorted(present) if n not in wanted]
-    return [*added, *moved, *gaining, *losing, *leaving, *deleted]
+            coming.append(f"set server {name} state ready")
+    gone = [f"{BACKEND}/v{number}" for number in sorted(present.servers) if number not in new.servers]
+    going += [f"set server {name} state maint" for name in gone] + [f"del server {name}" for name in gone]
+    nobody = ["set map limit 0"] if present.limit and present.canary != new.canary else []
+    routes = [f"set map canary {new.canary}"] if present.canary != new.canary else []
+    routes += [f"set map limit {new.limit}"] if new.limit != (0 if nobody else present.limit) else []
+    return [*nobody, *coming, *routes, *going]
 
 
 class Runtime:
     """One HAProxy's runtime socket; a connection per command."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, routes: Path) -> None:
         self.path = path
+        self.routes = routes
 
     def ask(self, command: str) -> str:
         """HAProxy's answer. Raises HaproxyFailed when nobody listens."""
@@ -115,20 +127,30 @@ class Runtime:
             found[int(values["srv_name"][1:])] = (server, port)
         return found
 
+    def carried(self) -> tuple[Carried, dict[int, int]]:
+        """What HAProxy has, and the ports its servers are registered with."""
+        found = self.servers()
+        entries = [line.split()[1:] for line in self.ask(f"show map {self.routes}").splitlines() if line]
+        routes = {entry[0]: int(entry[1]) for entry in entries if len(entry) == 2 and entry[1].isdigit()}
+        servers = {number: server for number, (server, _) in found.items()}
+        ports = {number: port for number, (_, port) in found.items()}
+        return Carried(servers, routes.get("canary", 0), routes.get("limit", 0)), ports
+
     def carry(self, model: ModelSplit) -> None:
         """Make HAProxy carry the split and read it back. Raises HaproxyFailed when it does not."""
-        wanted = wanted_servers(model)
-        commands = plan(self.servers(), wanted)
-        answers = {command: self.ask(command) for command in commands}
-        found = self.servers()
-        wrong = {n: found.get(n) for n, server in wanted.items() if not _carries(found.get(n), server)}
-        stray = [n for n, (server, _) in found.items() if n not in wanted and server.port is not None]
-        if wrong or stray:
+        new = wanted(model)
+        answers = {}
+        for command in plan(*self.carried(), new):
+            answers[command] = self.ask(command.replace("set map ", f"set map {self.routes} "))
+        found, _ = self.carried()
+        wrong = {n: found.servers.get(n) for n, s in new.servers.items() if not _carries(found.servers.get(n), s)}
+        stray = [n for n, server in found.servers.items() if n not in new.servers and server.port is not None]
+        if wrong or stray or (found.canary, found.limit) != (new.canary, new.limit):
             said = "; ".join(f"{c}: {a}" for c, a in answers.items() if a)
             raise HaproxyFailed(f"{self.path}: HAProxy does not carry {model.name} as told: {wrong or stray}: {said}")
 
 
-def _carries(found: tuple[Server, int] | None, wanted: Server) -> bool:
-    if wanted.port is None:
-        return found is None or found[0].port is None
-    return found is not None and found[0] == wanted
+def _carries(found: Server | None, wanted_server: Server) -> bool:
+    if wanted_server.port is None:
+        return found is None or found.port is None
+    return found == wanted_server

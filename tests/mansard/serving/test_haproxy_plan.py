@@ -1,5 +1,6 @@
 """The commands that HAProxy is given, played on a table of servers."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -8,34 +9,46 @@ from hypothesis import strategies as st
 
 from mansard.errors import BadInput
 from mansard.serving.haproxy_config import config_text
-from mansard.serving.haproxy_runtime import Server, plan, wanted_servers
+from mansard.serving.haproxy_runtime import Carried, Server, plan, wanted
 from mansard.serving.split import Split, with_canary, with_endpoint, with_stable
 from mansard.site import Environment, Site
 
-Table = dict[int, tuple[Server, int]]
 
+@dataclass
+class Table:
+    """HAProxy as far as the commands go."""
 
-def played(present: Table, commands: list[str]) -> tuple[Table, int]:
-    """The table after the commands, and the least total weight on the way, once somebody had weight."""
-    table, least = dict(present), 10**6
-    for command in commands:
+    servers: dict[int, Server]
+    ports: dict[int, int]
+    routes: dict[str, int]
+
+    def play(self, command: str) -> None:
         words = command.split()
+        if words[1] == "map":
+            self.routes[words[2]] = int(words[3])
+            return
         number = int(words[2].rpartition("v")[2])
         if words[0] == "add":
-            table[number] = (Server(None, int(words[7])), int(words[3].rpartition(":")[2]))
+            self.servers[number] = Server(None, 0)
+            self.ports[number] = int(words[3].rpartition(":")[2])
         elif words[0] == "del":
-            assert table.pop(number)[0].port is None
+            assert self.servers.pop(number).port is None
         else:
-            server, port = table[number]
+            server = self.servers[number]
             if words[3] == "addr":
-                table[number] = (Server(int(words[6]) if server.port else None, server.weight), int(words[6]))
-            elif words[3] == "weight":
-                table[number] = (Server(server.port, int(words[4])), port)
-            else:
-                table[number] = (Server(port if words[4] == "ready" else None, server.weight), port)
-        weight = sum(server.weight for server, _ in table.values() if server.port is not None)
-        least = min(least, weight) if weight or least < 10**6 else least
-    return table, least
+                self.ports[number] = int(words[6])
+            is_ready = words[4] == "ready" if words[3] == "state" else server.port is not None
+            weight = int(words[4]) if words[3] == "weight" else server.weight
+            self.servers[number] = Server(self.ports[number] if is_ready else None, weight)
+
+    def carried(self) -> Carried:
+        return Carried(dict(self.servers), self.routes["canary"], self.routes["limit"])
+
+    def serves_everybody(self) -> bool:
+        """Stable answers, and who is sent to the canary finds its server."""
+        has_stable = any(s.port is not None and s.weight for s in self.servers.values())
+        canary = self.servers.get(self.routes["canary"])
+        return has_stable and (not self.routes["limit"] or (canary is not None and canary.port is not None))
 
 
 @st.composite
@@ -54,15 +67,17 @@ def splits(draw: st.DrawFn) -> Split:
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(splits(), min_size=1, max_size=5))
 def test_after_each_walk_haproxy_carries_the_split_and_somebody_always_served(walk: list[Split]) -> None:
-    table: Table = {}
+    table = Table({}, {}, {"canary": 0, "limit": 0})
     for step, split in enumerate(walk):
-        wanted = wanted_servers(split.models["demo"])
-        table, least = played(table, plan(table, wanted))
-        with_engine = {n: server for n, server in wanted.items() if server.port is not None}
-        assert {n: server for n, (server, _) in table.items() if server.port is not None} == with_engine
-        assert sum(server.weight for server in with_engine.values()) == 200
-        assert step == 0 or least > 0
-        assert plan(table, wanted) == []
+        new = wanted(split.models["demo"])
+        for command in plan(table.carried(), table.ports, new):
+            table.play(command)
+            assert step == 0 or table.serves_everybody(), command
+        served = {number: server for number, server in new.servers.items() if server.port is not None}
+        assert {n: server for n, server in table.servers.items() if server.port is not None} == served
+        assert (table.routes["canary"], table.routes["limit"]) == (new.canary, new.limit)
+        assert table.serves_everybody()
+        assert plan(table.carried(), table.ports, new) == []
 
 
 def test_a_site_of_several_models_is_refused(tmp_path: Path) -> None:
