@@ -1,0 +1,55 @@
+"""The host's whole walk with HAProxy as the data plane: nothing in the controller knows the difference."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from mansard.errors import MansardError
+from mansard.serving.haproxy_runtime import Runtime
+from mansard.serving.host_client import HostClient
+from mansard.site import load_site
+
+HAPROXY = shutil.which("haproxy") or shutil.which("haproxy", path="/usr/sbin")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(HAPROXY is None, reason="left out: HAProxy is not installed (apt-get install haproxy)"),
+]
+
+
+@pytest.fixture
+def behind_haproxy(place: Any) -> Iterator[Any]:
+    """The place with HAProxy where its router workers would be."""
+    path = place.site.path
+    path.write_text(json.dumps({**json.loads(path.read_text()), "router": {"plane": "haproxy"}}))
+    place.site = load_site(path)
+    place._start("router.log", "-m", "mansard.serving.haproxy_driver", "--site", str(path))
+    admin = HostClient(place.site.run / "router-0.sock")
+    place.wait_for("HAProxy's driver", lambda: place._answers(admin, "/observations"))
+    try:
+        yield place
+    finally:
+        with contextlib.suppress(MansardError, ProcessLookupError):
+            os.kill(Runtime(place.site.run / "haproxy.sock", place.home).pid(), signal.SIGKILL)
+
+
+def test_a_good_canary_is_promoted_rolled_back_and_a_failing_one_aborted(behind_haproxy: Any, traffic: Any) -> None:
+    place = behind_haproxy
+    place.start_host()
+    assert place.release(place.register())["state"] == "promoted"
+    traffic.start()
+    assert place.release(place.register(voice="good"))["state"] == "promoted"
+    place.wait_for("all users on version 2", lambda: place.ask()[1] == "2")
+    assert place.roll_back()["stable"] == 1
+    bad = place.release(place.register(voice="bad", fail_completions=True, fail_after=20))
+    assert bad["state"] == "aborted"
+    traffic.stop()
+    place.wait_for("all users on version 1", lambda: place.ask() == (200, "1"))
+    wrong = [s for s in traffic.statuses if s != 200]
+    assert not wrong, (len(wrong), len(traffic.statuses))
+    assert {"1", "2"} <= set(traffic.versions)
