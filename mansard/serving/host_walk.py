@@ -13,7 +13,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
-from mansard.errors import MansardError
+from mansard.errors import JournalDown, MansardError
 from mansard.release.analysis import Finding, judge
 from mansard.release.events import Pointers
 from mansard.release.journal import Journal
@@ -113,8 +113,10 @@ class Walker:
                 if walk.state.phase == "canary" and len(helpers) == 1:
                     helpers.append(asyncio.create_task(walk.canary.hold_lease()))
                     helpers.append(asyncio.create_task(walk.canary.ask_guard_prompts()))
-        except (MansardError, OSError) as error:  # a race lost to another process, or a full disk
-            self._end_after_error(str(error))
+        except (MansardError, OSError) as error:  # a race lost to another process, a full disk, no journal
+            for helper in helpers:
+                helper.cancel()
+            await self._end_when_journaled(str(error))
         finally:
             for helper in helpers:
                 helper.cancel()
@@ -196,6 +198,19 @@ class Walker:
         self._traffic.set_stable(walk.model, walk.version, engine.endpoint, term)
         self._residents.wake()
         log.info("%s version %d: promoted: %s", walk.model, walk.version, following.reason)
+
+    async def _end_when_journaled(self, reason: str) -> None:
+        """Without a journal to write to, the lease runs out and takes the canary to 0 %; the abort is written later."""
+        what, told = f"{self._walk.model} version {self._walk.version}", False
+        while True:
+            try:
+                self._end_after_error(reason)
+                return
+            except JournalDown as error:
+                if not told:
+                    log.error("%s: to be aborted: %s: %s", what, reason, error)
+                told = True
+                await asyncio.sleep(TICK_SECONDS)
 
     def _end_after_error(self, reason: str) -> None:
         """The journal decides what is true: abort what it still has open, then show that in the split."""

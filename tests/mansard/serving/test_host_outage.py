@@ -2,11 +2,15 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from mansard.errors import NotAllowed
 from mansard.release.journal import Journal
 from mansard.site import load_site
 
@@ -18,10 +22,79 @@ def command(place: Any, *words: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(whole, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "MANSARD_PERSON": "otto"})
 
 
-def test_a_rollback_with_host_and_engines_up_and_the_database_down(place: Any, postgres: Any) -> None:
+SLOW = {
+    "steps": [{"weight_percent": 50, "bake_seconds": 600, "min_requests": 10, "deadline_seconds": 1200}],
+    "max_error_excess": 0.02,
+}
+
+
+def with_server(place: Any, postgres: Any) -> None:
     tree = json.loads(place.site.path.read_text())
     place.site.path.write_text(json.dumps({**tree, "journal": postgres.new_journal()}))
     place.site = load_site(place.site.path)
+
+
+def test_a_canary_that_dies_while_the_database_is_down_is_aborted_in_the_journal_later(
+    place: Any, traffic: Any, postgres: Any
+) -> None:
+    with_server(place, postgres)
+    place.start_host()
+    place.start_router()
+    assert place.release(place.register())["state"] == "promoted"
+    place.wait_for("an answer", lambda: place.ask() == (200, "1"))
+    second = place.register(SLOW, voice="b")
+    traffic.start()
+    place.approve(second)
+    place.start_rollout(second)
+    place.wait_for("traffic on the canary", lambda: "2" in traffic.versions)
+    engine = place.engine_of(second)["pid"]
+    postgres.stop()
+    try:
+        os.kill(engine, signal.SIGKILL)
+        log = place.home / "host.log"
+        place.wait_for("the controller to notice", lambda: "to be aborted" in log.read_text())
+        assert place.host.poll() is None
+    finally:
+        postgres.start()
+    assert place.wait_for_end()["state"] == "aborted"
+    assert (place.split().stable, place.split().canary) == (1, None)
+    traffic.stop()
+    assert traffic.statuses.count(200) >= len(traffic.statuses) - 2  # streams that the killed engine had begun
+    with Journal.open(place.site.journal) as journal:
+        journal.verify()
+        assert journal.entries("demo")[-1].kind == "aborted"
+
+
+def test_a_key_that_is_revoked_in_the_middle_of_a_rollout_ends_it_at_the_next_move(place: Any, traffic: Any) -> None:
+    place.start_host()
+    place.start_router()
+    assert place.release(place.register())["state"] == "promoted"
+    place.wait_for("an answer", lambda: place.ask() == (200, "1"))
+    second = place.register(SLOW, voice="b")
+    place.approve(second)
+    with pytest.raises(NotAllowed, match="'mallory' is not one of the people"):
+        body = {"model": "demo", "version": second, "who": "mallory", "why": ""}
+        place.client.call("POST", "/rollouts", body)
+    traffic.start()
+    place.start_rollout(second)
+    place.wait_for("traffic on the canary", lambda: "2" in traffic.versions)
+    tree = json.loads(place.site.path.read_text())
+    tree["people"]["grace"]["revoked"] = "laptop stolen"
+    place.site.path.write_text(json.dumps(tree))
+    place.end_host(signal.SIGHUP)
+    place.start_host()  # takes the walk up with a step, which is a move
+    ended = place.wait_for_end()
+    traffic.stop()
+    assert ended["state"] == "aborted"
+    assert "the people of" in ended["reason"] or "revoked" in ended["reason"]
+    assert set(traffic.statuses) == {200}
+    with Journal.open(place.site.journal) as journal:
+        told = journal.entries(kinds=("people_changed",))
+    assert told[-1].body["people"]["grace"]["revoked"] == "laptop stolen"
+
+
+def test_a_rollback_with_host_and_engines_up_and_the_database_down(place: Any, postgres: Any) -> None:
+    with_server(place, postgres)
     place.start_host()
     with Journal.open(place.site.journal) as journal:
         for voice in ("a", "b"):
