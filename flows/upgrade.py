@@ -48,8 +48,9 @@ def upgrade(spec_path: str, site_path: str, as_person: str | None = None, model:
         expansion = expand(work, base.snapshot, spec.expand)
         proof = prove.submit(work, base.snapshot, expansion.snapshot, spec.prove)
         trained = train(work, expansion.snapshot, data, spec.data, spec.train)
+        proven = proof.result()  # before any more work on an expansion that is not the base's function
         fused = fuse(work, expansion.snapshot, trained.snapshot, spec.fuse)
         artifact = quantize(work, fused.snapshot, data, spec.quantize)
-        made = (base.derivation, sound, clean, expansion, proof.result(), trained, fused, artifact)
+        made = (base.derivation, sound, clean, expansion, proven, trained, fused, artifact)
         candidate = Candidate(fused.snapshot, artifact.snapshot, version, made)
         return recorded_outcome(work, terms, candidate) or judge_and_register(work, terms, candidate, against)
