@@ -1,7 +1,7 @@
 """`make chaos`: an upgrade is killed (kill -9) at every stage and at random moments, and the same command goes again.
 
-Two upgrades do their whole work and a third asks real engines; each is killed again and again until its list of kills
-is used up, then two commands at once bring it to its end. A kill hits the worker, the command, or both. Afterwards the
+One upgrade asks real engines and two do all other work; each is killed again and again until its list of kills is used
+up, then two commands at once bring it to its end. A kill hits the worker, the command, or both. Afterwards the
 snapshots must be those of an undisturbed upgrade, no process may be left, the store must be whole, and journal and
 MLflow must hold everything once. The last line is JSON with the counts; the exit status is 1 where a law was broken.
 Not covered: kills of the servers, the host and the engines (their own tests), a power cut (nothing here pulls a plug).

@@ -32,22 +32,23 @@ class Kill:
 
 
 def plan_kills(seed: int) -> list[list[Kill]]:
-    """The kills of two upgrades whose engines' answers are known, and of one that has to ask the engines."""
+    """The kills of one upgrade that has to ask the engines, and of two whose engines' answers are known."""
     chance = random.Random(seed)
     upgrades = [_kills_of_the_work(chance), _kills_of_the_work(chance)]
     asking = [("evaluate", w) for w in chance.sample(WHOM, 3)] + [("fingerprint", chance.choice(WHOM))]
     asking += [("cost", w) for w in chance.sample(WHOM, 2)] + [("judge", chance.choice(WHOM))]
-    return [*upgrades, [*(Kill(m, w, chance.random()) for m, w in asking), Kill(REGISTERED, "command", 0.0)]]
+    return [[*(Kill(m, w, chance.random()) for m, w in asking), Kill(REGISTERED, "command", 0.0)], *upgrades]
 
 
 def _kills_of_the_work(chance: random.Random) -> list[Kill]:
+    def at(stage: str, times: int = 1) -> list[Kill]:
+        return [Kill(stage, whom, chance.random()) for whom in chance.sample(WHOM, times)]
+
     # Not the worker of the proof alone: the training beside it would go on to its end before the command fails.
-    times = {"contamination": 1, "expand": 1, "prove": 0, "train": 3, "fuse": 1, "quantize": 2}
-    kills = [Kill(stage, whom, chance.random()) for stage, n in times.items() for whom in chance.sample(WHOM, n)]
-    kills.insert(2, Kill("prove", chance.choice(("command", "both")), chance.random()))
-    anywhere = [Kill(ANYWHERE, whom, chance.random()) for whom in WHOM]
-    rest = [Kill("judge", chance.choice(WHOM), chance.random()), Kill(REGISTERED, "command", 0.0)]
-    return [anywhere[0], *kills[:6], *anywhere[1:], *kills[6:], *rest]
+    proof = Kill("prove", chance.choice(("command", "both")), chance.random())
+    first, *more = [Kill(ANYWHERE, whom, chance.random()) for whom in WHOM]
+    begun = [first, *at("check"), *at("contamination"), *at("expand"), proof, *at("train", 3), *more]
+    return [*begun, *at("fuse"), *at("quantize", 2), *at("judge"), Kill(REGISTERED, "command", 0.0)]
 
 
 def strike(kill: Kill, command: "subprocess.Popen[bytes]", site: Site, usual_seconds: Mapping[str, float]) -> bool:
