@@ -7,11 +7,12 @@ a failed candidate is evidence.
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from mansard.records import Registration, SnapshotId
+from mansard.records import SnapshotId
 from mansard.release.events import EVIDENCE
 from mansard.release.journal import Journal
+from mansard.snapshot import is_digest
 
 if TYPE_CHECKING:
     from mansard.store import Store
@@ -26,7 +27,7 @@ def version_roots(journal: Journal, store: "Store") -> set[SnapshotId]:
     waiting = [
         snapshot
         for entry in journal.entries(kinds=EVIDENCE)
-        for snapshot in _named(Registration.from_json(entry.body["registration"]))
+        for snapshot in _named(entry.body["registration"])
     ]
     while waiting:
         snapshot = waiting.pop()
@@ -36,7 +37,12 @@ def version_roots(journal: Journal, store: "Store") -> set[SnapshotId]:
     return found
 
 
-def _named(registration: Registration) -> Iterator[SnapshotId]:
-    yield from (registration.model, registration.artifact, registration.verdict_record, registration.fingerprint)
-    yield from (snapshot for _, snapshot in registration.item_records)
-    yield from (snapshot for _, _, snapshot in registration.stages)
+def _named(value: Any) -> Iterator[SnapshotId]:  # noqa: ANN401 - any JSON value
+    """Every digest in it, whatever field holds it: one that a later record adds is kept without a word here."""
+    if isinstance(value, str) and is_digest(value):
+        yield value
+    elif isinstance(value, dict):
+        yield from _named(list(value.values()))
+    elif isinstance(value, list):
+        for each in value:
+            yield from _named(each)
