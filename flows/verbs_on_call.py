@@ -143,8 +143,24 @@ def why(args: argparse.Namespace) -> int:
     site = load_site(find_site(args.site))
     found = oncall.why(site, site.model_named(args.model), args.version)
     _add_storeys(site, found)
+    _add_carry_ons(site, found)
     print(json.dumps(found) if args.json else why_text(found))
     return 0
+
+
+def _add_carry_ons(site: Site, found: dict[str, Any]) -> None:
+    """Base artifact, branch and alpha of the versions of the chain that are carry-ons."""
+    from mansard.carry_on.compose import composition_of
+    from mansard.store import Store
+
+    for link in found["chain"]:
+        try:
+            made = composition_of(Store.of(site), link["artifact"])
+        except MansardError as error:
+            found["problems"].append(f"artifact of version {link['version']}: {error}")
+            continue
+        if made is not None:
+            link["carry_on"] = {"base": made.base, "branch": made.branch, "alpha": made.alpha}
 
 
 def _add_storeys(site: Site, found: dict[str, Any]) -> None:

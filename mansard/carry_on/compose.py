@@ -75,6 +75,8 @@ def _with_section(
 
 def composition_of(store: Store, artifact: SnapshotId) -> Composition | None:
     """Base, branch and alpha of a carry-on artifact; None for any other."""
+    if CONFIG_FILE not in store.manifest(artifact).files:
+        return None
     section = model_config(store, artifact).get("carry_on")
     if section is None or "branch" not in section:
         return None

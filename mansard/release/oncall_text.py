@@ -189,6 +189,11 @@ def _link_lines(link: dict[str, Any]) -> list[str]:
     lines.append(f"  verdict: {link['verdict']}{against}, record {link['verdict_record'][:SHORT]}")
     lines += [f"    {_suite_line(suite)}" for suite in link["suites"]]
     lines.append(f"  artifact {link['artifact'][:SHORT]}, model {link['model'][:SHORT]}")
+    if made := link.get("carry_on"):
+        lines.append(
+            f"  carry-on: branch {made['branch'][:SHORT]} on base artifact {made['base'][:SHORT]} at alpha "
+            f"{made['alpha']:g}"
+        )
     lines += [f"  {_storey_line(storey)}" for storey in link.get("storeys", [])]
     rows = [
         (s["stage"], s["recipe"][:SHORT], s["snapshot"][:SHORT] + ("" if s["is_held"] else " (not held)"), _inputs(s))
