@@ -20,7 +20,7 @@ STAGES = {
     "fuse": "mansard.models.fuse_stage",
     "quantize": "mansard.models.quantize_stage",
     "capture": "mansard.carry_on.capture_stage",
-    "train_branch": "mansard.carry_on.train_stage",
+    "train-branch": "mansard.carry_on.train_stage",
     "compose": "mansard.carry_on.compose_stage",
     "evaluate": "mansard.evaluation.evaluate_stage",
     "fingerprint": "mansard.evaluation.fingerprint_stage",

@@ -71,7 +71,7 @@ def train_branch(work: Work, base: CarryOnBase, captured: SnapshotId, spec: Cust
         "train": spec.train.model_dump(mode="json"),
         "alphas": spec.alpha.tried,
     }
-    request = Request("train_branch", {"artifact": base.artifact, "capture": captured}, slices)
+    request = Request("train-branch", {"artifact": base.artifact, "capture": captured}, slices)
     return derive_one(work, Asked(request, "train branch", frozenset({"capture"})))
 
 

@@ -131,7 +131,7 @@ def provenance(store: Store, background: Background) -> dict[str, Any]:
             for made in store.lineage(snapshot):
                 if made["recipe"] == recipe:
                     found["sources"], found["train"] = made["spec"]["data"]["sources"], made["spec"]["train"]
-        if stage == "train_branch":
+        if stage == "train-branch":
             curves = json.loads(store.read_file(snapshot, "branch.json"))
             found["alphas"] = {key: curves[key] for key in ("alphas", "trained_alpha", "parameters", "bytes")}
     return found

@@ -1,4 +1,4 @@
-"""Stage `train_branch`: a branch learns on captured states. The base is never loaded: only its head's rows are opened.
+"""Stage `train-branch`: a branch learns on captured states. The base is never loaded: only its head's rows are opened.
 
 Inputs: `artifact` (the base as served), `capture`. Spec: {"data", "branch", "train", "alphas"}. Makes
 branch.safetensors (in bf16, as it is served) and branch.json: the curve, and held-out bits per byte of every source at
@@ -153,5 +153,5 @@ def _tell(context: "StageContext", shape: BranchShape, engine: BranchEngine, pla
         shape, engine.vocabulary, plan.tokens_per_step, max(MICRO_TOKENS, sequence_tokens), value_bytes, 8.0
     )
     text = f"branch of {shape.parameters:,} parameters, {shape.blocks} blocks of width {shape.width}"
-    print("\n".join([f"train_branch: {text}", *found.lines()]), file=sys.stderr, flush=True)
+    print("\n".join([f"train-branch: {text}", *found.lines()]), file=sys.stderr, flush=True)
     context.progress(0, plan.tokens, "tokens", f"{text}; expected memory {found.peak / 1e6:.0f} MB beside libraries")

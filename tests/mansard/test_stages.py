@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -26,3 +27,8 @@ def test_changed_stage_code_has_a_new_code_version(stage: str) -> None:
     raised = declaration(stage).code_version > version
     assert not changed or raised, f"stage {stage} changed: raise its CODE_VERSION, then run: make stage-versions"
     assert not raised, f"stage {stage}: record its CODE_VERSION with: make stage-versions"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stages_name_can_be_the_key_of_a_prefect_artifact(stage: str) -> None:
+    assert re.fullmatch(r"[a-z0-9-]+", stage)
