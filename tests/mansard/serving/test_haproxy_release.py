@@ -28,12 +28,14 @@ def behind_haproxy(place: Any) -> Iterator[Any]:
     path = place.site.path
     path.write_text(json.dumps({**json.loads(path.read_text()), "router": {"plane": "haproxy"}}))
     place.site = load_site(path)
-    place._start("router.log", "-m", "mansard.serving.haproxy_driver", "--site", str(path))
+    driver = place._start("router.log", "-m", "mansard.serving.haproxy_driver", "--site", str(path))
     admin = HostClient(place.site.run / "router-0.sock")
     place.wait_for("HAProxy's driver", lambda: place._answers(admin, "/observations"))
     try:
         yield place
     finally:
+        driver.kill()  # first, because it would start HAProxy again
+        driver.wait()
         with contextlib.suppress(MansardError, ProcessLookupError):
             os.kill(Runtime(place.site.run / "haproxy.sock", place.home).pid(), signal.SIGKILL)
 
