@@ -107,7 +107,14 @@ class LearningRates(Part):
 
 
 class Train(Part):
-    """The training loop. `tokens` counts packed tokens; a step takes batch_sequences * sequence_tokens of them."""
+    """The training loop. `tokens` counts packed tokens; a step takes batch_sequences * sequence_tokens of them, in
+    pieces of `micro_batch_sequences` (none: whole).
+
+    `frozen` and `new_blocks`: the type of the linears' products; bf16 leaves them in `precision`. fp8 for `frozen`
+    holds frozen weights in FP8; for `new_blocks` it is their forward pass and input gradient. `max_forward_kl`: how far
+    the trainer's forward pass may be from the fused model's on the probe (nats a token). `memory_gib`: what training
+    may take; blocks are recomputed in backward until it fits (none: what the device has).
+    """
 
     tokens: Positive
     batch_sequences: Positive
@@ -116,9 +123,34 @@ class Train(Part):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     precision: Literal["fp32", "bf16"] = "bf16"
+    frozen: Literal["bf16", "fp8"] = "bf16"
+    new_blocks: Literal["bf16", "fp8"] = "bf16"
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    master: Literal["fp32", "stochastic_rounding"] = "fp32"
+    micro_batch_sequences: Positive | None = None
+    memory_gib: Annotated[float, Field(gt=0)] | None = None
+    max_forward_kl: Annotated[float, Field(gt=0)] = 0.05
     evaluate_every_steps: Positive = 50
     checkpoint_every_steps: Positive = 50
     seed: int = 0
+
+    @model_validator(mode="after")
+    def parts_go_together(self) -> Self:
+        if self.precision == "fp32":
+            short = {"frozen": self.frozen == "fp8", "new_blocks": self.new_blocks == "fp8",
+                     "master": self.master == "stochastic_rounding"}  # fmt: skip
+            for key in (key for key, is_set in short.items() if is_set):
+                raise ValueError(f"{key}: {getattr(self, key)} needs precision: bf16, not fp32")
+        if self.new_blocks == "fp8" and self.frozen == "bf16":
+            raise ValueError("new_blocks: fp8 needs frozen: fp8: what never moves is quantized first")
+        if self.frozen == "fp8" and self.learning_rates.base > 0.0:
+            raise ValueError("frozen: fp8 needs learning_rates.base 0: a base that trains is not frozen")
+        if self.micro_batch_sequences is not None and self.batch_sequences % self.micro_batch_sequences:
+            raise ValueError(
+                f"batch_sequences {self.batch_sequences} is no multiple of micro_batch_sequences "
+                f"{self.micro_batch_sequences}"
+            )
+        return self
 
 
 class Branch(Part):

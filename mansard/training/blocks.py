@@ -13,9 +13,9 @@ from mansard.models.freeze import compare, digest_tensors, freeze_except
 from mansard.models.model_files import model_config
 from mansard.models.storeys import NewBlock, newest_tensors
 from mansard.records import SnapshotId
-from mansard.specs import Data, LearningRates, Train
+from mansard.specs import LearningRates, Train
 from mansard.store import Store
-from mansard.training.memory import expected_bytes
+from mansard.training.frozen_linear import FP8, quantize_linears, require_fp8
 from mansard.training.optimizer import Group
 
 POST_NORM_FACTOR = 30.0
@@ -66,8 +66,15 @@ def checkpoint_names(store: Store, expansion: SnapshotId) -> Names:
     return Names({name: family.slot(name) for name in every}, new, frozenset(post_norms))
 
 
-def train_only(model: Any, names: Names, rates: LearningRates) -> tuple[list[Group], Frozen]:  # noqa: ANN401
-    """Freeze all but the groups with a rate above 0; returns the groups and the digests of what is frozen."""
+def train_only(
+    model: Any,  # noqa: ANN401 - a transformers model
+    names: Names,
+    rates: LearningRates,
+    frozen: str = "bf16",
+    new_blocks: str = "bf16",
+) -> tuple[list[Group], Frozen]:
+    """Freeze all but the groups with a rate above 0, `frozen` and `new_blocks` as in `specs.Train`; returns the groups
+    and the digests of what is frozen, as it stands in memory."""
     if rates.new_blocks == 0.0:
         raise BadInput("train.learning_rates.new_blocks is 0, so no storey would be trained; set it above 0")
     if rates.post_norms is not None and not names.post_norms:
@@ -81,26 +88,27 @@ def train_only(model: Any, names: Names, rates: LearningRates) -> tuple[list[Gro
         groups.append(Group("post_norms", rate, {n: parameters[n] for n in post_norms}))
     if rates.base > 0.0:
         groups.append(Group("base", rates.base, {n: p for n, p in parameters.items() if n not in new}))
-    frozen = freeze_except(model, {name for group in groups for name in group.parameters})
+    trained = {name for group in groups for name in group.parameters}
+    still = freeze_except(model, trained)
+    if frozen == "fp8":
+        require_fp8(model.device)
+        quantize_linears(model.get_decoder().layers, new_blocks == "fp8")
+        still = freeze_except(model, trained)
     # With a base that trains, buffers alone would be left, and a frozen base is not to be claimed of them.
-    return groups, Frozen({} if rates.base > 0.0 else digest_tensors(model, frozen))
+    return groups, Frozen({} if rates.base > 0.0 else digest_tensors(model, still))
 
 
 def announcement(
     model: Any,  # noqa: ANN401 - a transformers model
     blocks: Sequence[NewBlock],
     groups: list[Group],
-    data: Data,
     train: Train,
 ) -> str:
-    """One line: which blocks train, how many parameters, the memory expected."""
+    """One line: which blocks train, how many parameters, in which types."""
     copies = ", ".join(f"{block.index} (copy of {block.source})" for block in blocks)
     count = {group.name: sum(p.numel() for p in group.parameters.values()) for group in groups}
-    total = sum(p.numel() for p in model.parameters())
-    gib = expected_bytes(model, groups, train.batch_sequences, data.sequence_tokens) / 2**30
+    total = sum(p.numel() for p in model.parameters()) + sum(b.numel() for b in model.buffers() if b.dtype == FP8)
     what = " and ".join(f"{name} {parameters:,}" for name, parameters in count.items())
-    base = "the base trains too and is not frozen" if "base" in count else "the base is frozen"
-    return (
-        f"new blocks {copies}; parameters that train: {what} of {total:,}; {base}; "
-        f"compute {train.precision}; expected memory {gib:.2f} GiB, libraries not counted"
-    )
+    kept = train.precision if train.frozen == "bf16" else train.frozen
+    base = "the base trains too and is not frozen" if "base" in count else f"the base is frozen, in {kept}"
+    return f"new blocks {copies}; parameters that train: {what} of {total:,}; {base}; compute {train.precision}"
