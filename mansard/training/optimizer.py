@@ -1,8 +1,9 @@
 """What trains and at which rate: parameter groups, fp32 masters, the schedule.
 
 A parameter held in a shorter type than float32 gets a float32 master that the optimizer moves; the parameter is the
-master, rounded (plain bf16 AdamW keeps 11 % of the movement at a rate of 1e-5, facts.md). Matrices take weight decay,
-vectors do not.
+master, rounded (plain bf16 AdamW keeps 11 % of the movement at a rate of 1e-5, measured 2026-11). With `master:
+stochastic_rounding` there are no masters, and small steps arrive in the mean. Matrices take weight decay, vectors do
+not.
 """
 
 import math
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+
+from mansard.training.adamw import make_optimizer, moment_bytes, set_rates, state_of, state_tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,26 +40,45 @@ class Schedule:
         return 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-class MasterAdamW:
-    """AdamW (Loshchilov and Hutter, 2019; torch's) on float32 masters."""
+@dataclass(frozen=True, slots=True)
+class StepBytes:
+    """Of a step: moments not yet there, what comes and goes beside the gradients, all that is read and written."""
 
-    def __init__(self, groups: Sequence[Group], weight_decay: float) -> None:
+    moments: int
+    passing: int
+    moved: int
+
+
+class MasterAdamW:
+    """AdamW of a kind (`mansard.training.adamw`) on float32 masters, or on bf16 parameters rounded stochastically."""
+
+    def __init__(self, groups: Sequence[Group], weight_decay: float, kind: str = "adamw", master: str = "fp32") -> None:
         self.groups = tuple(groups)
         self._parameters = {name: p for g in groups for name, p in g.parameters.items()}
+        is_rounded = master == "stochastic_rounding"
         self.masters: dict[str, torch.Tensor] = {
-            name: p if p.dtype == torch.float32 else p.detach().to(torch.float32, copy=True)
+            name: p if is_rounded or p.dtype == torch.float32 else p.detach().to(torch.float32, copy=True)
             for name, p in self._parameters.items()
         }
-        self._optimizer = torch.optim.AdamW(
-            [
-                {"params": chosen, "lr": group.peak_rate, "peak_rate": group.peak_rate, "weight_decay": decay}
-                for group in groups
-                for chosen, decay in self._by_decay(group, weight_decay)
-                if chosen
-            ],
-            betas=(0.9, 0.95),
-            foreach=True,
-        )
+        chosen = [
+            {"params": members, "lr": group.peak_rate, "peak_rate": group.peak_rate, "weight_decay": decay}
+            for group in groups
+            for members, decay in self._by_decay(group, weight_decay)
+            if members
+        ]
+        self._optimizer = make_optimizer(chosen, kind, is_rounded)
+        self._widened = [name for name, p in self._parameters.items() if self.masters[name] is not p]
+        self._rounded = [self._parameters[name] for name in self._widened]
+
+    def step_bytes(self) -> StepBytes:
+        """What a step will take and move; an estimate for `passing` and `moved`."""
+        masters = list(self.masters.values())
+        largest = max(m.numel() for m in masters)
+        widened = sum(4 * self.masters[name].numel() for name in self._widened)
+        moments = sum(moment_bytes(self._optimizer, m) for m in masters)
+        weights = sum(p.nbytes + m.nbytes for p, m in zip(self._parameters.values(), masters, strict=True))
+        is_new = not self._optimizer.state
+        return StepBytes(moments if is_new else 0, widened + 16 * largest, 2 * (moments + weights + widened))
 
     def _by_decay(self, group: Group, weight_decay: float) -> list[tuple[list[torch.Tensor], float]]:
         masters = [self.masters[name] for name in group.parameters]
@@ -65,39 +87,58 @@ class MasterAdamW:
     def step(self, factor: float, clip_norm: float) -> float:
         """Clip the gradients' total norm, move the masters at `factor` of their peak rates, round them down into the
         parameters, drop the gradients. Returns the norm before clipping; where it is not finite nothing moves."""
-        for name, parameter in self._parameters.items():
-            if self.masters[name] is not parameter and parameter.grad is not None:
-                self.masters[name].grad = parameter.grad.to(torch.float32)
-                parameter.grad = None
-        norm = float(torch.nn.utils.clip_grad_norm_(list(self.masters.values()), clip_norm))
+        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+        norm = _clip(gradients, clip_norm)
         if math.isfinite(norm):
-            for group in self._optimizer.param_groups:
-                group["lr"] = group["peak_rate"] * factor
+            self._widen_gradients()
+            set_rates(self._optimizer, factor)
             self._optimizer.step()
-            with torch.no_grad():
-                for name, parameter in self._parameters.items():
-                    if self.masters[name] is not parameter:
-                        parameter.copy_(self.masters[name])
+            if self._rounded:
+                with torch.no_grad():
+                    torch._foreach_copy_(self._rounded, [self.masters[name] for name in self._widened])
         self._optimizer.zero_grad()
+        for parameter in self._parameters.values():
+            parameter.grad = None
         return norm
+
+    def _widen_gradients(self) -> None:
+        """The masters' gradients; the parameters' own are dropped."""
+        given = [(self.masters[n], self._parameters[n]) for n in self._widened if self._parameters[n].grad is not None]
+        if given:
+            wide = [torch.empty_like(master) for master, _ in given]
+            torch._foreach_copy_(wide, [parameter.grad for _, parameter in given])
+            for (master, parameter), gradient in zip(given, wide, strict=True):
+                master.grad, parameter.grad = gradient, None
 
     def state(self) -> dict[str, torch.Tensor]:
         """Masters and moments under KIND/NAME; the moments are missing before the first step."""
         tensors = {f"master/{name}": master.detach() for name, master in self.masters.items()}
         for name, master in self.masters.items():
-            for kind, value in self._optimizer.state.get(master, {}).items():
+            for kind, value in state_tensors(self._optimizer.state.get(master, {})):
                 tensors[f"{kind}/{name}"] = value
         return tensors
 
     def load_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take back what `state` gave; KeyError where a tensor is missing."""
-        kinds = {key.split("/", 1)[0] for key in tensors} - {"master"}
+        told: dict[str, dict[str, torch.Tensor]] = {name: {} for name in self.masters}
+        for key, value in tensors.items():
+            kind, name = key.split("/", 1)
+            told[name][kind] = value
         with torch.no_grad():
             for name, master in self.masters.items():
-                master.copy_(tensors[f"master/{name}"])
-                self._parameters[name].copy_(master)
-                self._optimizer.state[master] = {
-                    # torch keeps the step count on the CPU.
-                    kind: tensors[f"{kind}/{name}"].to("cpu" if kind == "step" else master.device, copy=True)
-                    for kind in kinds
-                }
+                master.copy_(told[name].pop("master"))
+                if self._parameters[name] is not master:
+                    self._parameters[name].copy_(master)
+                if told[name]:
+                    self._optimizer.state[master] = state_of(self._optimizer, master, told[name])
+
+
+def _clip(gradients: Sequence[torch.Tensor], clip_norm: float) -> float:
+    """Scale the gradients down to a total norm of `clip_norm`; returns the norm before, summed in float32."""
+    if not gradients:
+        return 0.0
+    norms = torch._foreach_norm(list(gradients), 2.0, dtype=torch.float32)
+    norm = float(torch.linalg.vector_norm(torch.stack(norms)))
+    if math.isfinite(norm) and norm > clip_norm:
+        torch._foreach_mul_(list(gradients), clip_norm / (norm + 1e-6))
+    return norm

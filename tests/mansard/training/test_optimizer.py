@@ -7,7 +7,11 @@ import pytest
 import torch
 from torch import nn
 
+from mansard.training.adamw import stochastic_round
 from mansard.training.optimizer import Group, MasterAdamW, Schedule
+
+# The compiler's first import calls what torch itself deprecates.
+COMPILES = pytest.mark.filterwarnings("ignore:::torch")
 
 
 def parameter(dtype: torch.dtype) -> nn.Parameter:
@@ -87,3 +91,53 @@ def test_the_schedule_warms_up_and_falls_to_nothing() -> None:
     assert all(a >= b for a, b in itertools.pairwise(factors[10:]))
     assert factors[-1] < 0.001
     assert Schedule(4, 0).factor(0) == 1.0
+
+
+def test_stochastic_rounding_is_right_in_the_mean_and_keeps_what_bf16_holds() -> None:
+    torch.manual_seed(0)
+    x = torch.tensor([1.0 + 2**-9, -3.0 - 2**-9, 1e-30]).repeat(20_000, 1)
+    rounded = stochastic_round(x)
+    assert rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded.double().mean(0).float(), x[0], rtol=1e-4, atol=0.0)
+    assert (rounded[:, 0].unique().numel(), rounded[:, 1].unique().numel()) == (2, 2)
+    held = torch.randn(1000).bfloat16()
+    assert torch.equal(stochastic_round(held.float()), held)
+
+
+@COMPILES
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("master", ["fp32", "stochastic_rounding"])
+def test_tensors_move_at_a_rate_of_a_millionth(kind: str, master: str) -> None:
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.full((64, 64), 1.0, dtype=torch.bfloat16))
+    optimizer = MasterAdamW([Group("g", 1e-6, {"w": weight})], 0.0, kind, master)
+    for _ in range(50):
+        one_step(optimizer, weight)
+    assert 1.0 - optimizer.masters["w"].float().mean().item() == pytest.approx(50e-6, rel=0.6)
+    assert (optimizer.masters["w"] is weight) == (master == "stochastic_rounding")
+
+
+@COMPILES
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["adamw", "adamw_8bit"])
+def test_a_rounded_state_continues_bit_for_bit(kind: str) -> None:
+    def moved(weight: nn.Parameter, optimizer: MasterAdamW, steps: int) -> None:
+        for _ in range(steps):
+            weight.grad = torch.randn(64, 64).bfloat16()
+            optimizer.step(1.0, 1.0)
+
+    torch.manual_seed(0)
+    weights = [nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16)) for _ in range(2)]
+    optimizers = [MasterAdamW([Group("g", 1e-3, {"w": w})], 0.1, kind, "stochastic_rounding") for w in weights]
+    moved(weights[0], optimizers[0], 3)
+    kept = {name: tensor.clone() for name, tensor in optimizers[0].state().items()}
+    generator = torch.get_rng_state()
+    moved(weights[0], optimizers[0], 2)
+    torch.set_rng_state(generator)
+    optimizers[1].load_state(kept)
+    moved(weights[1], optimizers[1], 2)
+    assert torch.equal(weights[0], weights[1])
+    eight = {"exp_avg.codes/w", "exp_avg.scale/w", "exp_avg_sq.codes/w", "exp_avg_sq.scale/w"}
+    moments = eight if kind == "adamw_8bit" else {"exp_avg/w", "exp_avg_sq/w"}
+    assert kept.keys() == moments | {"master/w", "step/w"}
