@@ -8,10 +8,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from mansard.errors import BadInput, StageFailed
 from mansard.specs import Train
-from mansard.training.data import Mixture, Packed
+from mansard.training.data import Batch, Mixture, Packed
 from mansard.training.engines import LocalEngine, Loss
+from mansard.training.feed import feed
 from mansard.training.optimizer import Schedule
 from mansard.training.state import Checkpoints, Cursor
 
@@ -70,10 +73,27 @@ def run_loop(
     if not cursor.curve:
         bits = _bits_per_byte(engine, held_out, cursor.step, checkpoints)
         cursor.curve.append({"step": 0, "tokens": 0, "bits_per_byte": bits})
+    try:
+        _steps(engine, mixture, held_out, plan, checkpoints, report, cursor)
+    finally:
+        checkpoints.wait()
+    return cursor
+
+
+def _steps(
+    engine: LocalEngine,
+    mixture: Mixture,
+    held_out: Sequence[Packed],
+    plan: Plan,
+    checkpoints: Checkpoints,
+    report: Callable[[Moment], None],
+    cursor: Cursor,
+) -> None:
+    """From the cursor's step to the plan's end; the cursor moves along."""
     steps = plan.schedule.steps
-    while cursor.step < steps:
+    for batch in feed(mixture, cursor.step, steps, engine.device.type == "cuda"):
         factor = plan.schedule.factor(cursor.step)
-        loss, norm = _one_step(engine, mixture, cursor.step, factor, checkpoints)
+        loss, norm = _one_step(engine, batch, cursor.step, factor, checkpoints)
         cursor.step += 1
         cursor.nats += loss.nats
         cursor.labels += loss.labels
@@ -87,7 +107,6 @@ def run_loop(
         if cursor.step % plan.checkpoint_every_steps == 0 and cursor.step < steps:
             checkpoints.write(cursor, engine.state())
         report(Moment(cursor.step, steps, tokens, loss.mean, factor, norm, bits))
-    return cursor
 
 
 def _resumed(engine: LocalEngine, checkpoints: Checkpoints) -> Cursor:
@@ -100,24 +119,38 @@ def _resumed(engine: LocalEngine, checkpoints: Checkpoints) -> Cursor:
 
 
 def _one_step(
-    engine: LocalEngine, mixture: Mixture, step: int, factor: float, checkpoints: Checkpoints
+    engine: LocalEngine, batch: Batch, step: int, factor: float, checkpoints: Checkpoints
 ) -> tuple[Loss, float]:
-    loss = engine.gradients(mixture.batch(step))
+    try:
+        loss = engine.gradients(batch)
+        if math.isfinite(loss.nats):
+            norm = engine.step(factor)
+    except torch.OutOfMemoryError as error:
+        raise StageFailed(_no_room(step, checkpoints)) from error
     if not math.isfinite(loss.nats):
         raise StageFailed(_stopped("the loss", loss.mean, step, checkpoints))
-    norm = engine.step(factor)
     if not math.isfinite(norm):
         raise StageFailed(_stopped("the gradient's norm", norm, step, checkpoints))
     return loss, norm
 
 
 def _stopped(what: str, value: float, steps_done: int, checkpoints: Checkpoints) -> str:
-    found = checkpoints.read()
-    kept = f"the checkpoint of step {found[0].step} is kept in {checkpoints.path}" if found else "no checkpoint yet"
     return (
-        f"training stopped after {steps_done} steps: {what} is {value}, a finite number is needed; {kept}; "
-        "try lower train.learning_rates or precision: fp32"
+        f"training stopped after {steps_done} steps: {what} is {value}, a finite number is needed; "
+        f"{_kept(checkpoints)}; try lower train.learning_rates or precision: fp32"
     )
+
+
+def _no_room(steps_done: int, checkpoints: Checkpoints) -> str:
+    return (
+        f"training stopped after {steps_done} steps: the device has no memory left; {_kept(checkpoints)}; "
+        "set train.memory_gib below what the device has, or lower train.micro_batch_sequences"
+    )
+
+
+def _kept(checkpoints: Checkpoints) -> str:
+    found = checkpoints.read()
+    return f"the checkpoint of step {found[0].step} is kept in {checkpoints.path}" if found else "no checkpoint yet"
 
 
 def _bits_per_byte(

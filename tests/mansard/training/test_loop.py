@@ -103,6 +103,24 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_
     assert all(tensor.isfinite().all() for tensor in found[1].values())
 
 
+def test_a_device_without_memory_left_stops_and_says_what_to_change(tmp_path: Path) -> None:
+    class Full(LocalEngine):
+        steps = 0
+
+        def step(self, factor: float) -> float:
+            self.steps += 1
+            if self.steps == 4:
+                raise torch.OutOfMemoryError("as CUDA says it")
+            return super().step(factor)
+
+    model, _ = engine()
+    full = Full(model, [Group("base", 1e-2, dict(model.named_parameters()))], 0.1, 1.0)
+    mixture = Mixture([source("a")], [1.0], 4, 0)
+    with pytest.raises(MansardError, match="stopped after 3 steps: the device has no memory left") as caught:
+        run_loop(full, mixture, [source("a")], plan(), Checkpoints(tmp_path), lambda moment: None)
+    assert "the checkpoint of step 2 is kept" in str(caught.value) and "micro_batch_sequences" in str(caught.value)
+
+
 def test_rates_that_blow_the_weights_up_stop_the_run(tmp_path: Path) -> None:
     with pytest.raises(MansardError, match="training stopped after"):
         run(tmp_path, rate=1e30)
