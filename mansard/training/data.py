@@ -27,6 +27,16 @@ class Batch:
     positions_BT: torch.Tensor
     labels_BT: torch.Tensor
 
+    def parts(self, rows: int | None) -> "list[Batch]":
+        """In pieces of at most `rows` rows (None: one), rows of one segment first in each."""
+        pieces = (t.split(rows or len(t)) for t in (self.tokens_BT, self.positions_BT, self.labels_BT))
+        return [Batch(*piece).whole_first() for piece in zip(*pieces, strict=True)]
+
+    def whole_first(self) -> "Batch":
+        """The same rows, those of one segment before the others."""
+        order = (self.positions_BT[:, 1:] == 0).any(dim=1).int().argsort(stable=True)
+        return Batch(self.tokens_BT[order], self.positions_BT[order], self.labels_BT[order])
+
 
 @dataclass(frozen=True, slots=True)
 class Packed:

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
 
+from mansard.training.attention import attention_inputs, preferred_kernels, use_packed_attention
 from mansard.training.data import Batch
-from mansard.training.optimizer import Group, MasterAdamW
-from mansard.training.packing import IGNORED, masks_of
+from mansard.training.decoder import Decoder
+from mansard.training.head_loss import HeadLoss
+from mansard.training.optimizer import Group, MasterAdamW, StepBytes
+from mansard.training.packing import IGNORED
 
 CPU_THREADS = 1
 """Fixed, because sums over another number of threads round differently and resumed runs must end bit-identical. One,
@@ -37,17 +39,41 @@ class Loss:
 class LocalEngine:
     """The model in this process, on the device it is on. Below the first trained block autograd records nothing."""
 
-    def __init__(self, model: Any, groups: Sequence[Group], weight_decay: float, clip_norm: float) -> None:  # noqa: ANN401
+    def __init__(
+        self,
+        model: Any,  # noqa: ANN401 - a transformers model; modified
+        groups: Sequence[Group],
+        weight_decay: float,
+        clip_norm: float,
+        *,
+        optimizer: str = "adamw",
+        master: str = "fp32",
+        micro_batch_sequences: int | None = None,
+    ) -> None:
         self._model = model
         self._clip_norm = clip_norm
-        self._optimizer = MasterAdamW(groups, weight_decay)
+        self.micro_batch_sequences = micro_batch_sequences
+        use_packed_attention(model)
+        self.decoder = Decoder(model)
+        self._head_loss = HeadLoss(
+            model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None), self.device
+        )
+        self._optimizer = MasterAdamW(groups, weight_decay, optimizer, master)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self._model.device)
 
     def gradients(self, batch: Batch) -> Loss:
-        """Forward and backward of the mean loss over the batch's labels."""
+        """Forward and backward of the mean loss over the batch's labels, a micro-batch at a time."""
         self._model.train()
-        nats, labels = self._nats(batch)
-        (nats / labels).backward()
-        return Loss(float(nats.detach()), labels)
+        labels = int((batch.labels_BT != IGNORED).sum())
+        nats = torch.zeros((), device=self.device)
+        for part in batch.parts(self.micro_batch_sequences):
+            nats_of_part = self.nats(self.hidden(part), part.labels_BT)
+            (nats_of_part / labels).backward()
+            nats += nats_of_part.detach()
+        return Loss(float(nats), labels)
 
     def step(self, factor: float) -> float:
         """Move the trained tensors at `factor` of their peak rates; the gradients' norm before clipping."""
@@ -55,12 +81,22 @@ class LocalEngine:
 
     def evaluate(self, batches: Sequence[Batch]) -> Loss:
         self._model.eval()
+        parts = [part for batch in batches for part in batch.parts(self.micro_batch_sequences)]
         with torch.no_grad():
-            sums = [self._nats(batch) for batch in batches]
-        return Loss(sum(float(nats) for nats, _ in sums), sum(labels for _, labels in sums))
+            nats = sum(float(self.nats(self.hidden(part), part.labels_BT)) for part in parts)
+        return Loss(nats, sum(int((part.labels_BT != IGNORED).sum()) for part in parts))
+
+    def logits(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        """Logits [B, T, V] in float32, on the CPU, of rows that are one document each."""
+        self._model.eval()
+        positions_BT = torch.arange(tokens_BT.shape[1]).expand_as(tokens_BT)
+        with torch.no_grad():
+            hidden_BTH = self.hidden(Batch(tokens_BT, positions_BT, tokens_BT))
+            logits_BTV: torch.Tensor = self._head_loss.logits(hidden_BTH)
+        return logits_BTV.cpu()
 
     def trained(self) -> dict[str, torch.Tensor]:
-        """The float32 masters under the names of the parameters."""
+        """The masters (float32, or the parameters where they are rounded) under the names of the parameters."""
         return {name: master.detach() for name, master in self._optimizer.masters.items()}
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -76,17 +112,32 @@ class LocalEngine:
             torch.cuda.set_rng_state(tensors["rng/cuda"])
         self._optimizer.load_state({k: v for k, v in tensors.items() if not k.startswith("rng/")})
 
-    def _nats(self, batch: Batch) -> tuple[torch.Tensor, int]:
-        device, dtype = self._model.device, self._model.dtype
-        positions_BT = batch.positions_BT.to(device)
-        logits_BTV = self._model(
-            input_ids=batch.tokens_BT.to(device),
-            position_ids=positions_BT,
-            attention_mask=masks_of(self._model.config, positions_BT, dtype),
-            use_cache=False,
-        ).logits
-        labels_BT = batch.labels_BT.to(device)
-        nats = cross_entropy(
-            logits_BTV.float().flatten(0, 1), labels_BT.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
-        return nats, int((batch.labels_BT != IGNORED).sum())
+    def hidden(self, batch: Batch) -> torch.Tensor:
+        """The decoder's last states [B, T, H], on the device; the batch is on the CPU."""
+        device = self.device
+        with preferred_kernels(device):
+            states: torch.Tensor = self.decoder.module(
+                input_ids=batch.tokens_BT.to(device, non_blocking=True),
+                position_ids=batch.positions_BT.to(device, non_blocking=True),
+                use_cache=False,
+                **attention_inputs(self._model.config, batch.positions_BT, self._model.dtype, device),
+            ).last_hidden_state
+        return states
+
+    def nats(self, hidden_BTH: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
+        """Summed over the labels, a float32 scalar on the device."""
+        return self._head_loss(hidden_BTH, labels_BT.to(self.device, non_blocking=True))
+
+    def head_bytes(self, tokens: int) -> int:
+        """What the head's loss holds of logits at once."""
+        return self._head_loss.held_bytes(tokens)
+
+    def optimizer_bytes(self) -> StepBytes:
+        return self._optimizer.step_bytes()
+
+    def train_mode(self) -> None:
+        self._model.train()
+
+    def drop_gradients(self) -> None:
+        for parameter in self._model.parameters():
+            parameter.grad = None
