@@ -2,8 +2,9 @@
 
 Output: `trained.safetensors` (trained tensors under checkpoint names, in the checkpoint's type), `probe.safetensors`
 (token ids, and the trained model's logits on them in the checkpoint's type by `mansard.models.probe`, for fuse to
-compare with) and `training.json` (curve, achieved fractions, digests of the frozen tensors in memory; no times). With a
-base learning rate above 0 the base trains too, what changed of it is listed, and nothing is called frozen.
+compare with) and `training.json` (curve, achieved fractions, digests of the frozen tensors in memory, how far the
+trainer's forward pass is from the checkpoint's on the probe; no times). With a base learning rate above 0 the base
+trains too, what changed of it is listed, and nothing is called frozen.
 """
 
 import shutil
@@ -14,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from mansard.canonical import canonical_json
-from mansard.errors import BadInput
+from mansard.errors import BadInput, StageFailed
 from mansard.models.loading import choose_device, load_model, load_tokenizer
 from mansard.models.probe import forward_logits
 from mansard.models.slots import view
@@ -28,15 +29,17 @@ from mansard.training.blocks import Names, announcement, checkpoint_names, train
 from mansard.training.data import Mixture, Packed, pack_texts, read_texts, require_rows
 from mansard.training.engines import CPU_THREADS, LocalEngine
 from mansard.training.loop import Plan, run_loop
-from mansard.training.memory import peak_gib
+from mansard.training.memory import peak_bytes
+from mansard.training.optimizer import Group
 from mansard.training.packing import check_fits
+from mansard.training.preflight import preflight
 from mansard.training.report import reporter
 from mansard.training.state import Checkpoints
 
 if TYPE_CHECKING:
     from mansard.worker import StageContext
 
-CODE_VERSION = 3
+CODE_VERSION = 4
 PACKAGES = ("numpy", "safetensors", "tokenizers", "torch", "transformers")
 
 PROBE_ROWS = 2
@@ -58,25 +61,34 @@ def run(context: "StageContext") -> SnapshotId:
         model = load_model(expansion, DTYPES[train.precision], device=choose_device())
         highest = max(int(packed.tokens_RT.max()) for packed in (*mixture.sources, *held_out))
         check_fits(model.config, data.sequence_tokens, highest)
-        groups, frozen = train_only(model, names, train.learning_rates)
-        text = announcement(model, blocks, groups, data, train)
+        groups, frozen = train_only(model, names, train.learning_rates, train.frozen, train.new_blocks)
+        engine = engine_of(model, groups, train)
+        text = announcement(model, blocks, groups, train)
         print(f"train: {text}", file=sys.stderr, flush=True)
-        context.progress(0, plan.tokens, "tokens", text)
-        engine = LocalEngine(model, groups, train.weight_decay, train.clip_norm)
+        forecast = preflight(engine, mixture.batch(0), train)
+        print(f"train: {forecast.text()}", file=sys.stderr, flush=True)
+        context.progress(0, plan.tokens, "tokens", f"{text}; {forecast.text()}")
         cursor = run_loop(engine, mixture, held_out, plan, Checkpoints(context.work), reporter(context, plan))
         frozen.check(model)
-        print(f"train: peak memory {peak_gib():.2f} GiB", file=sys.stderr, flush=True)
+        print(f"train: peak memory {peak_bytes(engine.device) / 2**30:.2f} GiB", file=sys.stderr, flush=True)
         probe_BT = probe_of(held_out)
-        trained = engine.trained()
+        trained, seen_BTV = engine.trained(), engine.logits(probe_BT)
         del model, engine, groups  # the checkpoint is loaded once more below
         output = context.work / "output"
         changed, probe = write_tensors(expansion, names, trained, probe_BT, output)
+        divergence = forward_kl(seen_BTV, output)
+        if divergence > train.max_forward_kl:
+            raise StageFailed(
+                f"the trainer's forward pass is {divergence:.4f} nats a token from the fused model's, "
+                f"train.max_forward_kl allows {train.max_forward_kl}; take frozen: bf16, or new_blocks: bf16"
+            )
         report = {
             "format": 1,
             "new_blocks": [{"index": b.index, "source": b.source} for b in blocks],
             "tokens": plan.tokens,
             "steps": plan.schedule.steps,
             "precision": train.precision,
+            "forward_kl": divergence,
             "fractions": fractions,
             "curve": cursor.curve,
             "frozen": dict(frozen.digests),
@@ -123,6 +135,18 @@ def achieved_fractions(mixture: Mixture, data: Data, steps: int) -> dict[str, fl
     return {name: rows / total for name, rows in taken.items()}
 
 
+def engine_of(model: Any, groups: list[Group], train: Train) -> LocalEngine:  # noqa: ANN401 - a transformers model
+    return LocalEngine(
+        model,
+        groups,
+        train.weight_decay,
+        train.clip_norm,
+        optimizer=train.optimizer,
+        master=train.master,
+        micro_batch_sequences=train.micro_batch_sequences,
+    )
+
+
 def probe_of(held_out: list[Packed]) -> torch.Tensor:
     """Token ids [B, T] of the first rows of every held-out text."""
     rows = [source.tokens_RT[:PROBE_ROWS, :PROBE_TOKENS] for source in held_out]
@@ -158,3 +182,10 @@ def write_tensors(
     save_file({"input_ids": probe_BT, "logits": logits_BTV}, output / "probe.safetensors")
     attention = model.config._attn_implementation
     return changed, {"dtype": str(logits_BTV.dtype).removeprefix("torch."), "attention": attention}
+
+
+def forward_kl(seen_BTV: torch.Tensor, output: Path) -> float:
+    """Mean over the probe's tokens of KL(trainer's || trained checkpoint's) in nats."""
+    fused_BTV = load_file(output / "probe.safetensors")["logits"].float().log_softmax(-1)
+    seen_BTV = seen_BTV.log_softmax(-1)
+    return float((seen_BTV.exp() * (seen_BTV - fused_BTV)).sum(-1).mean())

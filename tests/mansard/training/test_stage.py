@@ -165,6 +165,16 @@ def test_a_rate_of_nothing_for_the_new_blocks_is_refused(store: Store, fill: Fil
         run(store, fill(store), slice_(learning_rates={"new_blocks": 0.0, "base": 1e-3}))
 
 
+def test_fp8_is_refused_where_there_is_none(store: Store, fill: Fill) -> None:
+    with pytest.raises(BadInput, match=r"train\.frozen: fp8 needs FP8 matrix units, and this is a CPU"):
+        run(store, fill(store), slice_(precision="bf16", frozen="fp8"))
+
+
+def test_a_trainer_that_computes_another_function_fails_the_stage(store: Store, fill: Fill) -> None:
+    with pytest.raises(StageFailed, match=r"nats a token from the fused model's, train\.max_forward_kl allows 1e-12"):
+        run(store, fill(store), slice_(precision="fp32", max_forward_kl=1e-12))
+
+
 def test_a_source_without_a_snapshot_is_refused(store: Store, fill: Fill) -> None:
     inputs = fill(store)
     del inputs["data.prose.held_out"]
@@ -212,6 +222,7 @@ def test_a_killed_training_ends_in_the_same_snapshot(tmp_path: Path, fill: Fill)
 
 def kill_after_first_checkpoint(site: Site, store: Store, request: Request, recipe: str) -> None:
     """Start the worker as `derive` does, and `kill -9` it once a checkpoint is there."""
+    checkpoint = Checkpoints(store.work(recipe)).path
     message = {
         "format": 1, "store": str(store.root), "stage": "train", "packages": {}, "log": "",
         "requests": [{"recipe": recipe, "inputs": dict(request.inputs), "spec": dict(request.spec), "where": {}}],
@@ -231,7 +242,8 @@ def kill_after_first_checkpoint(site: Site, store: Store, request: Request, reci
         with process.stdin, process.stdout:
             for line in process.stdout:
                 progress = json.loads(line).get("progress", {"done": 0})
-                if progress["done"] >= CHECKPOINT_STEPS * ROW_TOKENS * BATCH_ROWS:
+                # A thread writes the checkpoint; the steps go on meanwhile.
+                if progress["done"] >= CHECKPOINT_STEPS * ROW_TOKENS * BATCH_ROWS and checkpoint.exists():
                     break
             os.killpg(process.pid, signal.SIGKILL)
             assert process.wait() == -signal.SIGKILL, (site.home / "killed.log").read_text()
