@@ -78,6 +78,13 @@ chaos: setup
 bench-carry-on: setup
 	@$(MAIN) tests/benchmarks/bench_carry_on.py
 
+.PHONY: bench-training bench-training-gpu
+bench-training: setup
+	@$(MAIN) tests/benchmarks/bench_training.py
+
+bench-training-gpu: setup
+	@$(MAIN) tests/benchmarks/bench_training_gpu.py
+
 clean:
 	@test ! -x .venv/bin/mansard || .venv/bin/mansard down
 	rm -rf .venv .venv-serve .mansard demo-summary.json
