@@ -34,7 +34,7 @@ from mansard.training.data import Packed, pack_texts, read_texts, require_rows
 if TYPE_CHECKING:
     from mansard.worker import StageContext
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 PACKAGES = ("numpy", "safetensors", "tokenizers", "torch", "transformers")
 
 REQUEST_TOKENS = 4096
