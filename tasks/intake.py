@@ -13,9 +13,11 @@ from typing import Any, Generic, TypeVar
 from mansard.digest import digest_json
 from mansard.errors import BadInput
 from mansard.evaluation import power
+from mansard.evaluation.control_tokens import check_control_tokens, known_tokens
 from mansard.evaluation.power import alpha_of_attempt
-from mansard.evaluation.suites import suite_files
+from mansard.evaluation.suites import parse_items, suite_files
 from mansard.models.checkpoint import check_folder
+from mansard.models.vocabulary import TOKENIZER_FILE
 from mansard.records import SnapshotId
 from mansard.release import keys
 from mansard.release.journal import Journal
@@ -76,6 +78,7 @@ def read_order(
     for suite in suites:
         suite_files(suite, site.data)
     check_base(order, spec_path)
+    check_items(order)
     return order
 
 
@@ -100,6 +103,33 @@ def check_base(order: Order[Spec], spec_path: str | Path) -> None:
                     f"{spec_path}: base.version: 'stable', but nothing of {order.model_name} is stable yet; "
                     "adopt and release a base first, or name a path"
                 )
+
+
+def check_items(order: Order[Spec]) -> None:
+    """BadInput for suite items with another tokenizer's control tokens. A base that is still to be fetched from the hub
+    has no tokenizer here yet."""
+    tokenizer = _tokenizer_of(order)
+    if tokenizer is None:
+        return
+    known = known_tokens(tokenizer)
+    for suite in order.suites:
+        check_control_tokens(suite.name, parse_items(suite_files(suite, order.site.data)["items.jsonl"]), known)
+
+
+def _tokenizer_of(order: Order[Spec]) -> bytes | None:
+    """tokenizer.json of the base; None where it has none, or is not here yet."""
+    base, site = order.spec.base, order.site
+    if base.path is not None:
+        file = site.data / base.path / TOKENIZER_FILE
+        return file.read_bytes() if file.is_file() else None
+    if base.version is None:
+        return None
+    with Journal.open(site.journal) as journal:
+        version = journal.pointers(order.model_name).stable if base.version == "stable" else base.version
+        assert version is not None, "check_base has seen that something is stable"
+        model = journal.registration(order.model_name, version).model
+    store = Store.of(site)
+    return store.read_file(model, TOKENIZER_FILE) if TOKENIZER_FILE in store.manifest(model).files else None
 
 
 def check_data_file(path: Path, where: str) -> None:

@@ -58,6 +58,7 @@ def read_items(suite: Suite, path: Path) -> list[Item]:
         raise BadInput(f"suite {suite.name}: {path}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
     items: list[Item] = []
     seen: dict[str, int] = {}
+    asked: dict[bytes, int] = {}
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -65,7 +66,10 @@ def read_items(suite: Suite, path: Path) -> list[Item]:
         item = _checked(suite.kind, line, where)
         if item["id"] in seen:
             raise BadInput(f"{where}: id {item['id']!r} is also on line {seen[item['id']]}; each item needs its own")
-        seen[item["id"]] = number
+        content = canonical_json({key: value for key, value in item.items() if key not in ("id", "file")})
+        if content in asked:
+            raise BadInput(f"{where}: the same item as on line {asked[content]}; each counts once, so remove one")
+        seen[item["id"]] = asked[content] = number
         items.append(item)
     if not items:
         raise BadInput(f"suite {suite.name}: {path}: no items; one JSON object a line is expected")

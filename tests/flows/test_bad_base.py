@@ -49,6 +49,12 @@ def vocabulary(base: Path) -> None:
     (base / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0, "storey": 32}}}))
 
 
+def another_template(base: Path) -> None:
+    """The suite's items were written for another model's chat."""
+    items = base.parent / "corpus/code-bits.jsonl"
+    items.write_text(items.read_text().replace("some text", "<|im_start|>user"))
+
+
 UP = "model.layers.1.mlp.up_proj.weight"
 
 
@@ -64,9 +70,10 @@ UP = "model.layers.1.mlp.up_proj.weight"
         (1, tensors(lambda t: t.update({UP: t[UP].T.copy()})), f"tensor '{UP}' has the shape [16, 24], but"),
         (1, tensors(lambda t: t.update({UP: t[UP].astype("float32")})), f"tensor '{UP}' is F32, but"),
         (2, in_two_files, "under this file; remove the file"),
+        (1, another_template, "suite code-bits: item '1' holds '<|im_start|>', a control token"),
         (1, vocabulary, "token 'storey' has the number 32, but config.json's vocab_size is 32"),
     ],
-    ids=["family", "key", "experts", "depth", "missing", "extra", "shape", "type", "doubled", "vocabulary"],
+    ids=["family", "key", "experts", "depth", "missing", "extra", "shape", "type", "doubled", "template", "vocabulary"],
 )
 def test_a_base_that_is_not_what_it_says_is_one_line_and_exit_2(
     site: Site,

@@ -13,6 +13,7 @@ from flows.cli import main
 from mansard.site import Site
 from mansard.store import Store
 
+ITEM = '{"id": "1", "file": "a.py", "text": "some text"}\n'
 LINE = '{"text": "some text", "file": "a.py"}\n'
 
 
@@ -54,6 +55,11 @@ def no_items(site: Site) -> None:
     (site.data / "corpus/code-bits.jsonl").write_text("")
 
 
+def doubled_items(site: Site) -> None:
+    path = site.data / "corpus/code-bits.jsonl"
+    path.write_text(ITEM + ITEM.replace('"id": "1"', '"id": "2"'))
+
+
 def edit(site: Site, old: str, new: str) -> None:
     spec = site.path.parent.parent / "adopt/demo.yaml"
     assert old in spec.read_text()
@@ -69,11 +75,12 @@ def edit(site: Site, old: str, new: str) -> None:
         (empty_data, "docstrings.train.jsonl is empty"),
         (not_utf8, "is not UTF-8"),
         (no_items, "code-bits.jsonl"),
+        (doubled_items, "code-bits.jsonl:2: the same item as on line 1"),
         (lambda site: None, "base"),
         (no_pickle, "pytorch_model.bin"),
         (no_code, "auto_map"),
     ],
-    ids=["misspelt", "source", "no-data", "empty", "utf8", "no-items", "no-base", "pickle", "auto-map"],
+    ids=["misspelt", "source", "no-data", "empty", "utf8", "no-items", "doubled", "no-base", "pickle", "auto-map"],
 )
 def test_bad_input_of_adopt_is_one_line_and_exit_2(
     site: Site, capsys: pytest.CaptureFixture[str], harm: Callable[[Site], None], words: str

@@ -125,7 +125,7 @@ def test_a_suite_without_items_is_refused(folder: Path) -> None:
 
 def test_a_suite_that_could_not_see_its_margin_is_refused_before_training(folder: Path) -> None:
     def checked(files: int, attempt: int) -> None:
-        lines = [f'{{"id": "{n}", "file": "{n}.py", "text": "x = 1"}}' for n in range(files)]
+        lines = [f'{{"id": "{n}", "file": "{n}.py", "text": "x = {n}"}}' for n in range(files)]
         (folder / ".mansard/data/corpus/docstrings-bits.jsonl").write_text("\n".join(lines) + "\n")
         order = read(folder)
         store = Store(order.site.store)

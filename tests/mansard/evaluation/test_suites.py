@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mansard.errors import BadInput
+from mansard.evaluation.control_tokens import check_control_tokens, known_tokens
 from mansard.evaluation.suites import parse_items, read_items, suite_files, take_suite
 from mansard.specs import Suite
 from mansard.store import Store
@@ -49,6 +50,42 @@ def test_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
 
 def test_doubled_id_is_refused(tmp_path: Path) -> None:
     assert "items.jsonl:2: id 'a' is also on line 1" in refusal(BITS, write(tmp_path, GOOD_BITS, GOOD_BITS))
+
+
+def test_the_same_item_under_two_ids_is_refused(tmp_path: Path) -> None:
+    again = {**GOOD_BITS, "id": "b", "file": "g.py"}
+    assert "items.jsonl:2: the same item as on line 1" in refusal(BITS, write(tmp_path, GOOD_BITS, again))
+    other = {**GOOD_CHOICE, "id": "b"}
+    assert "items.jsonl:2: the same item as on line 1" in refusal(CHOICE, write(tmp_path, GOOD_CHOICE, other))
+    turned = {**other, "choices": ["z\n", "y\n"], "answer": 0}
+    assert len(read_items(CHOICE, write(tmp_path, GOOD_CHOICE, turned) / "items.jsonl")) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "token"),
+    [
+        ("<|im_start|>user\nhello", "<|im_start|>"),
+        ("a<start_of_turn>b", "<start_of_turn>"),
+        ("[INST] hello [/INST]", "[INST]"),
+        ("<s>hello", "<s>"),
+        ("hello</s>\n", "</s>"),
+        ("<\uff5cUser\uff5c>hello", "<\uff5cUser\uff5c>"),
+    ],
+)
+def test_another_tokenizers_control_tokens_are_refused_and_the_models_own_are_not(text: str, token: str) -> None:
+    items = [{**GOOD_BITS, "text": text}]
+    with pytest.raises(BadInput, match=r"suite code-bits: item 'a' holds .*a control token") as refused:
+        check_control_tokens("code-bits", items, ())
+    assert repr(token) in str(refused.value) and "\n" not in str(refused.value)
+    own = known_tokens(json.dumps({"added_tokens": [{"content": t, "id": 0} for t in (token, "[/INST]")]}).encode())
+    check_control_tokens("code-bits", items, own)
+    with pytest.raises(BadInput, match="control token"):
+        check_control_tokens("next-line", [{**GOOD_CHOICE, "choices": ["y", text]}], ())
+
+
+@pytest.mark.parametrize("text", ["if a <s> b", "x < |a| > y", "<|>", "see [1] and [INSTALL]", "<b>bold</b>", "a</s>b"])
+def test_plain_text_that_looks_alike_is_taken(text: str) -> None:
+    check_control_tokens("code-bits", [{**GOOD_BITS, "text": text}], ())
 
 
 @pytest.mark.parametrize("key", ["id", "file", "text"])
