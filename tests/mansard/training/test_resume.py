@@ -1,0 +1,112 @@
+"""Training goes on from any of its checkpoints bit for bit; small rates in bf16 still move."""
+
+import io
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load
+
+from mansard.models.storeys import newest_tensors
+from mansard.records import SnapshotId
+from mansard.store import Store
+from mansard.training import stage
+from mansard.worker import Channel, StageContext
+
+pytestmark = pytest.mark.slow
+
+Fill = Callable[[Store], dict[str, SnapshotId]]
+ROW_TOKENS, BATCH_ROWS = 32, 4
+FILE = "checkpoint.safetensors"
+DEADLINE_SECONDS = 60.0
+
+
+def slice_(steps: int, **train: Any) -> dict[str, Any]:
+    sources = [
+        {"name": name, "train": name, "held_out": name, "weight": 0.5, "is_domain": name == "code"}
+        for name in ("code", "prose")
+    ]
+    return {
+        "data": {"sources": sources, "sequence_tokens": ROW_TOKENS, "min_domain_fraction": 0.3, "seed": 0},
+        "train": {
+            "tokens": steps * ROW_TOKENS * BATCH_ROWS, "batch_sequences": BATCH_ROWS, "precision": "fp32",
+            "learning_rates": {"new_blocks": 1e-2}, "evaluate_every_steps": 4, "checkpoint_every_steps": 1, **train,
+        },
+    }  # fmt: skip
+
+
+class Heard(io.StringIO):
+    """Calls `told` with the steps done after each progress message of a step."""
+
+    def __init__(self, told: Callable[[int], None]) -> None:
+        super().__init__()
+        self._told = told
+
+    def write(self, text: str) -> int:
+        steps, rest = divmod(int(json.loads(text)["progress"]["done"]), ROW_TOKENS * BATCH_ROWS)
+        if steps and not rest:
+            self._told(steps)
+        return len(text)
+
+
+def run(
+    store: Store, inputs: dict[str, SnapshotId], spec: dict[str, Any], recipe: str, told: Callable[[int], None]
+) -> SnapshotId:
+    context = StageContext(store, recipe, inputs, spec, {}, store.work(recipe), Channel(Heard(told)))
+    made: SnapshotId = stage.run(context)
+    return made
+
+
+def step_of(path: Path) -> int:
+    with safe_open(str(path), framework="pt") as file:
+        return int(json.loads(file.metadata()["cursor"])["step"])
+
+
+def keeper(work: Path, steps: int, kept: dict[int, bytes]) -> Callable[[int], None]:
+    """Keeps the checkpoint of every step as soon as it is written."""
+
+    def keep(step: int) -> None:
+        deadline = time.monotonic() + DEADLINE_SECONDS
+        while step < steps and not ((work / FILE).exists() and step_of(work / FILE) == step):
+            assert time.monotonic() < deadline, f"no checkpoint of step {step}"
+            time.sleep(0.01)
+        if step < steps:
+            kept[step] = (work / FILE).read_bytes()
+
+    return keep
+
+
+def test_training_resumed_from_any_checkpoint_ends_in_the_same_snapshot(store: Store, fill: Fill) -> None:
+    inputs, spec, recipe, kept = fill(store), slice_(6), "a" * 64, dict[int, bytes]()
+    whole = run(store, inputs, spec, recipe, keeper(store.work(recipe), 6, kept))
+    assert sorted(kept) == [1, 2, 3, 4, 5]
+    for step, checkpoint in kept.items():
+        store.discard_work(recipe)
+        (store.work(recipe) / FILE).write_bytes(checkpoint)
+        taken: list[int] = []
+        assert run(store, inputs, spec, recipe, taken.append) == whole, f"resumed from step {step}"
+        assert min(taken) == step + 1
+
+
+def test_bf16_at_a_rate_of_one_millionth_still_moves_every_trained_tensor(store: Store, fill: Fill) -> None:
+    inputs, kept, recipe = fill(store), dict[int, bytes](), "a" * 64
+    spec = slice_(40, precision="bf16", learning_rates={"new_blocks": 1e-6}, evaluate_every_steps=100)
+    made = run(store, inputs, spec, recipe, keeper(store.work(recipe), 40, kept))
+    before = load_tensors(store, inputs["expansion"])
+    trained = load(store.read_file(made, "trained.safetensors"))
+    masters = load(kept[39])
+    names = newest_tensors(store, inputs["expansion"])
+    assert trained.keys() == set(names)
+    for name in names:
+        assert not torch.equal(masters[f"master/{name}"], before[name].float()), f"{name} did not move in float32"
+        if before[name].ndim == 2:  # a norm near 1 needs more than these steps to reach the next number of bf16
+            assert not torch.equal(trained[name], before[name]), f"{name} did not move in bf16"
+
+
+def load_tensors(store: Store, model: SnapshotId) -> dict[str, torch.Tensor]:
+    return load(store.read_file(model, "model.safetensors"))
