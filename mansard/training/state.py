@@ -2,7 +2,8 @@
 
 One safetensors file, replaced atomically: after `kill -9` the last complete checkpoint is there. The tensors are copied
 to memory at once, and a thread writes that copy while training goes on; at most one is being written. A run that
-resumes from one ends bit-identical to one that was never killed (on a CPU).
+resumes from one ends bit-identical to one that was never killed (on a CPU). A checkpoint names its run (the work
+folder's name, which is the recipe), so one of another base, spec or data is refused.
 """
 
 import json
@@ -14,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from mansard.canonical import canonical_json
+from mansard.errors import BadInput
 
 
 @dataclass(slots=True)
@@ -35,6 +37,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "checkpoint.safetensors"
+        self._run = folder.name
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._written: Future[None] | None = None
         self._copies: dict[str, torch.Tensor] = {}
@@ -42,7 +45,7 @@ class Checkpoints:
     def write(self, cursor: Cursor, tensors: Mapping[str, torch.Tensor]) -> None:
         """Copy now, write later; waits for the checkpoint before this one, and raises what stopped that."""
         self.wait()
-        metadata = {"cursor": canonical_json({"format": 1, **asdict(cursor)}).decode()}
+        metadata = {"cursor": canonical_json({"format": 1, "run": self._run, **asdict(cursor)}).decode()}
         copied = self._copy(tensors)
         self._written = self._thread.submit(self._write, dict(self._copies), metadata, copied)
 
@@ -53,14 +56,21 @@ class Checkpoints:
             written.result()
 
     def read(self) -> tuple[Cursor, dict[str, torch.Tensor]] | None:
-        """The newest checkpoint, or None where there is none."""
+        """The newest checkpoint, or None where there is none; BadInput for a damaged one, or another run's."""
         self.wait()
         if not self.path.exists():
             return None
-        with safe_open(str(self.path), framework="pt") as file:
-            value = json.loads(file.metadata()["cursor"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        assert value.pop("format") == 1, "a work folder belongs to one recipe, so the format is this code's"
+        try:
+            with safe_open(str(self.path), framework="pt") as file:
+                value = json.loads(file.metadata()["cursor"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise BadInput(f"{self.path}: damaged ({error!s:.200}); remove it to train from the start") from error
+        if value.pop("format") != 1 or value.pop("run", None) != self._run:
+            raise BadInput(
+                f"{self.path}: a checkpoint of another base, spec or data than this run's; "
+                "remove it to train from the start"
+            )
         return Cursor(**value), tensors
 
     def _copy(self, tensors: Mapping[str, torch.Tensor]) -> torch.cuda.Event | None:

@@ -1,4 +1,4 @@
-"""Training goes on from any of its checkpoints bit for bit; small rates in bf16 still move."""
+"""Training goes on from any checkpoint bit for bit, takes no other run's, and small rates in bf16 still move."""
 
 import io
 import json
@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load
 
+from mansard.errors import BadInput
 from mansard.models.storeys import newest_tensors
 from mansard.records import SnapshotId
 from mansard.store import Store
@@ -62,6 +63,10 @@ def run(
     return made
 
 
+def nothing(step: int) -> None:
+    pass
+
+
 def step_of(path: Path) -> int:
     with safe_open(str(path), framework="pt") as file:
         return int(json.loads(file.metadata()["cursor"])["step"])
@@ -91,6 +96,31 @@ def test_training_resumed_from_any_checkpoint_ends_in_the_same_snapshot(store: S
         taken: list[int] = []
         assert run(store, inputs, spec, recipe, taken.append) == whole, f"resumed from step {step}"
         assert min(taken) == step + 1
+
+
+def test_a_checkpoint_of_another_base_spec_or_data_is_refused_and_kept(store: Store, fill: Fill) -> None:
+    inputs, kept = fill(store), dict[int, bytes]()
+    run(store, inputs, slice_(2), "a" * 64, keeper(store.work("a" * 64), 2, kept))
+    path = store.work("b" * 64) / FILE
+    path.write_bytes(kept[1])
+    with pytest.raises(BadInput, match="a checkpoint of another base, spec or data") as refused:
+        run(store, inputs, slice_(2), "b" * 64, nothing)
+    assert str(path) in str(refused.value) and "\n" not in str(refused.value)
+    assert path.read_bytes() == kept[1]
+
+
+@pytest.mark.parametrize("harm", [lambda raw: raw[: len(raw) // 2], lambda raw: b"x" * 100, lambda raw: b""])
+def test_a_damaged_checkpoint_is_refused_in_one_line_and_kept(
+    store: Store, fill: Fill, harm: Callable[[bytes], bytes]
+) -> None:
+    inputs, kept, recipe = fill(store), dict[int, bytes](), "a" * 64
+    run(store, inputs, slice_(2), recipe, keeper(store.work(recipe), 2, kept))
+    path = store.work(recipe) / FILE
+    path.write_bytes(harm(kept[1]))
+    with pytest.raises(BadInput, match="damaged") as refused:
+        run(store, inputs, slice_(2), recipe, nothing)
+    assert str(path) in str(refused.value) and "\n" not in str(refused.value)
+    assert path.read_bytes() == harm(kept[1])
 
 
 def test_bf16_at_a_rate_of_one_millionth_still_moves_every_trained_tensor(store: Store, fill: Fill) -> None:
