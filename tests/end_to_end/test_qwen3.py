@@ -1,0 +1,151 @@
+"""A Qwen3 goes the whole way: taken, expanded, proved, trained, fused, quantized, served by vLLM, evaluated.
+
+Every stage in its worker process, as an upgrade runs it; one engine start. (The story's model is a Llama.)
+"""
+
+import asyncio
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from mansard.evaluation.engine_api import post_json
+from mansard.evaluation.suites import take_suite
+from mansard.launch import Request, derive
+from mansard.models.model_files import model_config
+from mansard.serving.engine import Engine, EngineIdentity
+from mansard.site import Site, load_site
+from mansard.specs import Serve, Suite
+from mansard.store import Store
+from tests.end_to_end.conftest import ROOT, write_site
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+SERVE = Serve(max_model_len=256)
+SUITE = Suite(format=1, name="words-bits", kind="bits_per_byte", items="items.jsonl")
+ROW_TOKENS = 32
+
+
+def texts(seed: int, documents: int) -> list[str]:
+    words = ["storey", "house", "roof", "slate", "beam", "attic", "gable", "dormer"]
+    return [" ".join(words[(i * 5 + j * (seed + 3)) % 8] for j in range(30)) + f" {i}." for i in range(documents)]
+
+
+def lines(documents: list[str]) -> bytes:
+    rows = [{"text": text, "file": f"{i}.txt", "id": str(i)} for i, text in enumerate(documents)]
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def write_base(folder: Path) -> Path:
+    """Two blocks of random numbers, tied, with norms on queries and keys that are not all one."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from mansard.demo.base import train_tokenizer
+
+    config = Qwen3Config(
+        vocab_size=320, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=64, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=0,
+        eos_token_id=1, max_window_layers=2, initializer_range=0.05,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    train_tokenizer(texts(0, 20), 320, 256).save_pretrained(folder)
+    return folder
+
+
+def train_slice() -> dict[str, Any]:
+    source = {"name": "words", "train": "t", "held_out": "h", "weight": 1.0, "is_domain": True}
+    return {
+        "data": {"sources": [source], "sequence_tokens": ROW_TOKENS, "min_domain_fraction": 0.3, "seed": 0},
+        "train": {
+            "tokens": 30 * 4 * ROW_TOKENS, "batch_sequences": 4, "learning_rates": {"new_blocks": 4e-3, "base": 0.0}
+        },
+    }  # fmt: skip
+
+
+async def answered(site: Site, store: Store, artifact: str, suite: str) -> tuple[str, dict[str, Any]]:
+    """Item records, and a completion, of the artifact through its engine."""
+    async with aiohttp.ClientSession() as session:
+        engine = Engine(EngineIdentity(artifact, "qwen", SERVE), site, session)
+        with store.using(artifact) as tree:
+            try:
+                await engine.start(tree, ())
+                where = {"endpoint": engine.endpoint, "served_name": "qwen"}
+                slices = {
+                    "suite": SUITE.model_dump(mode="json"), "serve": SERVE.model_dump(mode="json"), "engine": {}
+                }  # fmt: skip
+                request = Request("evaluate", {"artifact": artifact, "suite": suite}, slices, where)
+                records = await asyncio.to_thread(derive, store, site, request)
+                body = {"model": "qwen", "prompt": "storey house", "max_tokens": 8, "temperature": 0.0}
+                completion = await asyncio.to_thread(post_json, engine.endpoint, "/v1/completions", body)
+            finally:
+                await engine.stop()
+    return records.snapshot, completion
+
+
+def bits_in_memory(tree: Path, documents: list[str]) -> list[float]:
+    """Bits of each text, the opening token given, by transformers' own Qwen3 of the same files."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    from mansard.models.loading import load_model, load_tokenizer
+
+    model, tokenizer = load_model(tree, torch.bfloat16), load_tokenizer(tree)
+    found = []
+    for text in documents:
+        ids = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+        with torch.inference_mode():
+            logits_TV = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1].float()
+        found.append(float(cross_entropy(logits_TV, torch.tensor(ids[1:]), reduction="sum")) / math.log(2))
+    return found
+
+
+def made(store: Store, site: Site, stage: str, inputs: Mapping[str, str], spec: Mapping[str, Any]) -> str:
+    return derive(store, site, Request(stage, inputs, spec)).snapshot
+
+
+def test_a_qwen3_is_upgraded_and_answers_through_vllm_as_its_files_say(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    site = load_site(write_site(tmp_path))
+    store = Store(site.store)
+    base = store.snapshot(write_base(tmp_path / "base"))
+    data = store.put_files({"data.jsonl": lines(texts(1, 80))})
+    expansion = made(store, site, "expand", {"model": base}, {"blocks": 2, "positions": "even"})
+    probe = {"probe_tokens": 32, "seed": 0}
+    for form in ("logits", "structure"):
+        proof = made(store, site, "prove", {"base": base, "expansion": expansion}, {**probe, "form": form})
+        assert json.loads(store.read_file(proof, "proof.json"))["equal"] is True
+    files = {"data.words.train": data, "data.words.held_out": store.put_files({"data.jsonl": lines(texts(1, 20))})}
+    trained = made(store, site, "train", {"expansion": expansion, **files}, train_slice())
+    curve = json.loads(store.read_file(trained, "training.json"))["curve"]
+    assert curve[-1]["bits_per_byte"]["words"] < curve[0]["bits_per_byte"]["words"]
+    fused = made(store, site, "fuse", {"expansion": expansion, "trained": trained}, {"method": "residual"})
+    calibrate = {"scheme": "W4A16_ASYM", "group_size": 128, "source": "words", "samples": 16, "sample_tokens": 32}
+    artifact = made(store, site, "quantize", {"model": fused, "data": data}, {**calibrate, "seed": 0})
+    config = model_config(store, artifact)
+    assert (config["architectures"], config["num_hidden_layers"]) == (["Qwen3ForCausalLM"], 4)
+    assert config["layer_types"] == ["full_attention"] * 4 and config["max_window_layers"] == 4
+
+    documents = texts(1, 12)
+    (site.data / "items.jsonl").parent.mkdir(parents=True, exist_ok=True)
+    (site.data / "items.jsonl").write_bytes(lines(documents))
+    suite = take_suite(store, SUITE, site.data)
+    records, completion = asyncio.run(answered(site, store, artifact, suite))
+    assert completion["usage"]["completion_tokens"] >= 1
+    told = [json.loads(line) for line in store.read_file(records, "records.jsonl").splitlines()]
+    assert [r["id"] for r in told] == [str(i) for i in range(12)]
+    expected = bits_in_memory(store.materialize(artifact), documents)
+    assert [r["bits"] for r in told] == pytest.approx(expected, rel=0.02)
+    untrained = bits_in_memory(store.materialize(base), documents)
+    assert sum(r["bits"] for r in told) < 0.9 * sum(untrained)
