@@ -3,24 +3,28 @@
 The same prompts go to each engine with the same concurrency, one engine at a time, in rounds that take turns (A B, B A,
 A B), so that a drift of the machine touches both. Every round has prompts of its own: a repeated prompt would be
 answered from the prefix cache. Prompts are random token ids of one length and answers are never cut short, so both
-engines do the same work. Standard library and numpy only.
+engines do the same work. How far the machine's noise reaches is told by the rounds: `ratio_high` is the upper end of a
+one-sided 95 % t interval of the mean log ratio over rounds, and what production may be compared with.
 """
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import repeat
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.stats import t as student_t
 
 from mansard.errors import MansardError, StageFailed
 from mansard.evaluation.engine_api import stream_events
 
-ROUNDS = 4
-"""Enough to take turns twice, few enough that a round keeps the engine busy."""
+ROUNDS = 6
+"""Enough to take turns three times and to tell a spread, few enough that a round keeps the engine busy."""
+
+CONFIDENCE = 0.95
 
 Tokens = list[int]
 
@@ -59,8 +63,9 @@ def measure(
     output_tokens: int,
     report: Callable[[int, int], None],
 ) -> dict[str, dict[str, float]]:
-    """Figures per target's name; see `figures`."""
-    replies: dict[str, list[Reply]] = {name: [] for name in targets}
+    """Figures per target's name (see `figures`), and of candidate over baseline, where both are there, `ratio` and
+    `ratio_high`."""
+    replies: dict[str, list[list[Reply]]] = {name: [] for name in targets}
     busy_seconds = dict.fromkeys(targets, 0.0)
     names, done = list(targets), 0
     for name in names:  # the first answers at this concurrency pay for what the engine does once
@@ -68,11 +73,15 @@ def measure(
     for number, prompts in enumerate(rounds):
         for name in names if number % 2 == 0 else reversed(names):
             started = time.monotonic()
-            replies[name] += _ask_all(targets[name], prompts, concurrency, output_tokens)
+            replies[name].append(_ask_all(targets[name], prompts, concurrency, output_tokens))
             busy_seconds[name] += time.monotonic() - started
             done += len(prompts)
             report(done, len(names) * sum(len(r) for r in rounds))
-    return {name: figures(replies[name], busy_seconds[name], targets[name].pid) for name in names}
+    found = {name: figures([*chain(*replies[name])], busy_seconds[name], targets[name].pid) for name in names}
+    if {"candidate", "baseline"} <= found.keys():
+        found["ratio"] = ratios(found["candidate"], found["baseline"])
+        found["ratio_high"] = high_ratios(replies["candidate"], replies["baseline"])
+    return found
 
 
 def _ask_all(target: Target, prompts: Sequence[Tokens], concurrency: int, output_tokens: int) -> list[Reply]:
@@ -107,11 +116,7 @@ def ask(target: Target, prompt: Tokens, output_tokens: int) -> Reply:
 
 def figures(replies: Sequence[Reply], busy_seconds: float, pid: int | None) -> dict[str, float]:
     """Milliseconds (median, 95th percentile), requests and tokens a second, resident memory where a pid is known."""
-    columns: dict[str, list[float]] = {
-        "first_token_ms": [1000 * r.first_token_seconds for r in replies],
-        "per_token_ms": [1000 * r.per_token_seconds for r in replies],
-        "request_ms": [1000 * r.whole_seconds for r in replies],
-    }
+    columns = _latencies(replies)
     found = {
         f"{name}_p{q}": round(float(np.percentile(values, q)), 3) for name, values in columns.items() for q in (50, 95)
     }
@@ -125,6 +130,28 @@ def figures(replies: Sequence[Reply], busy_seconds: float, pid: int | None) -> d
 def ratios(candidate: Mapping[str, float], baseline: Mapping[str, float]) -> dict[str, float]:
     """Candidate over baseline, for each figure of both."""
     return {k: round(candidate[k] / baseline[k], 4) for k in candidate if baseline.get(k)}
+
+
+def high_ratios(candidate: Sequence[Sequence[Reply]], baseline: Sequence[Sequence[Reply]]) -> dict[str, float]:
+    """Upper bounds of the ratios of median latencies, from the rounds (in one order for both); empty for one round."""
+    if len(candidate) < 2:
+        return {}
+    found = {}
+    rounds = [(_latencies(c), _latencies(b)) for c, b in zip(candidate, baseline, strict=True)]
+    for name in rounds[0][0]:
+        logs = np.log([np.median(c[name]) / max(np.median(b[name]), 1e-6) for c, b in rounds])
+        error = float(np.std(logs, ddof=1)) / len(logs) ** 0.5
+        high = float(np.mean(logs)) + float(student_t.ppf(CONFIDENCE, len(logs) - 1)) * error
+        found[f"{name}_p50"] = round(float(np.exp(high)), 4)
+    return found
+
+
+def _latencies(replies: Sequence[Reply]) -> dict[str, list[float]]:
+    return {
+        "first_token_ms": [1000 * r.first_token_seconds for r in replies],
+        "per_token_ms": [1000 * r.per_token_seconds for r in replies],
+        "request_ms": [1000 * r.whole_seconds for r in replies],
+    }
 
 
 def memory_bytes(pid: int) -> int:

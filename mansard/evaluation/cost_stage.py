@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mansard.canonical import canonical_json
 from mansard.errors import BadInput
-from mansard.evaluation.cost import Target, measure, plan_rounds, ratios
+from mansard.evaluation.cost import Target, measure, plan_rounds
 from mansard.evaluation.engine_api import check_serves
 from mansard.records import SnapshotId
 from mansard.specs import Cost, Serve
@@ -19,8 +19,8 @@ from mansard.specs import Cost, Serve
 if TYPE_CHECKING:
     from mansard.worker import StageContext
 
-CODE_VERSION = 1
-PACKAGES = ("numpy",)
+CODE_VERSION = 2
+PACKAGES = ("numpy", "scipy")
 
 
 def run(context: "StageContext") -> SnapshotId:
@@ -40,8 +40,6 @@ def run(context: "StageContext") -> SnapshotId:
         cost.output_tokens,
         lambda done, total: context.progress(done, total, "requests", "cost"),
     )
-    if "baseline" in found:
-        found["ratio"] = ratios(found["candidate"], found["baseline"])
     return context.store.put_files({"cost.json": canonical_json({"format": 1, **cost.model_dump(), **found}) + b"\n"})
 
 

@@ -140,7 +140,10 @@ class Rollouts:
             ) from error
 
     def _measured_ratios(self, registration: Registration, version: int) -> dict[str, float]:
-        """Candidate over stable, as evaluation measured them side by side: what a person saw and approved."""
+        """Candidate over stable, as evaluation measured them side by side: what a person saw and approved.
+
+        Its upper bound, where the measurement tells one: a noisy machine must not make a limit that nothing can keep.
+        """
         measured = [snapshot for stage, _, snapshot in registration.stages if stage == "cost"]
         found = json.loads(self._store.read_file(measured[-1], "cost.json")) if measured else {}
         if "ratio" not in found:
@@ -148,7 +151,7 @@ class Rollouts:
                 f"{registration.model_name} version {version}: evaluation measured no latency beside stable, so the "
                 f"canary's cannot be judged; measure it: mansard gate {version}"
             )
-        return dict(found["ratio"])
+        return {**found["ratio"], **found.get("ratio_high", {})}
 
     def abort(self, model: str, who: str, reason: str, expected: Pointers) -> int:
         """Journal the abort, take the canary to 0 %, end the walk. Returns the term. Conflict when the world moved."""

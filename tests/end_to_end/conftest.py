@@ -127,6 +127,7 @@ def write_specs(folder: Path) -> None:
     upgrade["train"] |= {"tokens": 60_000, "batch_sequences": 2, "checkpoint_every_steps": 10}
     upgrade["train"]["learning_rates"] = {"new_blocks": 4e-3, "base": 0.0}
     weigh(upgrade, code=0.4)
+    upgrade["release"]["latency_tolerance"] = 50.0  # what a busy machine does to latency is not this test's subject
     upgrade["release"]["steps"] = [
         {"weight_percent": 25, "bake_seconds": 3, "min_requests": 10, "deadline_seconds": 600},
         {"weight_percent": 100, "bake_seconds": 3, "min_requests": 10, "deadline_seconds": 600},

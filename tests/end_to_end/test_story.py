@@ -18,6 +18,10 @@ from typing import Any
 import pytest
 import yaml
 
+from mansard.launch import Request, derive
+from mansard.release.journal import Journal
+from mansard.store import Store
+from tests.chaos.kills import Kill, strike, workers
 from tests.end_to_end.conftest import COMMAND_TIMEOUT_SECONDS, Story
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -83,6 +87,45 @@ def kill_in_training(story: Story, spec: str) -> None:
     begun.wait()
 
 
+def kill_at(story: Story, spec: str, kill: Kill) -> None:
+    """Start the upgrade and strike at the moment; what is not hit ends by itself."""
+    log = story.folder / f"killed-at-{kill.moment}.log"
+    with log.open("wb") as output:
+        begun = subprocess.Popen(story.command("upgrade", spec), cwd=story.folder, stdout=output, stderr=output)
+        is_struck = strike(kill, begun, story.site, {"quantize": 10.0, "evaluate": 5.0})
+        begun.wait()
+    assert is_struck, log.read_text()
+    wait_for(lambda: not workers(story.site), "no worker outlives its command")
+
+
+def upgrade_twice_at_once(story: Story, spec: str) -> list[dict[str, Any]]:
+    """What two commands of one spec said that began together."""
+    begun = [
+        subprocess.Popen([*story.command("upgrade", spec), "--json"], stdout=subprocess.PIPE, cwd=story.folder)
+        for _ in range(2)
+    ]
+    told = [json.loads(command.communicate(timeout=COMMAND_TIMEOUT_SECONDS)[0]) for command in begun]
+    assert [command.returncode for command in begun] == [0, 0]
+    return told
+
+
+def ids_of_an_undisturbed_run(story: Story, version: int, scratch: Path) -> dict[str, str]:
+    """Expansion, training and fusion of a version made again in an empty store: stage -> snapshot."""
+    store, empty = Store.of(story.site), Store(scratch / "store")
+    with Journal.open(story.site.journal) as journal:
+        stages = journal.registration("demo", version).stages
+    made: dict[str, str] = {}
+    for stage, recipe, snapshot in stages:
+        if stage in ("expand", "train", "fuse"):
+            record = next(r for r in store.lineage(snapshot) if r["recipe"] == recipe)
+            for number, wanted in enumerate(i for i in record["inputs"].values() if not empty.holds(i)):
+                folder = scratch / f"{stage}-{number}"
+                store.restore(wanted, folder)
+                assert empty.snapshot(folder) == wanted
+            made[stage] = derive(empty, story.site, Request(stage, record["inputs"], record["spec"])).snapshot
+    return made
+
+
 def schedule_every_minute(story: Story, name: str, spec: str) -> None:
     """Put a cron line into the site; `mansard up` takes it over."""
     tree = yaml.safe_load(story.site.path.read_text())
@@ -103,15 +146,43 @@ def test_adopted_base_is_version_1_and_serves_after_approval(story: Story) -> No
     story.run("rollback", "--as", "grace", status=7)
 
 
-def test_upgrade_improves_the_target_and_spares_the_guard(story: Story) -> None:
-    kill_in_training(story, "configs/upgrade/test.yaml")
-    upgraded = story.json("upgrade", "configs/upgrade/test.yaml")
-    assert (upgraded["version"], upgraded["verdict"]) == (2, "pass")
+def test_upgrade_that_was_killed_four_times_improves_the_target_and_spares_the_guard(story: Story) -> None:
+    spec = "configs/upgrade/test.yaml"
+    kill_in_training(story, spec)
+    kill_at(story, spec, Kill("quantize", "worker", 0.5))
+    kill_at(story, spec, Kill("evaluate", "both", 0.5))
+    kill_at(story, spec, Kill("judge", "command", 0.0))
+    upgraded, other = upgrade_twice_at_once(story, spec)
+    assert (upgraded["version"], upgraded["verdict"]) == (other["version"], other["verdict"]) == (2, "pass")
+    assert [(s["name"], s["snapshot"]) for s in upgraded["stages"]] == [
+        (s["name"], s["snapshot"]) for s in other["stages"]
+    ]
     suites = {s["suite"]: s for s in upgraded["suites"]}
     assert suites["code-bits"]["after"] < suites["code-bits"]["before"]
     assert suites["docstrings-bits"]["interval"][1] < 0.02
     assert Path(upgraded["chart"]).read_bytes().startswith(b"\x89PNG")
-    assert not any(s["reused"] for s in upgraded["stages"] if s["name"] in ("train", "fuse", "quantize"))
+    assert all(s["reused"] for s in upgraded["stages"] if s["name"] in ("train", "fuse", "quantize"))
+    registered = [e["version"] for e in story.json("history") if e["kind"] == "registered"]
+    assert registered == [1, 2]
+    story.run("verify")
+
+
+def test_killed_upgrade_has_the_ids_of_an_undisturbed_one(story: Story, tmp_path: Path) -> None:
+    made = ids_of_an_undisturbed_run(story, 2, tmp_path)
+    with Journal.open(story.site.journal) as journal:
+        ids = {stage: snapshot for stage, _, snapshot in journal.registration("demo", 2).stages}
+    assert made == {stage: ids[stage] for stage in ("expand", "train", "fuse")}
+
+
+def test_review_tells_the_report_and_writes_a_page_that_needs_nothing_else(story: Story) -> None:
+    told = story.run("review", 2)
+    for words in ("Attempt 1", "code-bits", "for the worse", "for the better", "against the anchor", "approve 2"):
+        assert words in told
+    facts = story.json("review", 2)
+    page = Path(facts["page"]).read_text()
+    assert "first_token" in page and "mansard review" not in page
+    assert not any(outside in page for outside in ("<script", "<link", 'src="http', "url("))
+    assert len(facts["verdict"]["suites"][0]["changes"]["best"]) == 10
 
 
 def test_same_upgrade_again_does_no_work_and_is_the_same_version(story: Story) -> None:
@@ -174,6 +245,9 @@ print(json.dumps({
     "data": sorted(data),
     "artifacts": [a.path for a in client.list_artifacts(parent.info.run_id, "verdict")],
     "metrics": parent.data.metrics,
+    "versions": sorted(v.tags["mansard_version"] for v in client.search_model_versions("name='demo'")),
+    "parents": [r.data.tags["mansard_upgrade"] for r in client.search_runs([parent.info.experiment_id])
+                if "mansard_upgrade" in r.data.tags],
 }))
 """
 
@@ -189,7 +263,9 @@ def test_mlflow_leads_from_the_version_to_the_base(story: Story) -> None:
     found = wait_for(walked, "the mirror wrote alias stable to version 1")
     assert found["stable"]["mansard_model"] in found["snapshots"]
     assert len(found["data"]) >= 4
-    assert {"verdict/chart.png", "verdict/report.md"} <= set(found["artifacts"])
+    assert found["versions"] == ["1", "2"], "the killed upgrade, asked for by two commands at once, is one version"
+    assert len(found["parents"]) == len(set(found["parents"])) >= 2
+    assert {"verdict/chart.png", "verdict/report.md", "verdict/report.html"} <= set(found["artifacts"])
     assert found["metrics"]["code-bits.after"] < found["metrics"]["code-bits.before"]
     assert found["stable"]["mansard_artifact"] in json.dumps(story.json("why", 2))
 

@@ -1,6 +1,7 @@
 """Cost is measured on real sockets: two servers that stream tokens as an engine does."""
 
 import json
+import math
 import os
 import threading
 from collections.abc import Iterator
@@ -13,7 +14,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mansard.errors import MansardError, StageFailed
-from mansard.evaluation.cost import Target, ask, cost_table, measure, memory_bytes, plan_rounds, ratios
+from mansard.evaluation.cost import (
+    Reply,
+    Target,
+    ask,
+    cost_table,
+    high_ratios,
+    measure,
+    memory_bytes,
+    plan_rounds,
+    ratios,
+)
 
 
 @contextmanager
@@ -49,16 +60,17 @@ def streaming_engine(name: str, heard: list[tuple[str, tuple[int, ...]]], short:
 
 def test_both_engines_answer_the_same_prompts_in_turns() -> None:
     heard: list[tuple[str, tuple[int, ...]]] = []
-    rounds = plan_rounds(prompts=8, prompt_tokens=5, vocabulary=1000)
+    rounds = plan_rounds(prompts=12, prompt_tokens=5, vocabulary=1000)
     with streaming_engine("A", heard) as a, streaming_engine("B", heard) as b:
         targets = {"candidate": Target(a, "demo", os.getpid()), "baseline": Target(b, "demo")}
         found = measure(targets, rounds, concurrency=2, output_tokens=6, report=lambda done, total: None)
     measured = heard[4:]  # the first four warm the engines
-    assert [n for n, _ in measured] == ["A", "A", "B", "B", "B", "B", "A", "A", "A", "A", "B", "B", "B", "B", "A", "A"]
+    assert "".join(n for n, _ in measured) == 3 * "AABBBBAA"
     assert sorted(p for n, p in measured if n == "A") == sorted(p for n, p in measured if n == "B")
     assert len(set(heard)) == len(heard), "a prompt came twice: the prefix cache would answer it"
     assert found["candidate"]["memory_mb"] > 1 and "memory_mb" not in found["baseline"]
     assert all(value > 0 for figures in found.values() for value in figures.values())
+    assert {"first_token_ms_p50", "per_token_ms_p50", "request_ms_p50"} == found["ratio_high"].keys()
 
 
 def test_short_answer_stops_the_stage() -> None:
@@ -83,6 +95,17 @@ def test_ratio_is_candidate_over_baseline() -> None:
     cost = {"candidate": {"a": 3.0, "m": 1.0}, "baseline": {"a": 2.0}}
     assert ratios(cost["candidate"], cost["baseline"]) == {"a": 1.5}
     assert "| a | 2.00 | 3.00 |" in cost_table(cost)
+
+
+def test_ratio_may_be_as_high_as_the_rounds_spread_and_one_round_tells_nothing() -> None:
+    def rounds(*seconds: float) -> list[list[Reply]]:
+        return [[Reply(s, s, s, 1)] for s in seconds]
+
+    same = high_ratios(rounds(2, 4, 2, 4), rounds(1, 2, 1, 2))
+    assert same == dict.fromkeys(same, 2.0)
+    wide = high_ratios(rounds(1, 4, 1, 4), rounds(1, 1, 1, 1))  # the mean is 2, log ratios spread by 0.8
+    assert all(value == pytest.approx(2 * math.exp(2.3534 * 0.8004 / 2), rel=1e-3) for value in wide.values())
+    assert high_ratios(rounds(1), rounds(2)) == {}
 
 
 def test_memory_of_a_process_that_ended_is_nothing() -> None:
