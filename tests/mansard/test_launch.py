@@ -134,7 +134,10 @@ def test_what_a_stage_refuses_reaches_the_caller_as_its_own_error(site: Site, ma
 def test_a_collect_leaves_what_a_running_recipe_needs(site: Site, make_checkpoint: Any) -> None:
     """The worker waits for its recipe's lock meanwhile, so that it surely is at work when the collect runs."""
     store = Store(site.store)
-    base, other = store.snapshot(make_checkpoint(depth=2)), store.put_files({"x": b"x"})
+    other = store.put_files({"x": b"x"})
+    for path in store.root.rglob("*"):  # long before the worker's lease, whatever the clocks' slack
+        os.utime(path, (1e9, 1e9))
+    base = store.snapshot(make_checkpoint(depth=2))
     request = expansion(base)
     with store.lock(recipe_of(request, ROOT / "infra/constraints/main.txt")):
         running = caller(site, request)
