@@ -4,7 +4,7 @@ A stage's module declares `CODE_VERSION` (an integer, raised when the code chang
 distributions whose versions belong to its recipe), and defines `run(context: StageContext) -> SnapshotId`.
 """
 
-import ast
+import re
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,16 +41,17 @@ class Declaration:
 
 
 def declaration(stage: str) -> Declaration:
-    """Read the two constants from the stage's source; KeyError for an unknown stage."""
+    """Read the two constants from the stage's source; KeyError for an unknown stage.
+
+    By pattern, not by `ast`: tasks run in threads, CPython 3.11 counts the depth of all threads' parsers together, and
+    an upgrade ended in "SystemError: AST constructor recursion depth mismatch" (seen 2026-11-25).
+    """
     module = STAGES[stage]
     found = find_spec(module)
     assert found is not None and found.origin is not None, f"stage {stage}: no module {module}"
     file = Path(found.origin)
-    values = {
-        node.targets[0].id: ast.literal_eval(node.value)
-        for node in ast.parse(file.read_text()).body
-        if isinstance(node, ast.Assign)
-        and isinstance(node.targets[0], ast.Name)
-        and node.targets[0].id in ("CODE_VERSION", "PACKAGES")
-    }
-    return Declaration(module, file, values["CODE_VERSION"], tuple(values["PACKAGES"]))
+    source = file.read_text()
+    version = re.search(r"^CODE_VERSION = (\d+)$", source, re.MULTILINE)
+    packages = re.search(r"^PACKAGES = \(([^)]*)\)$", source, re.MULTILINE)
+    assert version is not None and packages is not None, f"stage {stage}: {file} declares no CODE_VERSION or PACKAGES"
+    return Declaration(module, file, int(version[1]), tuple(re.findall(r'"([^"]+)"', packages[1])))

@@ -1,5 +1,6 @@
 """A stage whose code changed has a new code version, so that no old snapshot answers for new code."""
 
+import ast
 import importlib.util
 import json
 import re
@@ -32,3 +33,16 @@ def test_changed_stage_code_has_a_new_code_version(stage: str) -> None:
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stages_name_can_be_the_key_of_a_prefect_artifact(stage: str) -> None:
     assert re.fullmatch(r"[a-z0-9-]+", stage)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_a_stage_declares_is_what_python_reads_in_its_file(stage: str) -> None:
+    found = declaration(stage)
+    constants = {
+        node.targets[0].id: ast.literal_eval(node.value)
+        for node in ast.parse(found.file.read_text()).body
+        if isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Name)
+        and node.targets[0].id in ("CODE_VERSION", "PACKAGES")
+    }
+    assert constants == {"CODE_VERSION": found.code_version, "PACKAGES": found.packages}
