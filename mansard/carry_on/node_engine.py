@@ -20,6 +20,7 @@ from mansard.carry_on.loader import Part
 from mansard.carry_on.wire import decode, moved
 from mansard.training.data import Batch
 from mansard.training.engines import Loss
+from mansard.training.state import random_states, take_random_states
 
 
 class GivesParts(Protocol):
@@ -112,16 +113,10 @@ class BranchEngine:
 
     def state(self) -> dict[str, torch.Tensor]:
         """Branch, optimizer and random generators."""
-        generators = {"rng/cpu": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            generators["rng/cuda"] = torch.cuda.get_rng_state()
-        return {**self._optimizer.state(), **generators}
+        return {**self._optimizer.state(), **random_states()}
 
     def load_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        torch.set_rng_state(tensors["rng/cpu"])
-        if "rng/cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["rng/cuda"])
-        self._optimizer.load_state({k: v for k, v in tensors.items() if not k.startswith("rng/")})
+        self._optimizer.load_state(take_random_states(tensors))
 
     def _joined(self, parts: Sequence[Part], alpha: float, into_ND: torch.Tensor | None) -> torch.Tensor:
         """y [N, D] of the whole batch, without a graph; in `into_ND` where that has the shape."""

@@ -17,6 +17,7 @@ from mansard.training.decoder import Decoder
 from mansard.training.head_loss import HeadLoss
 from mansard.training.optimizer import Group, MasterAdamW, StepBytes
 from mansard.training.packing import IGNORED
+from mansard.training.state import random_states, take_random_states
 
 CPU_THREADS = 1
 """Fixed, because sums over another number of threads round differently and resumed runs must end bit-identical. One,
@@ -101,16 +102,10 @@ class LocalEngine:
 
     def state(self) -> dict[str, torch.Tensor]:
         """Trained tensors, optimizer and random generators; never the base."""
-        generators = {"rng/cpu": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            generators["rng/cuda"] = torch.cuda.get_rng_state()
-        return {**self._optimizer.state(), **generators}
+        return {**self._optimizer.state(), **random_states()}
 
     def load_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        torch.set_rng_state(tensors["rng/cpu"])
-        if "rng/cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["rng/cuda"])
-        self._optimizer.load_state({k: v for k, v in tensors.items() if not k.startswith("rng/")})
+        self._optimizer.load_state(take_random_states(tensors))
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         """The decoder's last states [B, T, H], on the device; the batch is on the CPU."""

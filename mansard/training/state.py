@@ -102,6 +102,22 @@ class Checkpoints:
         _sync(self.path.parent)
 
 
+def random_states() -> dict[str, torch.Tensor]:
+    """The generators' states, as a checkpoint holds them: rng/cpu, and rng/cuda where there is one."""
+    states = {"rng/cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["rng/cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def take_random_states(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Set the generators as a checkpoint says; returns its other tensors."""
+    torch.set_rng_state(tensors["rng/cpu"])
+    if "rng/cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["rng/cuda"])
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith("rng/")}
+
+
 def _sync(path: Path) -> None:
     opened = os.open(path, os.O_RDONLY)
     try:
