@@ -23,7 +23,8 @@ from mansard.release import keys
 from mansard.release.journal import Journal
 from mansard.site import Site, load_site
 from mansard.snapshot import check_model_tree
-from mansard.specs import Cost, Fingerprint, Gate, Serve, Spec, Suite, load_spec, load_suites
+from mansard.spec_files import load_spec, load_suites
+from mansard.specs import Cost, Fingerprint, Gate, Serve, Spec, Suite
 from mansard.store import Store
 
 S = TypeVar("S", bound=Spec)

@@ -7,7 +7,8 @@ import pytest
 
 from flows.cli import VERBS, parser
 from mansard.site import load_site
-from mansard.specs import AdoptSpec, CustomizeSpec, UpgradeSpec, load_spec, load_suites
+from mansard.spec_files import load_spec, load_suites
+from mansard.specs import AdoptSpec, CustomizeSpec, UpgradeSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

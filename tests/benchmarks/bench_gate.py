@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from mansard.evaluation.bootstrap import deviations, widening
 from mansard.evaluation.power import Plan, alpha_of_attempt, plan_guard
 from mansard.evaluation.score_interval import design_effect, tango_interval
-from mansard.specs import Gate, SuiteRole, UpgradeSpec, load_spec
+from mansard.spec_files import load_spec
+from mansard.specs import Gate, SuiteRole, UpgradeSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 PAIRS = 10_000
