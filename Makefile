@@ -33,8 +33,9 @@ types:
 check: setup lint types
 	@$(MAIN) -m pytest -q -m "not slow and not engine"
 
+# Two workers, a file to each in the tree's order (the stories with engines come early and are the longest).
 test: setup lint types
-	@$(MAIN) -m pytest -v --durations=25
+	@$(MAIN) -m pytest -v -n 2 --dist loadfile --no-loadscope-reorder --durations=25
 
 stage-versions: setup
 	@$(MAIN) tests/mansard/stage_versions.py

@@ -62,7 +62,7 @@ grep -vE '^torch==' "$lock" > "$rest"
 "$uv" pip install --quiet --python "$folder/bin/python" --no-deps -r "$rest" || stop "uv could not install $lock; see the lines above"
 if [ "$name" = main ]; then
   "$uv" pip install --quiet --python "$folder/bin/python" --no-deps --no-build-isolation -e . || stop "the editable install of mansard failed"
-else # what serves carry-ons: a plugin of vLLM's, without anything of the trainer
+elif [ "$name" = serve ]; then # what serves carry-ons: a plugin of vLLM's, without anything of the trainer
   "$uv" pip install --quiet --python "$folder/bin/python" --no-deps --no-build-isolation -e infra/vllm-plugin || stop "the editable install of infra/vllm-plugin failed"
 fi
 date -u > "$folder/.ready"
