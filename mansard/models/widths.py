@@ -1,4 +1,4 @@
-"""Which widths AWQ can take: every input width of a quantized matrix must be a multiple of the group size.
+"""What AWQ can take: no mixture of experts, and every input width a multiple of the group size.
 
 Reads a manifest only and loads no torch, so that a flow can refuse a base before anything is trained.
 """
@@ -8,7 +8,10 @@ from mansard.snapshot import Manifest, TensorFile
 
 
 def check_widths(model: Manifest, group_size: int) -> None:
-    """Refuse the first decoder matrix whose input width `group_size` does not divide.
+    """Refuse a mixture of experts, and the first decoder matrix whose input width `group_size` does not divide.
+
+    transformers holds the experts of a block in one tensor, which llm-compressor's linears do not reach: they would
+    stay in 16 bits without a word.
 
     Decoder matrices are the two-dimensional `*.weight` tensors of numbered layers, all of which the quantizer takes;
     embeddings and lm_head stay as they are.
@@ -16,6 +19,11 @@ def check_widths(model: Manifest, group_size: int) -> None:
     for path, file in sorted(model.files.items()):
         if isinstance(file, TensorFile):
             for entry in file.entries(path):
+                if ".experts." in entry.name:
+                    raise BadInput(
+                        f"{entry.name}: mixtures of experts cannot be quantized to W4A16 here; a base without experts "
+                        "can, and `from mansard import expand, train, fuse` adds blocks to this one without quantizing"
+                    )
                 is_matrix = ".layers." in entry.name and entry.name.endswith(".weight") and len(entry.shape) == 2
                 if is_matrix and entry.shape[1] % group_size:
                     raise BadInput(

@@ -25,6 +25,8 @@ from mansard.store import Store
 from tests.end_to_end.conftest import ROOT, write_site
 
 ENGINE_STAGES = ("evaluate", "fingerprint", "cost")
+NOT_TAKEN_OVER = ("snapshot", "judge")
+"""Taking the base in is not a remembered derivation; the judgement is always made anew."""
 NUM_FILES, ITEMS_A_FILE, ITEM_BYTES = 30, 2, 120
 SPEC = "configs/upgrade/chaos.yaml"
 
@@ -71,9 +73,9 @@ class Ground:
         site.journal.unlink()
         copy_database(self.before / "journal.sqlite3", site.journal)
         site.run.symlink_to(self.whole.site.run)
-        made = [s for s in self.undisturbed.stages if (s[0] in ENGINE_STAGES) == is_answered and s[0] != "judge"]
-        for stage in made:
-            take_over(self.whole.site.store, site.store, *stage[1:])
+        for stage in self.undisturbed.stages:
+            if (stage[0] in ENGINE_STAGES) == is_answered and stage[0] not in NOT_TAKEN_OVER:
+                take_over(self.whole.site.store, site.store, *stage[1:])
         return Copy(site, folder)
 
 
