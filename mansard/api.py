@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import ValidationError
 from rich.console import Console
@@ -22,7 +22,7 @@ from mansard.errors import BadInput
 from mansard.launch import Request, recipe_with
 from mansard.records import SnapshotId
 from mansard.snapshot import check_model_tree
-from mansard.specs import Data, Expand, LearningRates, Source, Train
+from mansard.specs import Data, Expand, LearningRates, Placement, Source, Train
 from mansard.stages import declaration
 from mansard.store import Store
 from mansard.worker import derive_here
@@ -58,7 +58,7 @@ class Model:
 def expand(
     model: str | Path,
     blocks: int,
-    positions: Literal["even"] | list[int] = "even",
+    positions: Placement | list[int] = "even",
     workspace: str | Path = ".mansard-workspace",
 ) -> Model:
     """`blocks` Pro blocks inserted into the Hugging Face folder `model`; proved to compute the same logits, bit by bit.

@@ -37,11 +37,15 @@ class Base(Part):
         return self
 
 
+Placement = Literal["even", "upper-half"]
+
+
 class Expand(Part):
-    """`blocks` new blocks, placed `even` (one after each equal group) or after the listed 0-based source blocks."""
+    """`blocks` new blocks, placed `even` (one after each equal group), so in the `upper-half` only (what lies below the
+    lowest new block needs no gradient), or after the listed 0-based source blocks."""
 
     blocks: Positive
-    positions: Literal["even"] | list[Annotated[int, Field(ge=0)]] = "even"
+    positions: Placement | list[Annotated[int, Field(ge=0)]] = "even"
 
     @model_validator(mode="after")
     def positions_match_blocks(self) -> Self:

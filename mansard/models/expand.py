@@ -46,13 +46,13 @@ def plan(config: Config, expand: Expand) -> ExpansionPlan:
 
     A copy of block p stands right after block p. `even`: copy j of k (from 1) of a model of n blocks stands after block
     ceil(j n / k) - 1 (0-based), the end of the j-th of k groups whose sizes differ by one at most; the last copy is the
-    last block. For k that divides n these are the positions of LLaMA Pro (arXiv 2401.02415).
+    last block. For k that divides n these are the positions of LLaMA Pro (arXiv 2401.02415). `upper-half`: the same
+    among the blocks from floor(n / 2) on, so that training computes gradients through half of the model at most.
     """
     family, depth = family_of(config), depth_of(config)
-    if expand.positions == "even":
-        if expand.blocks > depth:
-            raise BadInput(f"expand.blocks: {expand.blocks} in a model of {depth} blocks; 1 to {depth} can be even")
-        copied = {-(-j * depth // expand.blocks) - 1 for j in range(1, expand.blocks + 1)}
+    if not isinstance(expand.positions, list):
+        below = depth // 2 if expand.positions == "upper-half" else 0
+        copied = _even(expand, below, depth)
     else:
         copied = set(expand.positions)
         if len(copied) != expand.blocks or len(expand.positions) != expand.blocks:
@@ -70,6 +70,16 @@ def plan(config: Config, expand: Expand) -> ExpansionPlan:
             new_blocks.append(NewBlock(len(sources), block))
             sources.append(block)
     return ExpansionPlan(family, depth, tuple(sources), tuple(new_blocks))
+
+
+def _even(expand: Expand, begin: int, depth: int) -> set[int]:
+    """The last block of each of `expand.blocks` groups of almost one size that the blocks from `begin` on fall into."""
+    blocks = depth - begin
+    if expand.blocks > blocks:
+        raise BadInput(
+            f"expand.blocks: {expand.blocks} in a model of {depth} blocks; 1 to {blocks} can be {expand.positions}"
+        )
+    return {begin - (-j * blocks // expand.blocks) - 1 for j in range(1, expand.blocks + 1)}
 
 
 def apply(store: Store, base: SnapshotId, plan: ExpansionPlan) -> SnapshotId:

@@ -74,9 +74,21 @@ def test_positions_of_llama_pro_are_even() -> None:
     assert [b.index for b in made.new_blocks] == [4, 9, 14, 19, 24, 29, 34, 39]
 
 
+@pytest.mark.parametrize(("depth", "blocks", "sources"), [(32, 4, [19, 23, 27, 31]), (5, 2, [3, 4]), (1, 1, [0])])
+def test_upper_half_is_even_among_the_upper_blocks(depth: int, blocks: int, sources: list[int]) -> None:
+    made = plan(llama(depth), Expand(blocks=blocks, positions="upper-half"))
+    assert [b.source for b in made.new_blocks] == sources
+    assert min(b.source for b in made.new_blocks) >= depth // 2
+
+
 @pytest.mark.parametrize(
     ("blocks", "positions", "complaint"),
-    [(5, "even", "1 to 4 can be even"), (1, [4], "0 to 3 are its blocks"), (2, [0, 99], "99 in a model of 4 blocks")],
+    [
+        (5, "even", "1 to 4 can be even"),
+        (3, "upper-half", "in a model of 4 blocks; 1 to 2 can be upper-half"),
+        (1, [4], "0 to 3 are its blocks"),
+        (2, [0, 99], "99 in a model of 4 blocks"),
+    ],
 )
 def test_positions_outside_the_model_are_refused(blocks: int, positions: Any, complaint: str) -> None:
     with pytest.raises(BadInput, match=complaint):
