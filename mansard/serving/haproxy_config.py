@@ -8,6 +8,8 @@ from mansard.errors import BadInput
 from mansard.serving.router import Limits
 from mansard.site import Site
 
+SOCKET_PATH_BYTES = 97
+"""HAProxy's own limit; the system's is ten more."""
 TEMPLATE = Path(__file__).resolve().parents[2] / "infra/haproxy/haproxy.cfg"
 
 
@@ -25,9 +27,13 @@ def log_socket(site: Site) -> Path:
 
 
 def config_text(site: Site, port: int) -> str:
-    """The whole file. BadInput for a site of several models: HAProxy does not look into bodies to choose one."""
+    """The whole file. BadInput for a site of several models (HAProxy does not look into bodies to choose one), or for a
+    home whose path is too long for HAProxy's sockets."""
     if len(site.models) != 1:
         raise BadInput(f"{site.path}: router.plane haproxy serves one model, the site has {', '.join(site.models)}")
+    too_many = len(os.fsencode(log_socket(site))) - SOCKET_PATH_BYTES
+    if too_many > 0:
+        raise BadInput(f"{site.path}: home {site.home}: {too_many} bytes too long for HAProxy's sockets; shorten it")
     values = {
         "socket": runtime_socket(site),
         "log": log_socket(site),

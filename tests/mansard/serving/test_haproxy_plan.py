@@ -85,3 +85,10 @@ def test_a_site_of_several_models_is_refused(tmp_path: Path) -> None:
     site = Site(tmp_path / "site.yaml", tmp_path, tmp_path, ("one", "two"), {"m": here}, {})
     with pytest.raises(BadInput, match="serves one model"):
         config_text(site, 8000)
+
+
+def test_a_home_too_long_for_haproxys_sockets_is_refused_with_the_bytes(tmp_path: Path) -> None:
+    home = Path("/" + "h" * 80)
+    site = Site(tmp_path / "site.yaml", home, tmp_path, ("one",), {"m": Environment(tmp_path, tmp_path)}, {})
+    with pytest.raises(BadInput, match="5 bytes too long for HAProxy's sockets; shorten it"):
+        config_text(site, 8000)

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -198,6 +199,13 @@ def rig_in(folder: Path, *arguments: str, site: str = SITE, module: str = "route
     worker = ("-m", f"mansard.serving.{module}", "--site", str(folder / "site.yaml"), *arguments)
     with engine("one") as one, engine("two") as two, process(*worker) as (child, ready):
         yield Rig(folder / "home", ready["port"], one, two, child)
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """Shorter than pytest's own, which pytest-xdist lengthens: HAProxy takes socket paths of 97 bytes."""
+    with tempfile.TemporaryDirectory(prefix="router-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(scope="module")
