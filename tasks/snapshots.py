@@ -12,7 +12,7 @@ from mansard.evaluation.suites import take_suite
 from mansard.launch import Progress, Request
 from mansard.models.families import family_of
 from mansard.models.model_files import model_config
-from mansard.models.widths import check_widths
+from mansard.models.quantizable import check_quantizable
 from mansard.records import Derivation, SnapshotId
 from mansard.release.journal import Journal
 from mansard.snapshot import Blob, Manifest, check_model_tree
@@ -64,7 +64,7 @@ def take_base(work: Work, order: Order[QuantizedSpec], version: int | None) -> B
             snapshot = work.store.snapshot(tree, _bytes_to(report))
         is_known = snapshot in known
     family_of(model_config(work.store, snapshot))
-    check_widths(work.store.manifest(snapshot), order.spec.quantize.group_size)
+    check_quantizable(work.store.manifest(snapshot), order.spec.quantize.group_size)
     recipe = digest_json({"stage": "snapshot", "snapshot": snapshot})
     seconds = 0.0 if is_known else time.monotonic() - begun
     taken = Derivation("snapshot", snapshot, recipe, reused=is_known, seconds=seconds, log="")

@@ -17,8 +17,8 @@ from mansard.canonical import canonical_json
 from mansard.errors import BadInput, StageFailed
 from mansard.models.distance import Distance, distance, probe_logits
 from mansard.models.loading import choose_device, load_model, load_tokenizer
+from mansard.models.quantizable import check_quantizable
 from mansard.models.quantize import quantize_awq, release, save_quantized
-from mansard.models.widths import check_widths
 from mansard.models.windows import first_windows
 from mansard.records import SnapshotId
 
@@ -34,7 +34,7 @@ PROBE_WINDOWS = 16
 def run(context: "StageContext") -> SnapshotId:
     spec = context.spec
     store = context.store
-    check_widths(store.manifest(context.inputs["model"]), spec["group_size"])
+    check_quantizable(store.manifest(context.inputs["model"]), spec["group_size"])
     tree = context.work / "artifact"
     shutil.rmtree(tree, ignore_errors=True)
     tree.mkdir(parents=True)

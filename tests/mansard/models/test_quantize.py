@@ -10,7 +10,7 @@ import pytest
 
 from mansard.errors import BadInput
 from mansard.launch import Request, derive, this_interpreter
-from mansard.models.widths import check_widths
+from mansard.models.quantizable import check_quantizable
 from mansard.site import Site
 from mansard.store import Store
 
@@ -95,14 +95,14 @@ def test_width_that_the_group_does_not_divide_is_refused_before_any_work(
         run(context)
     assert "\n" not in str(no.value)
     assert not any(context.work.iterdir())
-    check_widths(store.manifest(inputs["model"]), 64)
+    check_quantizable(store.manifest(inputs["model"]), 64)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_a_mixture_of_experts_is_refused_before_any_work(family: str, make_family: Any, store: Store) -> None:
     manifest = store.manifest(store.snapshot(make_family(family)))
     with pytest.raises(BadInput, match="mixtures of experts cannot be quantized to W4A16 here") as no:
-        check_widths(manifest, 1)
+        check_quantizable(manifest, 1)
     assert "\n" not in str(no.value)
 
 

@@ -7,7 +7,7 @@ from mansard.errors import BadInput
 from mansard.snapshot import Manifest, TensorFile
 
 
-def check_widths(model: Manifest, group_size: int) -> None:
+def check_quantizable(model: Manifest, group_size: int) -> None:
     """Refuse a mixture of experts, and the first decoder matrix whose input width `group_size` does not divide.
 
     transformers holds the experts of a block in one tensor, which llm-compressor's linears do not reach: they would
