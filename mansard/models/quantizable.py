@@ -10,8 +10,8 @@ from mansard.snapshot import Manifest, TensorFile
 def check_quantizable(model: Manifest, group_size: int) -> None:
     """Refuse a mixture of experts, and the first decoder matrix whose input width `group_size` does not divide.
 
-    transformers holds the experts of a block in one tensor, which llm-compressor's linears do not reach: they would
-    stay in 16 bits without a word.
+    llm-compressor 0.14 takes a block's experts apart, but the packed names that `save_quantized` looks for are not in
+    what it writes, so the quantize stage would refuse the result, after all the training (tried on a small Mixtral).
 
     Decoder matrices are the two-dimensional `*.weight` tensors of numbered layers, all of which the quantizer takes;
     embeddings and lm_head stay as they are.
