@@ -3,7 +3,8 @@
 Both train the four inserted blocks of the same expansion in float32 on the same packed rows with AdamW, warm-up, cosine
 and clipping; Trainer logs and saves nothing. They take turns, so that a noisy machine is noisy for both. Trainer is
 given the rows' positions, from which transformers keeps documents apart, as ours does; `ratio_to_leaking_trainer` is
-against one that lets documents see each other. Then ours with the demo's checkpoints. The last line is JSON:
+against one that lets documents see each other. `bf16_ratio_to_trainer` is of both in bf16: ours holds the model in it,
+with float32 masters, Trainer has its switch `bf16`. Then ours with the demo's checkpoints. The last line is JSON:
 ratio_to_trainer, checkpoint_time_fraction (of the loop's seconds, those in which it waited for checkpoints),
 forecast_error (the preflight's memory over the peak, of the whole process, libraries included), tokens_per_second.
 """
@@ -52,13 +53,15 @@ class TimedCheckpoints(Checkpoints):
         self.waited_seconds += time.perf_counter() - began
 
 
-def engine_of(upgrade: Upgrade) -> LocalEngine:
-    model = upgrade.model()
+def engine_of(upgrade: Upgrade, dtype: torch.dtype = torch.float32) -> LocalEngine:
+    model = upgrade.model(dtype)
     groups, _ = train_only(model, upgrade.names, train_section(STEPS).learning_rates)
     return LocalEngine(model, groups, 0.0, 1.0)
 
 
-def ours(upgrade: Upgrade, work: Path, steps: int, checkpoint_every: int) -> tuple[float, float]:
+def ours(
+    upgrade: Upgrade, work: Path, steps: int, checkpoint_every: int, dtype: torch.dtype = torch.float32
+) -> tuple[float, float]:
     """(tokens a second, share of the time that checkpoints took)."""
     section = train_section(steps, evaluate_every_steps=steps + 1, checkpoint_every_steps=checkpoint_every)
     plan, times = Plan.of(section, SEQUENCE_TOKENS), [0.0]
@@ -67,13 +70,13 @@ def ours(upgrade: Upgrade, work: Path, steps: int, checkpoint_every: int) -> tup
         times.append(time.perf_counter())
 
     checkpoints = TimedCheckpoints(work)
-    run_loop(engine_of(upgrade), upgrade.mixture, [], plan, checkpoints, report)
+    run_loop(engine_of(upgrade, dtype), upgrade.mixture, [], plan, checkpoints, report)
     checkpoints.path.unlink(missing_ok=True)
     seconds = times[steps - 1] - times[WARM_STEPS]  # the last step evaluates
     return (steps - 1 - WARM_STEPS) * TOKENS_PER_STEP / seconds, checkpoints.waited_seconds / (times[-1] - times[1])
 
 
-def trainer(upgrade: Upgrade, work: Path, keeps_apart: bool) -> float:
+def trainer(upgrade: Upgrade, work: Path, keeps_apart: bool, bf16: bool = False) -> float:
     """Tokens a second of Hugging Face's Trainer."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -95,6 +98,7 @@ def trainer(upgrade: Upgrade, work: Path, keeps_apart: bool) -> float:
     arguments = TrainingArguments(
         output_dir=str(work), per_device_train_batch_size=BATCH_SEQUENCES, max_steps=STEPS, learning_rate=2e-3,
         lr_scheduler_type="cosine", warmup_steps=2, max_grad_norm=1.0, weight_decay=0.0, adam_beta2=0.95, use_cpu=True,
+        bf16=bf16,
         logging_strategy="no", save_strategy="no", report_to=[], disable_tqdm=True, dataloader_pin_memory=False,
     )  # fmt: skip
     Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[Clock()]).train()
@@ -113,11 +117,14 @@ def main() -> int:
             "ours": lambda: ours(upgrade, work, STEPS, STEPS + 1)[0],
             "trainer": lambda: trainer(upgrade, work, keeps_apart=True),
             "leaking_trainer": lambda: trainer(upgrade, work, keeps_apart=False),
+            "ours_bf16": lambda: ours(upgrade, work, STEPS, STEPS + 1, torch.bfloat16)[0],
+            "trainer_bf16": lambda: trainer(upgrade, work, keeps_apart=True, bf16=True),
         }
         speeds = [{name: case() for name, case in cases.items()} for _ in range(TURNS)]
     figures = {
         "ratio_to_trainer": median(turn["ours"] / turn["trainer"] for turn in speeds),
         "ratio_to_leaking_trainer": median(turn["ours"] / turn["leaking_trainer"] for turn in speeds),
+        "bf16_ratio_to_trainer": median(turn["ours_bf16"] / turn["trainer_bf16"] for turn in speeds),
         "checkpoint_time_fraction": fraction,
         "forecast_error": forecast.peak_bytes / peak - 1,
         "tokens_per_second": median(turn["ours"] for turn in speeds),

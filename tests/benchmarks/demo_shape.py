@@ -43,8 +43,8 @@ class Upgrade:
     mixture: Mixture
     held_out: list[Packed]
 
-    def model(self) -> Any:
-        return load_model(self.folder, torch.float32)
+    def model(self, dtype: torch.dtype = torch.float32) -> Any:
+        return load_model(self.folder, dtype)
 
 
 def make_upgrade(work: Path) -> Upgrade:
