@@ -150,7 +150,7 @@ def why(args: argparse.Namespace) -> int:
 
 def _add_carry_ons(site: Site, found: dict[str, Any]) -> None:
     """Base artifact, branch and alpha of the versions of the chain that are carry-ons."""
-    from mansard.carry_on.compose import composition_of
+    from mansard.composition.compose import composition_of
     from mansard.store import Store
 
     for link in found["chain"]:

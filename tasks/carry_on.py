@@ -5,8 +5,8 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from mansard.carry_on.compose import composition_of
 from mansard.carry_on.mending import drop_damaged
+from mansard.composition.compose import composition_of
 from mansard.launch import Request
 from mansard.records import Derivation, SnapshotId
 from mansard.release.journal import Journal

@@ -8,7 +8,7 @@ of a chunk.
 from dataclasses import dataclass
 
 from mansard.carry_on.head import BLOCK_TOKENS, CHUNK_ROWS
-from mansard.carry_on.shape import BranchShape
+from mansard.composition.shape import BranchShape
 
 WORKSPACE_BYTES = 34_000_000
 """cuBLAS's workspace on Hopper (32 MiB, measured 2026-11) and what the allocator rounds up."""

@@ -14,7 +14,7 @@ import torch.utils.checkpoint
 from torch import nn
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
 
-from mansard.carry_on.shape import BranchShape
+from mansard.composition.shape import BranchShape
 
 Keep = Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """Takes block number, new keys and values [B, H, T, K]; gives all keys and values so far [B, H, S, K] (a KV cache)."""

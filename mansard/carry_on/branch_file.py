@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from mansard.carry_on.branch import Branch, problems_of
-from mansard.carry_on.description import BranchDescription, check_base, described
+from mansard.composition.description import BranchDescription, check_base, described
 from mansard.errors import BadInput, Corrupt
 from mansard.records import SnapshotId
 

@@ -5,7 +5,7 @@ Inputs: `artifact`, `branch`. Spec: {"alpha": number}. Reads no tensor.
 
 from typing import TYPE_CHECKING
 
-from mansard.carry_on.compose import compose
+from mansard.composition.compose import compose
 from mansard.records import SnapshotId
 
 if TYPE_CHECKING:

@@ -19,12 +19,12 @@ from mansard.carry_on.account import account
 from mansard.carry_on.branch import Branch
 from mansard.carry_on.branch_file import branch_bytes
 from mansard.carry_on.cached import CachedStates, open_cache
-from mansard.carry_on.description import FILE, BranchDescription
 from mansard.carry_on.flat import FlatWeights
 from mansard.carry_on.head import Head, head_rows
 from mansard.carry_on.loader import MICRO_TOKENS, Loader
 from mansard.carry_on.node_engine import BranchEngine
-from mansard.carry_on.shape import BranchShape, shape_of, shape_of_size
+from mansard.composition.description import FILE, BranchDescription
+from mansard.composition.shape import BranchShape, shape_of, shape_of_size
 from mansard.errors import BadInput
 from mansard.records import SnapshotId
 from mansard.specs import Branch as BranchSpec

@@ -27,10 +27,10 @@ from mansard.canonical import canonical_json
 from mansard.carry_on import capture_stage, train_stage
 from mansard.carry_on.branch import Branch
 from mansard.carry_on.branch_file import branch_bytes
-from mansard.carry_on.compose import compose, compose_slots
-from mansard.carry_on.description import FILE, BranchDescription
 from mansard.carry_on.model import CarryOnForCausalLM, load_carry_on
-from mansard.carry_on.shape import BranchShape, shape_of
+from mansard.composition.compose import compose, compose_slots
+from mansard.composition.description import FILE, BranchDescription
+from mansard.composition.shape import BranchShape, shape_of
 from mansard.demo.base import save_base, train_tokenizer, untrained_model
 from mansard.errors import MansardError
 from mansard.evaluation.engine_api import get_json, post_json

@@ -30,9 +30,9 @@ from mansard.carry_on.head import Head
 from mansard.carry_on.loader import MICRO_TOKENS, Loader, Part, read_parts
 from mansard.carry_on.node_engine import BranchEngine
 from mansard.carry_on.sequences import distinct
-from mansard.carry_on.shape import shape_of_size
 from mansard.carry_on.shards import plan_shards, write_shard
 from mansard.carry_on.wire import Coded
+from mansard.composition.shape import shape_of_size
 from mansard.store import Store
 from mansard.training.data import Batch, Mixture, Packed
 from mansard.training.optimizer import Group, MasterAdamW

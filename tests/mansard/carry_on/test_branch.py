@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from mansard.carry_on.shape import grain_of, shape_of, shape_of_size
+from mansard.composition.shape import grain_of, shape_of, shape_of_size
 from mansard.errors import BadInput
 
 pytestmark = pytest.mark.slow
@@ -119,7 +119,7 @@ def test_a_branch_file_is_read_back_and_refuses_another_base(tmp_path: Path) -> 
     import torch
 
     from mansard.carry_on.branch_file import branch_bytes, load_branch
-    from mansard.carry_on.description import BranchDescription
+    from mansard.composition.description import BranchDescription
 
     branch = made_branch()
     description = BranchDescription("a" * 64, branch.shape, 1.0)
@@ -136,7 +136,7 @@ def test_a_branch_that_lacks_a_tensor_or_holds_nan_is_refused(tmp_path: Path) ->
     import torch
 
     from mansard.carry_on.branch_file import branch_bytes
-    from mansard.carry_on.description import BranchDescription
+    from mansard.composition.description import BranchDescription
 
     branch = made_branch()
     description = BranchDescription("a" * 64, branch.shape, 1.0)
@@ -153,7 +153,7 @@ def test_a_half_megabyte_branch_has_a_file_of_about_one_megabyte() -> None:
 
     from mansard.carry_on.branch import Branch
     from mansard.carry_on.branch_file import branch_bytes
-    from mansard.carry_on.description import BranchDescription
+    from mansard.composition.description import BranchDescription
 
     branch = Branch(shape_of_size(1536, 500_000))
     branch.start(0)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from mansard.carry_on.shape import shape_of
+from mansard.composition.shape import shape_of
 
 pytestmark = pytest.mark.slow
 

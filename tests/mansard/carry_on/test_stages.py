@@ -201,8 +201,8 @@ def test_states_of_another_base_train_no_branch(filled: Filled, serve_states: Se
 def test_a_composed_artifact_names_base_branch_and_alpha_and_costs_the_branch(
     filled: Filled, serve_states: ServeStates, tmp_path: Path
 ) -> None:
-    from mansard.carry_on.compose import PLACE, compose, composition_of
     from mansard.carry_on.train_stage import run
+    from mansard.composition.compose import PLACE, compose, composition_of
 
     capture = captured(filled, serve_states, tmp_path / "c")
     branch = run(train_context(filled, capture, tmp_path / "t"))
@@ -220,8 +220,8 @@ def test_a_composed_artifact_names_base_branch_and_alpha_and_costs_the_branch(
 
 
 def test_a_branch_of_another_base_is_not_composed(filled: Filled, serve_states: ServeStates, tmp_path: Path) -> None:
-    from mansard.carry_on.compose import compose
     from mansard.carry_on.train_stage import run
+    from mansard.composition.compose import compose
 
     branch = run(train_context(filled, captured(filled, serve_states, tmp_path / "c"), tmp_path / "t"))
     other = _renamed(filled.store, filled.base)

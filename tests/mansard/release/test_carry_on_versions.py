@@ -9,9 +9,9 @@ import pytest
 from safetensors.numpy import save
 
 from flows.cli import main
-from mansard.carry_on.compose import compose
-from mansard.carry_on.description import FILE, BranchDescription
-from mansard.carry_on.shape import shape_of
+from mansard.composition.compose import compose
+from mansard.composition.description import FILE, BranchDescription
+from mansard.composition.shape import shape_of
 from mansard.records import Registration
 from mansard.release.journal import Journal
 from mansard.site import Site

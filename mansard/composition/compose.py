@@ -7,8 +7,8 @@ this artifact so names base artifact, branch and alpha. It costs the branch's by
 from dataclasses import dataclass
 from typing import Any
 
-from mansard.carry_on.description import FILE, check_base, described
-from mansard.carry_on.shape import BranchShape
+from mansard.composition.description import FILE, check_base, described
+from mansard.composition.shape import BranchShape
 from mansard.errors import BadInput
 from mansard.models.model_files import model_config, pretty_json
 from mansard.records import SnapshotId

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mansard.canonical import canonical_json
-from mansard.carry_on.shape import BranchShape
+from mansard.composition.shape import BranchShape
 from mansard.errors import BadInput
 from mansard.records import SnapshotId
 

@@ -1,0 +1,1 @@
+"""Base artifact and branch on the manifest: shapes, descriptions, the artifact that both make. No torch."""
