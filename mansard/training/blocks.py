@@ -15,8 +15,9 @@ from mansard.models.storeys import NewBlock, newest_tensors
 from mansard.records import SnapshotId
 from mansard.specs import LearningRates, Train
 from mansard.store import Store
-from mansard.training.frozen_linear import FP8, quantize_linears, require_fp8
+from mansard.training.frozen_linear import FP8, require_fp8
 from mansard.training.optimizer import Group
+from mansard.training.quantized_blocks import quantize_linears
 
 POST_NORM_FACTOR = 30.0
 """Rate of Gemma's post-norms over that of their blocks: a scale starts at 0 and must reach the order of 1. Measured

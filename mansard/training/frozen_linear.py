@@ -37,8 +37,9 @@ def require_fp8(device: torch.device) -> None:
 
 def quantize_rows(x_MK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(values [M, K] in FP8, scales [M, 1] in float32): x = value * scale; a row's largest takes FP8's largest."""
-    scale_M1 = x_MK.abs().amax(dim=-1, keepdim=True).float().clamp(min=SMALLEST_ROW) / LARGEST
-    return (x_MK.float() / scale_M1).clamp(-LARGEST, LARGEST).to(FP8), scale_M1
+    largest_M1 = x_MK.abs().amax(dim=-1, keepdim=True).float().clamp(min=SMALLEST_ROW)
+    # No value rounds past FP8's largest: the next one up would be 480, and above 464 first.
+    return (x_MK.float() * (LARGEST / largest_M1)).to(FP8), largest_M1 / LARGEST
 
 
 def scaled_product(
@@ -55,10 +56,16 @@ def scaled_product(
 
 def input_gradient(grad_MN: torch.Tensor, weight_NK: torch.Tensor, scale_N1: torch.Tensor) -> torch.Tensor:
     """Gradient [M, K] of the input of x @ (weight * scale).T."""
-    values_MN, scale_M1 = quantize_rows(grad_MN.float() * scale_N1.t())
-    ones_1K = torch.ones(1, weight_NK.shape[1], dtype=torch.float32, device=grad_MN.device)
+    return product_with(*quantize_rows(grad_MN.float() * scale_N1.t()), weight_NK, grad_MN.dtype)
+
+
+def product_with(
+    values_MN: torch.Tensor, scale_M1: torch.Tensor, weight_NK: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """(values * scale) @ weight, [M, K] in `dtype`, of FP8 values; the weight is transposed on the fly."""
+    ones_1K = torch.ones(1, weight_NK.shape[1], dtype=torch.float32, device=values_MN.device)
     columns_NK = weight_NK.view(torch.uint8).t().contiguous().view(FP8).t()
-    return scaled_product(values_MN, scale_M1, columns_NK, ones_1K, grad_MN.dtype)
+    return scaled_product(values_MN, scale_M1, columns_NK, ones_1K, dtype)
 
 
 @torch.library.custom_op("mansard::frozen_product", mutates_args=())
@@ -157,14 +164,3 @@ class TrainedLinear(nn.Module):
 def _shaped(product_MN: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     product = product_MN.view(*x.shape[:-1], product_MN.shape[-1])
     return product if bias is None else product + bias
-
-
-def quantize_linears(blocks: nn.Module, new_blocks_too: bool) -> None:
-    """Put FP8 linears in the place of those in `blocks` (modified): all whose weight is frozen, with `new_blocks_too`
-    also those that train. Those with a size that is not a multiple of 16 are left."""
-    for module in list(blocks.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) is not nn.Linear or (child.weight.requires_grad and not new_blocks_too):
-                continue
-            if child.in_features % MULTIPLE == 0 and child.out_features % MULTIPLE == 0:
-                setattr(module, name, TrainedLinear(child) if child.weight.requires_grad else FrozenLinear(child))

@@ -39,7 +39,7 @@ from mansard.training.state import Checkpoints
 if TYPE_CHECKING:
     from mansard.worker import StageContext
 
-CODE_VERSION = 6
+CODE_VERSION = 7
 PACKAGES = ("numpy", "safetensors", "tokenizers", "torch", "transformers")
 
 PROBE_ROWS = 2

@@ -24,9 +24,9 @@ from mansard.models.freeze import freeze_except
 from mansard.specs import Expand, LearningRates, Train
 from mansard.training.data import Batch, as_batch
 from mansard.training.engines import LocalEngine
-from mansard.training.frozen_linear import quantize_linears
 from mansard.training.optimizer import Group
 from mansard.training.preflight import preflight
+from mansard.training.quantized_blocks import quantize_linears
 
 SHAPE: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 32000, "hidden_size": 4096,

@@ -20,10 +20,10 @@ from mansard.models.freeze import freeze_except
 from mansard.specs import LearningRates, Train
 from mansard.training.data import Batch, as_batch
 from mansard.training.engines import LocalEngine
-from mansard.training.frozen_linear import quantize_linears
 from mansard.training.optimizer import Group, Schedule
 from mansard.training.packing import pack
 from mansard.training.preflight import preflight
+from mansard.training.quantized_blocks import quantize_linears
 
 CONFIG: dict[str, Any] = {
     "vocab_size": 272, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8,

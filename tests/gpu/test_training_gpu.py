@@ -7,6 +7,7 @@ import torch
 
 from mansard.training.attention import attention_inputs, preferred_kernels, use_packed_attention
 from mansard.training.frozen_linear import FrozenLinear, TrainedLinear
+from mansard.training.frozen_mlp import gated_rows, gradient_rows
 from mansard.training.packing import pack
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator")]
@@ -86,3 +87,18 @@ def test_fp8_on_the_device_is_the_reference(kind: Any) -> None:
     for reference, device_made in zip(*found, strict=True):
         error = (device_made.float() - reference.float()).norm() / reference.float().norm()
         assert error < 0.01
+
+
+@pytest.mark.parametrize("size", [48, 512, 2768, 11008, 14336])
+def test_the_kernels_of_a_gated_mlp_are_the_reference(size: int) -> None:
+    torch.manual_seed(0)
+    grad, gate, up = (torch.randn(37, size).bfloat16() for _ in range(3))
+    scales = [torch.rand(size, 1) + 0.5 for _ in range(2)]
+    on_device = [t.cuda() for t in (grad, gate, up, *scales)]
+    reference = (*gated_rows(gate, up), *gradient_rows(grad, gate, up, *scales))
+    found = (*gated_rows(*on_device[1:3]), *gradient_rows(*on_device))
+    for i in range(0, 6, 2):
+        exact = reference[i].float() * reference[i + 1]
+        difference = (found[i].float() * found[i + 1]).cpu() - exact
+        assert difference.norm() / exact.norm() < 0.005
+        torch.testing.assert_close(found[i + 1].cpu(), reference[i + 1], rtol=1e-5, atol=0.0)

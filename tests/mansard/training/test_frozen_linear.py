@@ -15,10 +15,10 @@ from mansard.training.frozen_linear import (
     FP8,
     FrozenLinear,
     TrainedLinear,
-    quantize_linears,
     quantize_rows,
     require_fp8,
 )
+from mansard.training.quantized_blocks import quantize_linears
 
 # The first call of an operator imports the compiler, which calls what torch itself deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:::torch")
