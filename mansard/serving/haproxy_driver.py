@@ -3,8 +3,9 @@
 To the host it is a router worker with index 0: it follows the same split file by the same rules (a lower term is
 ignored, a canary whose lease ran out gets nothing), and answers /observations, /records and /metrics on the same
 admin socket. A term counts as taken when HAProxy was seen to carry it. Guarantees: HAProxy outlives this process, which
-finds it again by its runtime socket; it is started anew when it died. Not covered: API keys, rates, error events in
-broken streams (HAProxy cuts them off), ages of what is in flight.
+finds it again by its runtime socket; it is started anew when it died; per sticky key it tells what the router tells,
+from HAProxy's log, but for the ages of what is in flight. Not covered: API keys, rates, error events in broken streams
+(HAProxy cuts them off).
 """
 
 import argparse

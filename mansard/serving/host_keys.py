@@ -50,7 +50,7 @@ class Record:
     ttft: float | None
     token: float | None
     latency: float
-    output_tokens: int | None
+    output_tokens: float | None
 
 
 @dataclass(slots=True)

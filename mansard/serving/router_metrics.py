@@ -46,7 +46,7 @@ class VersionCounts:
 
     def __init__(self) -> None:
         self.ok = self.errors = self.engine_4xx = self.cancelled = self.rescues = self.streams = 0
-        self.output_tokens = 0
+        self.output_tokens: float = 0
         self.consecutive_failures = 0
         self.last_error = ""
         self.ttft = Histogram()
@@ -54,6 +54,11 @@ class VersionCounts:
         self.latency = Histogram()
         self.waiting: dict[int, Attempt] = {}
         self.streaming: dict[int, Attempt] = {}
+
+    def streamed(self, first_seconds: float) -> None:
+        """A stream whose first byte came after so many seconds."""
+        self.streams += 1
+        self.ttft.add(first_seconds)
 
     def as_json(self, now: float) -> dict[str, Any]:
         starts = [next(iter(ages.values())).start for ages in (self.waiting, self.streaming) if ages]
@@ -123,8 +128,7 @@ class Attempt:
         self._last = self._observations.clock()
         self._first_seconds = self._last - self.start
         self.output_tokens = 0
-        counts.streams += 1
-        counts.ttft.add(self._first_seconds)
+        counts.streamed(self._first_seconds)
         counts.streaming[self._number] = counts.waiting.pop(self._number)
 
     def streamed(self, data: bytes) -> None:

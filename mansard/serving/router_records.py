@@ -25,7 +25,7 @@ class Ended:
 
     `outcome` is ok, error, engine_4xx or cancelled. `ttft` and `token` (time per output token after the first) are
     those of streams; `token` needs at least two tokens. `output_tokens` are a stream's events, or what a whole answer's
-    usage says. Seconds throughout; None is not known.
+    usage says; behind HAProxy bytes in units of one event. Seconds throughout; None is not known.
     """
 
     ended: float
@@ -36,7 +36,7 @@ class Ended:
     ttft: float | None
     token: float | None
     latency: float
-    output_tokens: int | None
+    output_tokens: float | None
 
     def as_json(self) -> list[Any]:
         """In the order of FIELDS."""
@@ -49,7 +49,7 @@ class Ended:
             None if self.ttft is None else round(self.ttft, 6),
             None if self.token is None else round(self.token, 6),
             round(self.latency, 6),
-            self.output_tokens,
+            None if self.output_tokens is None else round(self.output_tokens, 3),
         ]
 
 

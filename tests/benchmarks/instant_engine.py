@@ -25,10 +25,12 @@ SSE_HEAD = (
 
 @dataclass
 class Behaviour:
-    """What /_control changes. `delay_ms` comes before the first byte, `interval_ms` between tokens."""
+    """What /_control changes. `delay_ms` comes before the first byte, `first_ms` between a stream's head and its first
+    token, `interval_ms` between tokens."""
 
     fail: str = "none"
     delay_ms: float = 0.0
+    first_ms: float = 0.0
     interval_ms: float = 0.0
     tokens: int = 16
 
@@ -155,6 +157,11 @@ class Connection(asyncio.Protocol):
                 event = b'data: {"error": {"message": "engine core died", "code": 500}}\n\n'
                 self.transport.write(SSE_HEAD + _chunk(event) + b"0\r\n\r\n")
                 return self.finished()
+            if self.engine.behaviour.first_ms:
+                self.transport.write(SSE_HEAD)
+                loop = asyncio.get_running_loop()
+                self.timer = loop.call_later(self.engine.behaviour.first_ms / 1000, self.write_token, 0)
+                return None
             self.transport.write(SSE_HEAD + self.engine.event(0))
             return self.next_token(1)
         return self.finish_json(200, self.engine.whole(path))
@@ -209,7 +216,7 @@ def main() -> None:
     parser.add_argument("--interval-ms", type=float, default=0.0)
     parser.add_argument("--tokens", type=int, default=16)
     options = parser.parse_args()
-    behaviour = Behaviour(options.fail, options.delay_ms, options.interval_ms, options.tokens)
+    behaviour = Behaviour(options.fail, options.delay_ms, 0.0, options.interval_ms, options.tokens)
     asyncio.run(serve(Engine(options.name, behaviour), options.port))
 
 

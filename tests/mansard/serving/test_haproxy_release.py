@@ -55,3 +55,20 @@ def test_a_good_canary_is_promoted_rolled_back_and_a_failing_one_aborted(behind_
     wrong = [s for s in traffic.statuses if s != 200]
     assert not wrong, (len(wrong), len(traffic.statuses))
     assert {"1", "2"} <= set(traffic.versions)
+
+
+def test_a_canary_that_is_slow_only_to_its_first_token_is_aborted_by_the_analysis(
+    behind_haproxy: Any, traffic: Any
+) -> None:
+    place = behind_haproxy
+    place.start_host()
+    pace = {"seconds_per_token": 0.05}
+    assert place.release(place.register(**pace))["state"] == "promoted"
+    traffic.start(8)
+    step = {"weight_percent": 50, "bake_seconds": 60, "min_requests": 10, "deadline_seconds": 90}
+    release = {"steps": [step], "max_error_excess": 0.02, "latency_tolerance": 1.5, "output_tolerance": 2.0}
+    lax = {"first_token_ms_p50": 10.0, "per_token_ms_p50": 10.0, "request_ms_p50": 100.0}
+    slow = place.release(place.register(release, ratios=lax, voice="good", seconds_to_first_token=0.5, **pace))
+    assert slow["state"] == "aborted"
+    assert "first_token: " in slow["reason"] and "fail" in slow["reason"], slow["reason"]
+    assert "errors: " not in slow["reason"] and "request: " not in slow["reason"], slow["reason"]

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import socket
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -168,3 +169,50 @@ def test_haproxy_serves_on_without_its_driver_and_the_next_one_finds_it(haproxy:
         with rig.again():
             rig.wait_until(lambda: rig.seen()["term"] == 77, "term 77")
             assert (rig.call().version, pid_of(rig)) == ("2", old)
+
+
+def records_of(rig: Any, after: int, number: int) -> list[dict[str, Any]]:
+    rig.wait_until(lambda: rig.records()["next"] == after + number, "the log's lines")
+    answer = rig.records(after)
+    return [dict(zip(answer["fields"], record, strict=True)) for record in answer["records"]]
+
+
+def test_a_streams_first_token_and_its_pace_are_measured_and_nothing_is_held_up(haproxy: Callable[..., Any]) -> None:
+    with haproxy() as rig:
+        rig.write(0)
+        after = rig.records()["next"]
+        rig.one.behave(first_ms=100, interval_ms=20, tokens=16)
+        rig.two.behave(first_ms=400, interval_ms=40, tokens=31)
+        for version in "12":
+            begun = time.monotonic()
+            with rig.stream(x_mansard_version=version) as answer:
+                assert answer.readline()
+                first = time.monotonic()
+                assert answer.read().endswith(b"data: [DONE]\n\n")
+                paced = time.monotonic() - first
+            expected = (0.1, 15 * 0.02) if version == "1" else (0.4, 30 * 0.04)
+            assert expected[0] <= first - begun < expected[0] + 0.5
+            assert paced > 0.9 * expected[1]  # the first event did not wait for others
+        one, two = records_of(rig, after, 2)
+        assert 0.099 <= one["ttft"] < 0.3 and 0.399 <= two["ttft"] < 0.6
+        assert 1.6 < two["token"] / one["token"] < 2.4
+        assert 1.9 < (two["output_tokens"] - 1) / (one["output_tokens"] - 1) < 2.1
+        assert one["token"] * (one["output_tokens"] - 1) == pytest.approx(0.3, abs=0.15)
+        rig.call()
+        (whole,) = records_of(rig, after + 2, 1)
+        assert whole["ttft"] is None and 0.1 < whole["output_tokens"] < 2
+
+
+@pytest.mark.parametrize("waits", [{"fail": "hang"}, {"first_ms": 60_000}, {"interval_ms": 60_000}])
+def test_a_client_that_goes_away_ends_its_engines_work(haproxy: Callable[..., Any], waits: dict[str, Any]) -> None:
+    with haproxy() as rig:
+        rig.write(None)
+        rig.one.behave(**waits)
+        after = rig.records()["next"]
+        with rig.connect() as client:
+            client.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(STREAM))
+            client.sendall(STREAM)
+            rig.wait_until(lambda: rig.one.seen()["in_flight"] == 1, "the engine to have it")
+        rig.wait_until(lambda: rig.one.seen()["cancelled"] == 1, "the engine to be let off")
+        (record,) = records_of(rig, after, 1)
+        assert record["outcome"] == "cancelled"

@@ -7,6 +7,7 @@ Answers are a deterministic function of the prompt and of `behaviour.json` in th
    "fail_after": int,
    "hang_after": int      completions after so many are never answered,
    "babble_after": int    completions after so many have another voice,
+   "seconds_to_first_token": float, "seconds_per_token": float   in streams, after their head
    "start_once": str      a file: where it is there the start fails, else it is made,
    "babble_once": str     a file: where it is there the voice is another, else it is made}
 `POST /die` ends the process at once. Standard library only.
@@ -123,6 +124,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         prompt = str(body.get("prompt", body.get("messages")))
+        self.wfile.flush()
+        time.sleep(float(self.engine.behaviour.get("seconds_to_first_token", 0.0)))
         for word in self.engine.tokens(prompt, body.get("max_tokens", 16)):
             self.chunk(f"data: {json.dumps({'choices': [{'index': 0, 'text': word}]})}\n\n")
             time.sleep(float(self.engine.behaviour.get("seconds_per_token", 0.0)))
