@@ -4,8 +4,8 @@ To the host it is a router worker with index 0: it follows the same split file b
 ignored, a canary whose lease ran out gets nothing), and answers /observations, /records and /metrics on the same
 admin socket. A term counts as taken when HAProxy was seen to carry it. Guarantees: HAProxy outlives this process, which
 finds it again by its runtime socket; it is started anew when it died; per sticky key it tells what the router tells,
-from HAProxy's log, but for the ages of what is in flight. Not covered: API keys, rates, error events in broken streams
-(HAProxy cuts them off).
+from HAProxy's log and, of what is in flight, from its table (all of a key's as old as the newest). Not covered: API
+keys, rates, error events in broken streams (HAProxy cuts them off).
 """
 
 import argparse
@@ -22,12 +22,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from aiohttp import web
+
 from mansard.canonical import write_atomically
 from mansard.errors import BadInput, MansardError
 from mansard.serving.folder_watch import FolderWatch
 from mansard.serving.haproxy_config import config_text, log_socket, routes_file, runtime_socket
 from mansard.serving.haproxy_log import take_line
-from mansard.serving.haproxy_runtime import HaproxyFailed, Runtime
+from mansard.serving.haproxy_runtime import HaproxyFailed, InFlight, Runtime
 from mansard.serving.router_admin import RouterAdmin
 from mansard.serving.router_http import HardenedServer
 from mansard.serving.router_metrics import Observations
@@ -55,6 +57,7 @@ class Driver:
         self._watch = watch
         self._observations = observations
         self._carried: ModelSplit | None = None
+        self._stable_since = 0.0
         self._pid = 0
 
     def has_lease(self, model: str) -> bool:
@@ -103,7 +106,22 @@ class Driver:
             return
         if known.term != self.split.term:
             log.info("term %s", known.term)
+        if self._carried is None or serving.stable != self._carried.stable:
+            self._stable_since = self._observations.clock()
         self.split, self._carried = known, serving
+
+    def see_in_flight(self) -> None:
+        """What is in flight joins the observations, but for what an earlier stable has still."""
+        model = self._carried
+        if model is None:
+            return
+        found: list[InFlight] = []
+        with contextlib.suppress(HaproxyFailed):  # then nothing is
+            found = self.runtime.in_flight()
+        now = self._observations.clock()
+        starts = [(one.canary or model.stable, one.key, now - one.age_seconds, one) for one in found]
+        told = [row[:3] for row in starts if row[3].canary or row[2] > self._stable_since for _ in range(row[3].number)]
+        self._observations.set_in_flight(model.name, told)
 
     async def keep(self) -> None:
         """Look all the time; start HAProxy again when it died."""
@@ -156,7 +174,12 @@ async def serve(site: Site, lease_seconds: float, drain_seconds: float) -> None:
     observations = Observations(time.monotonic)
     driver = Driver(site, program, watch, observations)
     admin = RouterAdmin(site, 0, driver, observations)
-    admin_server = HardenedServer(admin.answer)
+
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        driver.see_in_flight()
+        return await admin.answer(request)
+
+    admin_server = HardenedServer(answer)
     with AdminSocket(site.run, 0) as listener, FolderWatch(site.split_file.parent) as folder:
         lines_at = log_socket(site)
         lines_at.unlink(missing_ok=True)

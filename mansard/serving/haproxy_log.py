@@ -4,7 +4,7 @@ Guarantees: a request that was sent to another server after its own failed befor
 the version that failed (the other one that has weight) and as an answer of the one that gave it, as in the router. A
 stream's first token is the first byte of its body. HAProxy does not look into bodies, so tokens are bytes in units of
 one event (EVENT_BYTES): whoever compares two versions compares bytes. What was in flight when the clock was set has no
-time to first token. Not covered: what is unfinished (serving/engine_metrics.py knows an engine that hangs).
+time to first token. Not covered: what is in flight (haproxy_runtime.py).
 """
 
 import json

@@ -8,6 +8,7 @@ Standard library only. HAProxy 2.6 or newer.
 """
 
 import socket
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,12 @@ from mansard.serving.split import BUCKETS_PER_PERCENT, ModelSplit
 
 BACKEND = "engines"
 FULL_WEIGHT = 256
+IN_FLIGHT = "in_flight"
+CLOCK_MILLISECONDS = 2**31
+"""HAProxy's table keeps 32 bits: times are told modulo 25 days."""
 TIMEOUT_SECONDS = 5.0
+MAX_AGE_SECONDS = 86_400.0
+"""Above it the clock was set, or HAProxy's is a little ahead of ours."""
 _MAINTENANCE = 0x01
 
 
@@ -41,6 +47,17 @@ class Carried:
     servers: Mapping[int, Server]
     canary: int = 0
     limit: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """`number` requests of one sticky key, the newest `age_seconds` old: none of them is younger. `canary` is 0 for
+    those that went to stable."""
+
+    key: int
+    number: int
+    age_seconds: float
+    canary: int
 
 
 def wanted(model: ModelSplit) -> Carried:
@@ -135,6 +152,19 @@ class Runtime:
         servers = {number: server for number, (server, _) in found.items()}
         ports = {number: port for number, (_, port) in found.items()}
         return Carried(servers, routes.get("canary", 0), routes.get("limit", 0)), ports
+
+    def in_flight(self) -> list[InFlight]:
+        """Who waits for an answer or its end. Raises HaproxyFailed."""
+        _, *rows = self.ask(f"show table {IN_FLIGHT} data.conn_cur gt 0").splitlines() or [""]
+        now = round(time.time() * 1000)
+        found = []
+        for row in rows:
+            values = dict(word.split("=", 1) for word in row.split() if "=" in word)
+            if "conn_cur" in values:
+                age = ((now - int(values["gpt0"])) % CLOCK_MILLISECONDS) / 1000
+                number, canary = int(values["conn_cur"]), int(values["gpt1"])
+                found.append(InFlight(int(values["key"]), number, age if age < MAX_AGE_SECONDS else 0.0, canary))
+        return found
 
     def carry(self, model: ModelSplit) -> None:
         """Make HAProxy carry the split and read it back. Raises HaproxyFailed when it does not."""

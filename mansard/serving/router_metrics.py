@@ -10,7 +10,7 @@ import itertools
 import os
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Self
 
 from mansard.serving.router_records import Ended, Records
@@ -195,6 +195,18 @@ class Observations:
     def attempt(self, model: str, version: int, key: int) -> Attempt:
         """`key` is the digest of the sticky key."""
         return Attempt(self, self.counts(model, version), next(self._numbers), model, version, key)
+
+    def set_in_flight(self, model: str, found: Iterable[tuple[int, int, float]]) -> None:
+        """All that the model has in flight, as (version, key, start), where the worker does not pass it on itself."""
+        for (name, _), counts in self.versions.items():
+            if name == model:
+                counts.waiting.clear()
+        self.in_flight = 0
+        for version, key, start in sorted(found, key=lambda one: one[2]):
+            attempt = self.attempt(model, version, key)
+            attempt.start = start
+            attempt.__enter__()
+            self.in_flight += 1
 
     def add(self, ended: Ended, problem: str) -> None:
         """What ended joins the counts and the records. `problem` is an error's."""

@@ -72,3 +72,18 @@ def test_a_canary_that_is_slow_only_to_its_first_token_is_aborted_by_the_analysi
     assert slow["state"] == "aborted"
     assert "first_token: " in slow["reason"] and "fail" in slow["reason"], slow["reason"]
     assert "errors: " not in slow["reason"] and "request: " not in slow["reason"], slow["reason"]
+
+
+def test_a_canary_that_hangs_is_aborted_by_the_age_of_what_it_never_answers(behind_haproxy: Any, traffic: Any) -> None:
+    place = behind_haproxy
+    place.start_host()
+    assert place.release(place.register())["state"] == "promoted"
+    step = {"weight_percent": 50, "bake_seconds": 60, "min_requests": 10, "deadline_seconds": 90}
+    release = {"steps": [step], "max_error_excess": 0.02, "latency_tolerance": 5.0, "output_tolerance": 2.0}
+    traffic.start(80)
+    second = place.register(release, voice="good", hang_after=12)
+    engine = place.engine_of(second)["pid"]
+    hung = place.release(second)
+    os.kill(engine, signal.SIGKILL)  # else its users would wait until it is ended
+    assert hung["state"] == "aborted"
+    assert "request: " in hung["reason"], hung["reason"]

@@ -216,3 +216,26 @@ def test_a_client_that_goes_away_ends_its_engines_work(haproxy: Callable[..., An
         rig.wait_until(lambda: rig.one.seen()["cancelled"] == 1, "the engine to be let off")
         (record,) = records_of(rig, after, 1)
         assert record["outcome"] == "cancelled"
+
+
+def test_what_hangs_is_told_with_its_age_and_its_user(haproxy: Callable[..., Any]) -> None:
+    with haproxy() as rig:
+        rig.write(50)
+        sides = versions(rig, 20)
+        rig.one.behave(fail="hang")
+        rig.two.behave(fail="hang")
+        assert rig.records()["in_flight"] == []
+        begun = time.monotonic()
+        with contextlib.ExitStack() as clients:
+            for user in range(20):
+                client = clients.enter_context(rig.connect())
+                head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nx-user-id: u{user}\r\n"
+                client.sendall(head.encode() + b"content-length: %d\r\n\r\n" % len(STREAM) + STREAM)
+            rig.wait_until(lambda: len(rig.records()["in_flight"]) == 20, "all to be in flight")
+            rig.wait_until(lambda: rig.counts(2)["oldest_in_flight_seconds"] > 0.5, "it to grow old")
+            waiting = rig.records()["in_flight"]
+            assert all(0.4 < age <= time.monotonic() - begun + 0.01 for _, _, _, age, _ in waiting)
+            told = sorted(version for _, version, _, _, _ in waiting)
+            assert told == sorted(int(version) for version in sides.values())
+            assert all((int(key, 16) % NUM_BUCKETS < 5000) == (version == 2) for _, version, key, _, _ in waiting)
+        rig.wait_until(lambda: rig.records()["in_flight"] == [], "nothing to be in flight")
