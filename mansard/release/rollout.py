@@ -92,7 +92,8 @@ class Observation:
 
     `is_ready`: the engine serves, is warm, and its fingerprint is the recorded one. `is_heard`: every router worker
     that runs told its counts. `problem` names what aborts at once; empty when there is none. `findings` are those of
-    the look that the last transition asked for, None where there was none.
+    the look that the last transition asked for, None where there was none. `engines` is what the engines measured
+    themselves, in words: it is told with the findings and decides nothing.
     """
 
     seconds_in_step: float = 0.0
@@ -102,6 +103,7 @@ class Observation:
     is_heard: bool = True
     problem: str = ""
     findings: tuple[Finding, ...] | None = None
+    engines: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +193,8 @@ def _enter(state: State, step: int, attempt: int, more: str) -> Transition:
 def _bake(state: State, seen: Observation) -> Transition:
     step = state.plan.steps[state.step]
     if seen.findings is not None:
-        verdict, text = overall(seen.findings), findings_text(seen.findings)
+        verdict = overall(seen.findings)
+        text = "; ".join(told for told in (findings_text(seen.findings), seen.engines) if told)
         if verdict == "fail":
             return _abort(state, f"step {state.step + 1}: {text}")
         is_sampled = seen.requests >= step.min_requests and seen.seconds_in_step >= step.bake_seconds

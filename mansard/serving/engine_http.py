@@ -4,14 +4,13 @@ Errors of the network become None or MansardError here; nothing above sees aioht
 """
 
 import json
-import re
 from typing import Any
 
 import aiohttp
 
 from mansard.errors import MansardError
-
-_IN_FLIGHT = re.compile(r"^vllm:num_requests_(?:running|waiting)(?:\{[^}]*\})? ([0-9.eE+-]+)$", re.MULTILINE)
+from mansard.serving import engine_metrics
+from mansard.serving.engine_metrics import Metrics, parse_metrics
 
 
 async def _read(
@@ -38,13 +37,18 @@ async def serves(session: aiohttp.ClientSession, endpoint: str, served_name: str
         return False
 
 
-async def in_flight(session: aiohttp.ClientSession, endpoint: str, timeout_seconds: float = 5.0) -> int | None:
-    """Requests running or waiting in the engine, from its /metrics; None when it does not say."""
+async def metrics(session: aiohttp.ClientSession, endpoint: str, timeout_seconds: float = 5.0) -> Metrics | None:
+    """What the engine says of itself; None when it does not answer."""
     answer = await _read(session, f"{endpoint}/metrics", timeout_seconds)
     if answer is None or answer[0] != 200:
         return None
-    values = _IN_FLIGHT.findall(answer[1].decode(errors="replace"))
-    return round(sum(float(v) for v in values)) if values else None
+    return parse_metrics(answer[1].decode(errors="replace"))
+
+
+async def in_flight(session: aiohttp.ClientSession, endpoint: str) -> int | None:
+    """Requests running or waiting in the engine; None when it does not say."""
+    told = await metrics(session, endpoint)
+    return None if told is None else engine_metrics.in_flight(told)
 
 
 async def complete_one_token(

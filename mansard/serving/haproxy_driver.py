@@ -118,9 +118,11 @@ class Driver:
         found: list[InFlight] = []
         with contextlib.suppress(HaproxyFailed):  # then nothing is
             found = self.runtime.in_flight()
-        now = self._observations.clock()
-        starts = [(one.canary or model.stable, one.key, now - one.age_seconds, one) for one in found]
-        told = [row[:3] for row in starts if row[3].canary or row[2] > self._stable_since for _ in range(row[3].number)]
+        now, told = self._observations.clock(), []
+        for one in found:
+            start = now - one.age_seconds
+            if one.canary or start > self._stable_since:
+                told += [(one.canary or model.stable, one.key, start, one.has_begun)] * one.number
         self._observations.set_in_flight(model.name, told)
 
     async def keep(self) -> None:

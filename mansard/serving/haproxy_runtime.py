@@ -52,12 +52,13 @@ class Carried:
 @dataclass(frozen=True, slots=True)
 class InFlight:
     """`number` requests of one sticky key, the newest `age_seconds` old: none of them is younger. `canary` is 0 for
-    those that went to stable."""
+    those that went to stable; `has_begun`: the newest one's answer."""
 
     key: int
     number: int
     age_seconds: float
     canary: int
+    has_begun: bool
 
 
 def wanted(model: ModelSplit) -> Carried:
@@ -162,8 +163,9 @@ class Runtime:
             values = dict(word.split("=", 1) for word in row.split() if "=" in word)
             if "conn_cur" in values:
                 age = ((now - int(values["gpt0"])) % CLOCK_MILLISECONDS) / 1000
-                number, canary = int(values["conn_cur"]), int(values["gpt1"])
-                found.append(InFlight(int(values["key"]), number, age if age < MAX_AGE_SECONDS else 0.0, canary))
+                age = age if age < MAX_AGE_SECONDS else 0.0
+                number, canary, has_begun = int(values["conn_cur"]), int(values["gpt1"]), values["gpt2"] != "0"
+                found.append(InFlight(int(values["key"]), number, age, canary, has_begun))
         return found
 
     def carry(self, model: ModelSplit) -> None:

@@ -34,11 +34,13 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """One worker's counters of one version; `requests` are those that ended as a success or an error."""
+    """One worker's counters of one version; `requests` are those that ended as a success or an error, `waiting` those
+    that have no first byte yet."""
 
     requests: int = 0
     errors: int = 0
     consecutive_failures: int = 0
+    waiting: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,13 @@ def parse_report(tree: Mapping[str, Any]) -> WorkerReport:
 
 def _parse_seen(tree: Mapping[str, Any]) -> Seen:
     undecided = int(tree.get("engine_4xx", 0)) + int(tree.get("cancelled", 0))
-    return Seen(int(tree["requests"]) - undecided, int(tree["errors"]), int(tree["consecutive_failures"]))
+    counted = (int(tree["requests"]) - undecided, int(tree["errors"]), int(tree["consecutive_failures"]))
+    return Seen(*counted, int(tree.get("waiting", 0)))
+
+
+def waiting_now(now: Reports, model: str, version: int) -> int:
+    """Requests of all workers that wait for a version's first byte."""
+    return sum(report.seen(model, version).waiting for report in now.values())
 
 
 def counts_since(before: Reports, now: Reports, model: str, version: int) -> Counts:

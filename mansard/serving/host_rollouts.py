@@ -6,6 +6,7 @@ itself (host_walk).
 """
 
 import asyncio
+import functools
 import json
 import logging
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from mansard.release.pointer import last_move
 from mansard.release.rollout import Plan, State, aborted, resumed
 from mansard.serving.engine import Engine
 from mansard.serving.host_canary import Canary, FindFingerprintChange
+from mansard.serving.host_engine_accounts import EngineAccounts
 from mansard.serving.host_residents import Residents
 from mansard.serving.host_traffic import Traffic
 from mansard.serving.host_walk import HOST, Walk, Walker
@@ -114,11 +116,17 @@ class Rollouts:
         windows = None
         if pointers.stable is not None:
             windows = Windows(self._site, model, version, pointers.stable, started.sequence)
-        walk = Walk(model, version, who, pointers, state, canary, windows)
+        engines = EngineAccounts(self._session, functools.partial(self._side_endpoint, canary, pointers.stable))
+        walk = Walk(model, version, who, pointers, state, canary, windows, engines)
         walker = Walker(walk, self._journal, self._traffic, self._residents, self.abort)
         task = asyncio.create_task(walker.run(), name=f"rollout {model} {version}")
         self._walks[model], self._tasks[model] = walk, (walker, task)
         return walk
+
+    def _side_endpoint(self, canary: Canary, stable: int | None, side: str) -> str | None:
+        if side == "canary":
+            return None if canary.engine is None else canary.engine.endpoint
+        return None if stable is None else self._residents.endpoint(canary.model, stable)
 
     def _check_free(self, model: str, version: int) -> Pointers:
         pointers = self._journal.pointers(model)

@@ -19,6 +19,7 @@ from mansard.release.events import Pointers
 from mansard.release.journal import Journal
 from mansard.release.rollout import Abort, Action, Look, Observation, Promote, SetWeight, State, aborted, advance
 from mansard.serving.host_canary import Canary
+from mansard.serving.host_engine_accounts import EngineAccounts
 from mansard.serving.host_residents import Residents
 from mansard.serving.host_traffic import Traffic
 from mansard.serving.host_windows import Windows
@@ -49,6 +50,7 @@ class Walk:
     state: State
     canary: Canary
     windows: Windows | None
+    engines: EngineAccounts
     seen: Observation = field(default_factory=Observation)
     counts: dict[str, Any] = field(default_factory=dict)
     found: tuple[Finding, ...] = ()
@@ -70,6 +72,7 @@ class Walk:
                 "consecutive_failures": seen.consecutive_failures,
                 "looks": state.looks,
                 "findings": [_finding_json(finding) for finding in self.found],
+                "engines": self.engines.describe(),
             },
         }
 
@@ -113,6 +116,7 @@ class Walker:
                 if walk.state.phase == "canary" and len(helpers) == 1:
                     helpers.append(asyncio.create_task(walk.canary.hold_lease()))
                     helpers.append(asyncio.create_task(walk.canary.ask_guard_prompts()))
+                    helpers.append(asyncio.create_task(walk.engines.run()))
         except (MansardError, OSError) as error:  # a race lost to another process, a full disk, no journal
             for helper in helpers:
                 helper.cancel()
@@ -138,6 +142,9 @@ class Walker:
             return Observation(is_ready=canary.is_ready, problem=canary.problem)
         reports, is_heard = await walk.windows.read()
         walk.counts, run = walk.windows.counts(reports)
+        walk.engines.waiting = walk.windows.waiting(reports)
+        if walk.engines.hung:
+            canary.blame(walk.engines.hung)
         return Observation(
             seconds_in_step=time.monotonic() - walk.windows.step_began,
             requests=walk.counts["canary"].requests,
@@ -146,6 +153,7 @@ class Walker:
             is_heard=is_heard,
             problem=canary.problem,
             findings=findings,
+            engines=walk.engines.text(),
         )
 
     async def _do(self, action: Action, before: State, following: State) -> None:
@@ -176,10 +184,12 @@ class Walker:
         walk, engine = self._walk, self._walk.canary.engine
         assert engine is not None and walk.windows is not None, "a canary has an engine, and a stable beside it"
         reports, is_heard = await walk.windows.read()
+        await walk.engines.ask(0.0)
         if walk.state is not before or walk.canary.problem or not is_heard:
             return  # a worker that did not tell its counts now would make them look like the step's; next tick again
         facts, weight = walk.describe(), action.weight_percent
         walk.windows.begin_step(reports)
+        walk.engines.begin_step()
         term = self._journal.step(walk.model, walk.version, weight, HOST, action.reason, walk.pointers, facts)
         walk.pointers = self._journal.pointers(walk.model)
         walk.state, walk.found = following, ()

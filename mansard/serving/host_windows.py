@@ -21,7 +21,13 @@ from mansard.serving.host_keys import (
     make_sample,
     with_in_flight,
 )
-from mansard.serving.host_observations import Reports, consecutive_failures_since, counts_since, read_reports
+from mansard.serving.host_observations import (
+    Reports,
+    consecutive_failures_since,
+    counts_since,
+    read_reports,
+    waiting_now,
+)
 from mansard.site import Site
 
 
@@ -83,6 +89,11 @@ class Windows:
             for name, version in (("canary", self.version), ("stable", self.stable))
         }
         return counts, consecutive_failures_since(self.at_start, reports, self.model, self.version)
+
+    def waiting(self, reports: Reports) -> dict[str, int]:
+        """How many requests wait for their first byte at both sides now."""
+        sides = (("canary", self.version), ("stable", self.stable))
+        return {side: waiting_now(reports, self.model, version) for side, version in sides}
 
     def sample(self, weight_percent: int) -> Sample:
         """The keys' sample of the step so far."""

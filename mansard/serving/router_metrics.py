@@ -74,6 +74,7 @@ class VersionCounts:
             "consecutive_failures": self.consecutive_failures,
             "last_error": self.last_error,
             "in_flight": len(self.waiting) + len(self.streaming),
+            "waiting": len(self.waiting),
             "oldest_in_flight_seconds": now - min(starts, default=now),
             "oldest_waiting_seconds": now - next(iter(self.waiting.values())).start if self.waiting else 0.0,
             "ttft": self.ttft.as_json(),
@@ -196,16 +197,18 @@ class Observations:
         """`key` is the digest of the sticky key."""
         return Attempt(self, self.counts(model, version), next(self._numbers), model, version, key)
 
-    def set_in_flight(self, model: str, found: Iterable[tuple[int, int, float]]) -> None:
-        """All that the model has in flight, as (version, key, start), where the worker does not pass it on itself."""
+    def set_in_flight(self, model: str, found: Iterable[tuple[int, int, float, bool]]) -> None:
+        """All that the model has in flight, as (version, key, start, whether its answer has begun), where the worker
+        does not pass it on itself."""
         for (name, _), counts in self.versions.items():
             if name == model:
                 counts.waiting.clear()
+                counts.streaming.clear()
         self.in_flight = 0
-        for version, key, start in sorted(found, key=lambda one: one[2]):
+        for version, key, start, is_streaming in sorted(found, key=lambda one: one[2]):
             attempt = self.attempt(model, version, key)
             attempt.start = start
-            attempt.__enter__()
+            (attempt.counts.streaming if is_streaming else attempt.counts.waiting)[self.in_flight] = attempt
             self.in_flight += 1
 
     def add(self, ended: Ended, problem: str) -> None:

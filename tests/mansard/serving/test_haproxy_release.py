@@ -71,6 +71,7 @@ def test_a_canary_that_is_slow_only_to_its_first_token_is_aborted_by_the_analysi
     slow = place.release(place.register(release, ratios=lax, voice="good", seconds_to_first_token=0.5, **pace))
     assert slow["state"] == "aborted"
     assert "first_token: " in slow["reason"] and "fail" in slow["reason"], slow["reason"]
+    assert "the engines' own means: first_token 0." in slow["reason"], slow["reason"]
     assert "errors: " not in slow["reason"] and "request: " not in slow["reason"], slow["reason"]
 
 

@@ -335,6 +335,31 @@ def test_a_canary_that_hangs_is_aborted_by_the_age_of_what_it_never_answers(plac
     wait_for(place, "the bad engine's end", lambda: len(place.status()["engines"]) == 1)
 
 
+def test_a_canary_that_hangs_before_few_users_is_aborted_by_its_engines_own_account(place: Any, traffic: Any) -> None:
+    place.start_host_script(Path(__file__).parent / "host_impatient.py", 5)
+    place.start_router()
+    place.release(place.register())
+    second = place.register(SLOW_RELEASE, voice="b", hang_after=12)
+    engine = place.engine_of(second)["pid"]
+    traffic.start(2)
+    ended = place.release(second)
+    os.kill(engine, signal.SIGKILL)
+    assert ended["state"] == "aborted"
+    assert "its engine hangs: requests in flight, and no token, prompt or memory moved for" in ended["reason"]
+
+
+def test_the_engines_own_means_of_each_step_are_in_the_journal(place: Any, traffic: Any) -> None:
+    in_service(place)
+    traffic.start()
+    assert place.release(place.register(voice="b"))["state"] == "promoted"
+    traffic.stop()
+    with Journal.open(place.site.journal) as journal:
+        promoted = journal.moves("demo")[-1]
+    told = promoted.body["facts"]["observations"]["engines"]
+    assert {"first_token", "request", "output"} <= told["canary"].keys()
+    assert "the engines' own means: first_token" in promoted.why
+
+
 def test_a_canary_that_begins_to_babble_is_aborted(place: Any, traffic: Any) -> None:
     in_service(place)
     second = place.register(SLOW_RELEASE, voice="b", babble_after=60)

@@ -22,6 +22,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,27 @@ class Engine:
         self.lock = threading.Lock()
         self.running = 0
         self.completions = 0
+        self.sums: Counter[str] = Counter()
+
+    def metrics(self) -> str:
+        with self.lock:
+            lines = [f'{name}{{engine="0",model_name="{self.name}"}} {value}' for name, value in self.sums.items()]
+            lines.append(f'vllm:num_requests_running{{engine="0"}} {self.running}.0')
+            lines.append('vllm:num_requests_waiting{engine="0"} 0.0')
+            lines.append(f"fake:completions {self.completions}.0")
+        return "\n".join(lines) + "\n"
+
+    def count(self, tokens: int, first_seconds: float, seconds: float) -> None:
+        """A completion that ended."""
+        with self.lock:
+            self.sums["vllm:generation_tokens_total"] += tokens
+            for name, value in (
+                ("time_to_first_token_seconds", first_seconds),
+                ("e2e_request_latency_seconds", seconds),
+                ("request_generation_tokens", tokens),
+            ):
+                self.sums[f"vllm:{name}_sum"] += value
+                self.sums[f"vllm:{name}_count"] += 1
 
     def tokens(self, prompt: str, count: int) -> list[str]:
         """`count` words that only voice, prompt and place decide."""
@@ -76,10 +98,7 @@ class Handler(BaseHTTPRequestHandler):
             card = {"id": self.engine.name, "object": "model", "root": str(self.engine.folder), "max_model_len": 1024}
             self.answer(200, {"object": "list", "data": [card]})
         elif self.path == "/metrics":
-            text = f'vllm:num_requests_running{{engine="0"}} {self.engine.running}.0\n'
-            text += 'vllm:num_requests_waiting{engine="0"} 0.0\n'
-            text += f"fake:completions {self.engine.completions}.0\n"
-            self.answer(200, text)
+            self.answer(200, self.engine.metrics())
         elif self.path == "/version":
             self.answer(200, {"version": "0.0.0-fake"})
         else:
@@ -113,6 +132,7 @@ class Handler(BaseHTTPRequestHandler):
                 choices = [{"index": 0, "message": message, "finish_reason": "length"}]
                 self.answer(200, {"id": "chat-1", "object": "chat.completion", "choices": choices})
             else:
+                self.engine.count(body.get("max_tokens", 16), 0.001, 0.001)
                 self.answer(200, self.engine.completion(body))
         finally:
             with self.engine.lock:
@@ -125,10 +145,13 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         prompt = str(body.get("prompt", body.get("messages")))
         self.wfile.flush()
+        begun = time.monotonic()
         time.sleep(float(self.engine.behaviour.get("seconds_to_first_token", 0.0)))
+        first = time.monotonic() - begun
         for word in self.engine.tokens(prompt, body.get("max_tokens", 16)):
             self.chunk(f"data: {json.dumps({'choices': [{'index': 0, 'text': word}]})}\n\n")
             time.sleep(float(self.engine.behaviour.get("seconds_per_token", 0.0)))
+        self.engine.count(body.get("max_tokens", 16), first, time.monotonic() - begun)
         self.chunk("data: [DONE]\n\n")
         self.wfile.write(b"0\r\n\r\n")
 

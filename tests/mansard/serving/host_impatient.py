@@ -1,0 +1,10 @@
+"""The real host, for which an engine hangs after a few seconds: `python host_impatient.py SITE SECONDS`."""
+
+import sys
+
+from mansard.serving import engine_metrics, host
+
+if __name__ == "__main__":
+    site, seconds = sys.argv[1:]
+    engine_metrics.HUNG_SECONDS = float(seconds)
+    sys.exit(host.main(["--site", site]))
