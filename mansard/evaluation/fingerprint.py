@@ -19,6 +19,7 @@ ALTERNATIVES = 5
 """Tokens kept at each position; the OpenAI API's own limit for completions."""
 
 DECIMALS = 4
+PATH = "/v1/completions"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,8 @@ class Fingerprint:
 
 def take(endpoint: str, served_name: str, prompts: Sequence[str], tokens: int) -> Fingerprint:
     """Ask the engine at `endpoint` each prompt for `tokens` greedy tokens; MansardError when it does not answer."""
-    return Fingerprint(tuple(_ask(endpoint, served_name, prompt, tokens) for prompt in prompts))
+    asked = ((prompt, post_json(endpoint, PATH, question(served_name, prompt, tokens))) for prompt in prompts)
+    return Fingerprint(tuple(answer(endpoint, prompt, tree) for prompt, tree in asked))
 
 
 def compare(recorded: Fingerprint, now: Fingerprint, tolerance: float) -> list[str]:
@@ -73,8 +75,9 @@ def compare(recorded: Fingerprint, now: Fingerprint, tolerance: float) -> list[s
     return [line for line in lines if line is not None]
 
 
-def _ask(endpoint: str, served_name: str, prompt: str, tokens: int) -> Answer:
-    body = {
+def question(served_name: str, prompt: str, tokens: int) -> dict[str, Any]:
+    """What is posted to PATH for one prompt."""
+    return {
         "model": served_name,
         "prompt": prompt,
         "max_tokens": tokens,
@@ -83,8 +86,12 @@ def _ask(endpoint: str, served_name: str, prompt: str, tokens: int) -> Answer:
         "logprobs": ALTERNATIVES,
         "return_tokens_as_token_ids": True,
     }
+
+
+def answer(endpoint: str, prompt: str, tree: Mapping[str, Any]) -> Answer:
+    """The engine's JSON, read; MansardError when it holds no log-probabilities."""
     try:
-        found = post_json(endpoint, "/v1/completions", body)["choices"][0]["logprobs"]
+        found = tree["choices"][0]["logprobs"]
         return Answer(
             prompt,
             tuple(found["tokens"]),

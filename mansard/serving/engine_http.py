@@ -51,6 +51,23 @@ async def in_flight(session: aiohttp.ClientSession, endpoint: str) -> int | None
     return None if told is None else engine_metrics.in_flight(told)
 
 
+async def post_json(
+    session: aiohttp.ClientSession, endpoint: str, path: str, body: dict[str, Any], timeout_seconds: float
+) -> dict[str, Any]:
+    """The answer's JSON; MansardError when none came in time, or another one. Whoever stops waiting lets the engine
+    off."""
+    answer = await _read(session, f"{endpoint}{path}", timeout_seconds, body)
+    if answer is None:
+        raise MansardError(f"{endpoint}{path}: no answer within {timeout_seconds:.0f} s")
+    try:
+        tree = json.loads(answer[1])
+    except ValueError:
+        tree = None
+    if answer[0] != 200 or not isinstance(tree, dict):
+        raise MansardError(f"{endpoint}{path}: answered {answer[0]}: {answer[1][:200]!r}")
+    return tree
+
+
 async def complete_one_token(
     session: aiohttp.ClientSession, endpoint: str, served_name: str, timeout_seconds: float
 ) -> None:

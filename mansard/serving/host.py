@@ -55,7 +55,7 @@ class Host:
         self.journal = journal
         self.store = Store.of(site)
         self.traffic = Traffic(site)
-        fingerprints = Fingerprints(journal, self.store)
+        fingerprints = Fingerprints(journal, self.store, session)
         self.residents = Residents(site, journal, self.traffic, fingerprints.warn)
         self.engines = Engines(site, self.store, session, self.residents.pinned, self._engine_ended)
         self.residents.engines = self.engines

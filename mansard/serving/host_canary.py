@@ -19,18 +19,20 @@ LEASE_SECONDS = 1.0
 """Router workers take the canary to 0 % when the lease has stood still for 10 s."""
 GUARD_SECONDS = 5.0
 """Between two rounds of guard prompts to the canary."""
-ANSWER_SECONDS = 180.0
-"""A starved machine answers late: five engines on two cores starved a good one for a minute (2026-11-23)."""
 
 log = logging.getLogger(__name__)
 
-FindFingerprintChange = Callable[[str, int, Engine], Awaitable[str]]
-"""How the fingerprint of (model, version) differs from the recorded one; empty when it does not."""
+FindFingerprintChange = Callable[[str, int, Engine, float], Awaitable[str]]
+"""How the fingerprint of (model, version) differs from the recorded one; empty when it does not. MansardError when the
+engine has not answered in so many seconds."""
 
 
 @dataclass(slots=True)
 class Canary:
-    """The engine of (model, version), from before it starts. `problem` is set once and stays."""
+    """The engine of (model, version), from before it starts. `problem` is set once and stays.
+
+    `answer_seconds`: whoever answers a guard prompt later than that has failed.
+    """
 
     model: str
     version: int
@@ -38,6 +40,7 @@ class Canary:
     traffic: Traffic
     find_fingerprint_change: FindFingerprintChange
     session: Any
+    answer_seconds: float
     engine: Engine | None = None
     is_ready: bool = False
     problem: str = ""
@@ -50,8 +53,8 @@ class Canary:
         try:
             engine = await self.residents.engines.ensure(self.residents.identity(self.model, self.version))
             self.engine = engine
-            await engine_http.complete_one_token(self.session, engine.endpoint, self.model, ANSWER_SECONDS)
-            change = await self.find_fingerprint_change(self.model, self.version, engine)
+            await engine_http.complete_one_token(self.session, engine.endpoint, self.model, self.answer_seconds)
+            change = await self.find_fingerprint_change(self.model, self.version, engine, self.answer_seconds)
         except (MansardError, OSError) as error:
             self.blame(str(error))
             return
@@ -85,10 +88,7 @@ class Canary:
     async def _change(self) -> str:
         assert self.engine is not None, "a canary has an engine"
         try:
-            answer = self.find_fingerprint_change(self.model, self.version, self.engine)
-            return await asyncio.wait_for(answer, ANSWER_SECONDS)
-        except TimeoutError:
-            self.blame(f"a probe failed: no answer to the guard prompts in {ANSWER_SECONDS:.0f} s")
+            return await self.find_fingerprint_change(self.model, self.version, self.engine, self.answer_seconds)
         except MansardError as error:
             self.blame(f"a probe failed: {error}")
         return ""

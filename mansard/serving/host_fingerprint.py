@@ -1,18 +1,27 @@
-"""Compares what an engine answers to the guard prompts with what evaluation recorded for its version."""
+"""Compares what an engine answers to the guard prompts with what evaluation recorded for its version.
+
+Guarantees: an engine that does not answer is waited for until the deadline and not longer, and no thread waits for it.
+"""
 
 import asyncio
 import json
 import logging
+import time
+from typing import Any
 
 from mansard.errors import MansardError
-from mansard.evaluation.fingerprint import Fingerprint, compare, take
+from mansard.evaluation.fingerprint import PATH, Fingerprint, answer, compare, question
 from mansard.records import Registration
 from mansard.release.journal import Journal
+from mansard.serving import engine_http
 from mansard.serving.engine import Engine
 from mansard.specs import Fingerprint as FingerprintSpec
 from mansard.store import Store
 
 STAGE = "fingerprint"
+ANSWERS_SECONDS = 180.0
+"""For all guard prompts. A starved machine answers late: five engines on two cores starved a good one for a minute
+(2026-11-23)."""
 
 log = logging.getLogger(__name__)
 
@@ -20,14 +29,25 @@ log = logging.getLogger(__name__)
 class Fingerprints:
     """Reads the recorded ones from the store; how they were asked for stands in their lineage."""
 
-    def __init__(self, journal: Journal, store: Store) -> None:
+    def __init__(self, journal: Journal, store: Store, session: Any) -> None:  # noqa: ANN401 - for engine_http
         self._journal = journal
         self._store = store
+        self._session = session
 
-    async def find_change(self, model: str, version: int, engine: Engine) -> str:
-        """How the answers differ; empty when they do not. MansardError when the engine does not answer."""
+    async def find_change(
+        self, model: str, version: int, engine: Engine, deadline_seconds: float = ANSWERS_SECONDS
+    ) -> str:
+        """How the answers differ; empty when they do not. MansardError when the engine does not answer by then."""
         registration = self._journal.registration(model, version)
-        return await asyncio.to_thread(self._compare, registration, engine.endpoint)
+        recorded, asked = await asyncio.to_thread(self._recorded, registration)
+        end = time.monotonic() + deadline_seconds
+        answers = []
+        for prompt in asked.prompts:
+            body = question(registration.model_name, prompt, asked.tokens)
+            left = max(end - time.monotonic(), 0.1)
+            tree = await engine_http.post_json(self._session, engine.endpoint, PATH, body, left)
+            answers.append(answer(engine.endpoint, prompt, tree))
+        return "; ".join(compare(recorded, Fingerprint(tuple(answers)), asked.tolerance))
 
     async def warn(self, model: str, version: int, engine: Engine) -> None:
         """For a version that was in service before: a change is said, and stops nothing (decision 10)."""
@@ -39,11 +59,9 @@ class Fingerprints:
         if change:
             log.warning("%s version %d: fingerprint changed: %s", model, version, change)
 
-    def _compare(self, registration: Registration, endpoint: str) -> str:
-        asked = self._asked(registration)
+    def _recorded(self, registration: Registration) -> tuple[Fingerprint, FingerprintSpec]:
         recorded = json.loads(self._store.read_file(registration.fingerprint, "fingerprint.json"))
-        now = take(endpoint, registration.model_name, asked.prompts, asked.tokens)
-        return "; ".join(compare(Fingerprint.from_json(recorded), now, asked.tolerance))
+        return Fingerprint.from_json(recorded), self._asked(registration)
 
     def _asked(self, registration: Registration) -> FingerprintSpec:
         """Prompts, tokens and tolerance of the recipe that this version names."""

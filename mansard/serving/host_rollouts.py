@@ -21,6 +21,7 @@ from mansard.release.rollout import Plan, State, aborted, resumed
 from mansard.serving.engine import Engine
 from mansard.serving.host_canary import Canary, FindFingerprintChange
 from mansard.serving.host_engine_accounts import EngineAccounts
+from mansard.serving.host_fingerprint import ANSWERS_SECONDS
 from mansard.serving.host_residents import Residents
 from mansard.serving.host_traffic import Traffic
 from mansard.serving.host_walk import HOST, Walk, Walker
@@ -111,7 +112,9 @@ class Rollouts:
 
     def _begin(self, state: State, model: str, version: int, who: str) -> Walk:
         pointers = self._journal.pointers(model)
-        canary = Canary(model, version, self._residents, self._traffic, self._find_fingerprint_change, self._session)
+        answer_seconds = min([ANSWERS_SECONDS, *(step.deadline_seconds for step in state.plan.steps)])
+        tools = (self._residents, self._traffic, self._find_fingerprint_change, self._session)
+        canary = Canary(model, version, *tools, answer_seconds)
         started = [e for e in self._journal.entries(model, kinds=(ROLLOUT_STARTED,)) if e.version == version][-1]
         windows = None
         if pointers.stable is not None:

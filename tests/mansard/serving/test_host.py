@@ -7,6 +7,8 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -346,6 +348,25 @@ def test_a_canary_that_hangs_before_few_users_is_aborted_by_its_engines_own_acco
     os.kill(engine, signal.SIGKILL)
     assert ended["state"] == "aborted"
     assert "its engine hangs: requests in flight, and no token, prompt or memory moved for" in ended["reason"]
+
+
+def test_guard_prompts_that_a_hung_engine_never_answers_do_not_hold_the_host(place: Any) -> None:
+    in_service(place)
+    second = place.register(SLOW_RELEASE, voice="b", hang_after=8)
+    engine = place.engine_of(second)
+    place.approve(second)
+    place.start_rollout(second)
+
+    def hangs() -> bool:
+        with urllib.request.urlopen(f"{engine['endpoint']}/metrics") as answer:
+            lines = answer.read().decode().split("\n")
+        return "fake:completions 9.0" in lines
+
+    wait_for(place, "a guard prompt that is never answered", hangs)
+    begun = time.monotonic()
+    place.end_host(signal.SIGHUP)
+    assert time.monotonic() - begun < 30
+    os.kill(engine["pid"], signal.SIGKILL)
 
 
 def test_the_engines_own_means_of_each_step_are_in_the_journal(place: Any, traffic: Any) -> None:
