@@ -15,7 +15,7 @@ from mansard.release import oncall
 from mansard.release.direct_rollback import Request, rollback_directly
 from mansard.release.oncall_text import history_text, status_text, why_text
 from mansard.serving.host_client import HostClient, HostDown
-from mansard.serving.host_down import engine_answers, follow_pointers
+from mansard.serving.host_down import end_engine, engine_answers, follow_pointers, traffic_split
 from mansard.site import Site, find_site, load_site
 
 ROLLBACK_TIMEOUT_SECONDS = 1800.0
@@ -109,11 +109,13 @@ def _through_host(
 
 def _without_host(site: Site, model: str, args: argparse.Namespace, who: str) -> dict[str, Any]:
     request = Request(model, args.from_version, args.to_version, args.hard, who, args.reason)
+    before = traffic_split(site)
     done = rollback_directly(
         site,
         request,
         answers=lambda name, version: engine_answers(site, name, version),
         write_split=lambda name, pointers, term: follow_pointers(site, name, pointers, term),
+        end_engine=lambda name, left, stable: end_engine(site, before, name, left, stable),
     )
     if done["changed"] and site.notify:
         from mansard.release.notify import notify  # the host does that where it runs

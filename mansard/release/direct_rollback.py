@@ -2,7 +2,9 @@
 database is down too (then the move waits in the emergency file for its import).
 
 Guarantees: the rules of decision 10 either way; safe to repeat, also after a kill between any two writes; a full disk
-is given room (ballast.py). Standard library only until a target's digests are checked, which loads BLAKE3.
+is given room (ballast.py); `hard` ends the engine of the version that is left, once the split has moved, as the host
+does. Not covered: a kill just before that; the same command again moves nothing, and ends nothing. Standard library
+only until a target's digests are checked, which loads BLAKE3.
 """
 
 import functools
@@ -27,6 +29,8 @@ ATTEMPTS = 5
 
 Answers = Callable[[str, int], bool]
 """(model, version) -> whether an engine that the traffic split names answers for it now."""
+EndEngine = Callable[[str, int, int | None], list[str]]
+"""(model, version left, stable): end the engine of the version left, unless it is stable's too. What hindered it."""
 WriteSplit = Callable[[str, Pointers, int], None]
 """(model, pointers, global term): bring the model's part of the split file to these pointers, which name no canary.
 
@@ -55,7 +59,9 @@ class Moved:
     warnings: list[str]
 
 
-def rollback_directly(site: Site, request: Request, answers: Answers, write_split: WriteSplit) -> dict[str, Any]:
+def rollback_directly(
+    site: Site, request: Request, answers: Answers, write_split: WriteSplit, end_engine: EndEngine
+) -> dict[str, Any]:
     """Decision 10 without the host: move the pointer in the journal, then write the split. Safe to repeat.
 
     Also where nothing is to move, the split is brought to the pointers, because an earlier call may have been killed
@@ -68,6 +74,10 @@ def rollback_directly(site: Site, request: Request, answers: Answers, write_spli
     except OSError as error:
         raise MansardError(f"{site.home}: {error}; make room, then the same command goes on") from error
     after = moved.after
+    milliseconds = round((time.perf_counter() - begun) * 1000, 3)
+    warnings = moved.warnings
+    if request.hard and moved.plan.action != "nothing":
+        warnings = warnings + end_engine(request.model, _known(moved.plan.version), after.stable)
     return {
         "format": 1,
         "model": request.model,
@@ -78,10 +88,10 @@ def rollback_directly(site: Site, request: Request, answers: Answers, write_spli
         "previous": after.previous,
         "term": after.term,
         "message": moved.plan.message,
-        "warnings": moved.warnings,
+        "warnings": warnings,
         "host": "down",
         "journal": journal_trouble,
-        "milliseconds": round((time.perf_counter() - begun) * 1000, 3),
+        "milliseconds": milliseconds,
     }
 
 

@@ -1,10 +1,12 @@
-"""What a rollback needs of the serving side when the host is down: does an engine answer, and write the split.
+"""What a rollback needs of the serving side when the host is down: ask an engine, write the split, end an engine.
 
 Standard library only: the on-call commands import it. The split file refuses an older term, so a host that comes back
-meanwhile loses nothing. Not covered: starting engines; that is the host's.
+meanwhile loses nothing. An engine is ended by the record that the host left of it (engine.py), never by its port or pid
+alone. Not covered: starting engines; that is the host's.
 """
 
 import http.client
+import json
 from urllib.parse import urlsplit
 
 from mansard.errors import Corrupt
@@ -18,7 +20,7 @@ ANSWER_TIMEOUT_SECONDS = 15.0
 
 def engine_answers(site: Site, model: str, version: int) -> bool:
     """Whether the engine that the split names for the version is healthy now."""
-    endpoint = _endpoint(_split(site), model, version)
+    endpoint = _endpoint(traffic_split(site), model, version)
     if endpoint is None:
         return False
     connection = http.client.HTTPConnection(urlsplit(endpoint).netloc, timeout=ANSWER_TIMEOUT_SECONDS)
@@ -35,7 +37,7 @@ def follow_pointers(site: Site, model: str, pointers: Pointers, term: int) -> No
     """All traffic to stable, as the journal says; Conflict where the file is newer. Repeatable."""
     if pointers.stable is None:
         return
-    split = _split(site)
+    split = traffic_split(site)
     known = split.models.get(model)
     if known is not None and (known.stable, known.canary) == (pointers.stable, None) and split.term >= term:
         return
@@ -43,7 +45,29 @@ def follow_pointers(site: Site, model: str, pointers: Pointers, term: int) -> No
     write_split(site.split_file, renewed(with_stable(split, model, pointers.stable, endpoint, model, term), model))
 
 
-def _split(site: Site) -> Split:
+def end_engine(site: Site, before: Split, model: str, left: int, stable: int | None) -> list[str]:
+    """Kill the engine that `before` names for the version left: routers tell its streams, and ask stable for the rest.
+
+    Nothing happens to an engine that stable has, too. Returns what hindered it.
+    """
+    from mansard.serving.process import ProcessIdentity, kill_group  # asyncio is loaded only where an engine ends
+
+    endpoint = _endpoint(before, model, left)
+    if endpoint is None or (stable is not None and endpoint == _endpoint(before, model, stable)):
+        return []
+    port = urlsplit(endpoint).port
+    for file in sorted((site.run / "engines").glob("*.json")):
+        try:
+            record = json.loads(file.read_bytes())
+            if record["port"] == port:
+                kill_group(ProcessIdentity(**record["process"]))
+                return []
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # half a record; the host finds its process as an orphan
+    return [f"version {left}: {site.run / 'engines'} has no record of its engine at {endpoint}: its answers go on"]
+
+
+def traffic_split(site: Site) -> Split:
     """The file, or nothing where it is damaged: the journal is the truth."""
     try:
         return read_split(site.split_file)

@@ -93,7 +93,11 @@ def roll_back(site: Site, from_version: int | None = None, to: int | None = None
     request = Request("demo", from_version, to, more.get("hard", False), more.get("who", "otto"), more.get("why", ""))
     dead = more.get("dead", ())
     return rollback_directly(
-        site, request, lambda _, version: version not in dead, lambda *where: follow_pointers(site, *where)
+        site,
+        request,
+        lambda _, version: version not in dead,
+        lambda *where: follow_pointers(site, *where),
+        lambda *_: [],
     )
 
 
@@ -186,7 +190,7 @@ from mansard.site import load_site
 site = load_site(Path(sys.argv[1]))
 sys.stdin.readline()
 asked = Request("demo", None, None, False, sys.argv[2], "")
-told = rollback_directly(site, asked, lambda *_: True, lambda *where: follow_pointers(site, *where))
+told = rollback_directly(site, asked, lambda *_: True, lambda *where: follow_pointers(site, *where), lambda *_: [])
 print(told["changed"], told["stable"])
 """
     processes = [

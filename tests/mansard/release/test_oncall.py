@@ -56,7 +56,7 @@ def release(journal: Journal, version: int) -> None:
 def roll_back(site: Site, files: Files, **asked: object) -> dict[str, object]:
     arguments = {"from_version": None, "to_version": None, "hard": False, "who": "otto", "why": "", **asked}
     request = Request("demo", **arguments)  # type: ignore[arg-type]
-    return rollback_directly(site, request, files.answers, files.write)
+    return rollback_directly(site, request, files.answers, files.write, lambda *_: [])
 
 
 def pointers_and_split(site: Site) -> tuple[Pointers, int, int | None, int]:
@@ -100,7 +100,7 @@ from mansard.site import load_site
 site = load_site(Path(sys.argv[1]))
 sys.stdin.readline()
 who, alive, write = sys.argv[2], lambda model, version: True, lambda model, pointers, term: None
-told = rollback_directly(site, Request("demo", None, None, False, who, ""), alive, write)
+told = rollback_directly(site, Request("demo", None, None, False, who, ""), alive, write, lambda *_: [])
 print(told["changed"], told["stable"])
 """
     processes = [

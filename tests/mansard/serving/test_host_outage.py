@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 
 from mansard.errors import NotAllowed
 from mansard.release.journal import Journal
+from mansard.serving.host_client import HostClient
+from mansard.serving.process import identify
 from mansard.site import load_site
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -131,3 +134,47 @@ def test_a_rollback_with_host_and_engines_up_and_the_database_down(place: Any, p
         assert journal.term() >= json.loads(place.site.split_file.read_bytes())["term"]
     assert {e["pid"] for e in place.status()["engines"]} == engines
     assert (place.split().stable, place.split().canary) == (1, None)
+
+
+@pytest.mark.parametrize("is_journal_there", [True, False])
+def test_a_hard_rollback_without_the_host_ends_running_streams_with_an_error_event(
+    place: Any, is_journal_there: bool
+) -> None:
+    place.start_host()
+    place.start_router()
+    assert place.release(place.register())["state"] == "promoted"
+    place.wait_for("an answer", lambda: place.ask() == (200, "1"))
+    second = place.register(voice="b", seconds_per_token=0.05)
+    engines = [place.engine_of(version)["pid"] for version in (1, second)]
+    with Journal.open(place.site.journal) as journal:  # a rollout needs traffic; this is what it would have written
+        journal.start_rollout("demo", second, "ada", "", journal.pointers("demo"))
+        journal.promote("demo", second, "host", "", journal.pointers("demo"))
+        entries = len(journal.entries())
+    place.wait_for("version 2", lambda: place.ask() == (200, "2"))
+    place.wait_for("the memory", lambda: json.loads(place.site.memory_file.read_bytes())["sequence"] >= entries)
+    place.end_host(signal.SIGKILL)
+    if not is_journal_there:
+        for path in place.site.home.glob("journal.sqlite3*"):
+            path.rename(place.home / f"aside-{path.name}")
+        (place.site.home / "journal.sqlite3").mkdir()
+    with ThreadPoolExecutor() as threads:
+        stream = threads.submit(place.ask_long)
+        place.wait_for("the stream", lambda: in_flight(place, second))
+        done = command(place, "rollback", "--hard", "--json")
+        status, version, text = stream.result(60)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert (told["stable"], told["host"]) == (1, "down")
+    assert (status, version) == (599, "2")  # 599: not whole
+    assert b"version 2 broke off this answer" in text
+    assert [identify(pid) is None for pid in engines] == [False, True]
+    assert place.ask() == (200, "1")
+    if not is_journal_there:
+        (place.site.home / "journal.sqlite3").rmdir()
+        for path in place.home.glob("aside-*"):
+            path.rename(place.site.home / path.name.removeprefix("aside-"))
+
+
+def in_flight(place: Any, version: int) -> int:
+    seen = HostClient(place.site.run / "router-0.sock").call("GET", "/observations")
+    return int(seen["models"]["demo"]["versions"].get(str(version), {"in_flight": 0})["in_flight"])

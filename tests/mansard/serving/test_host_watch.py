@@ -103,7 +103,7 @@ def test_the_host_writes_down_what_an_emergency_needs_and_imports_what_was_done_
     (site.home / "journal.sqlite3").mkdir()
     request = Request("demo", None, None, True, "ada", "night")
     split = lambda *where: follow_pointers(site, *where)  # noqa: E731
-    assert rollback_directly(site, request, lambda *_: False, split)["stable"] == 1
+    assert rollback_directly(site, request, lambda *_: False, split, lambda *_: [])["stable"] == 1
     (site.home / "journal.sqlite3").rmdir()
     for path in aside.iterdir():
         path.rename(site.home / path.name)
