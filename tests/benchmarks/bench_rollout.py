@@ -1,10 +1,11 @@
 """False aborts and detection of the rollout's analysis: simulated users, the real state machine and analysis.
 
-`make bench-rollout`; about four minutes. False aborts: whole rollouts (25, 50, 100 %) of identical versions, all
-metrics, looks and steps together, evaluation having measured ratios of exactly 1, the spec's default tolerances. The
-`edge` repeats it with no tolerance at all, where the test itself has to keep its level. Detection: one step at 25 %,
-20 requests/s reaching the canary. Smaller weights and a slower tail are printed with the time to 95 %. The last line is
-JSON: false_abort_rate, limit (5 % and three Monte-Carlo standard errors), errors_caught_in_30s, latency_caught_in_30s.
+`make bench-rollout`; nine to fourteen minutes on two busy cores (2026-11-26). False aborts: whole rollouts (25, 50,
+100 %) of identical versions, all metrics, looks and steps together, evaluation having measured ratios of exactly 1, the
+spec's default tolerances. The `edge` repeats it with no tolerance at all, where the test itself has to keep its level.
+Detection: one step at 25 %, 20 requests/s reaching the canary. Smaller weights and a slower tail are printed with the
+time to 95 %. The last line is JSON: false_abort_rate, limit (5 % and three Monte-Carlo standard errors),
+errors_caught_in_30s, latency_caught_in_30s.
 Not covered: the controller's own time (a look is taken within half a second of when it is due).
 """
 
