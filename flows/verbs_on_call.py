@@ -20,6 +20,7 @@ from mansard.site import Site, find_site, load_site
 
 ROLLBACK_TIMEOUT_SECONDS = 1800.0
 """A cold previous version is started first while stable goes on serving."""
+SIDES = ("canary", "stable")
 HOST_TIMEOUT_SECONDS = 10.0
 """A host that hangs is taken for down after this; terms and compare-and-swap make that safe."""
 
@@ -64,7 +65,21 @@ def _engines_text(host: dict[str, Any]) -> str:
             seconds = facts["start_seconds"]
             last = "" if seconds is None else f", its last start took {seconds:.0f} s"
             lines.append(f"{name} version {version}: {facts['state']}{last}")
+        lines += _canary_lines(name, model["rollout"])
     return "\n".join(lines)
+
+
+def _canary_lines(name: str, walk: dict[str, Any]) -> list[str]:
+    """How the running rollout does: what both sides had since the step began, and what the last look found."""
+    if walk["state"] not in ("starting", "canary"):
+        return []
+    lines = [f"{name} rollout of version {walk['version']}: {walk['reason']}"]
+    seen = walk["observations"]
+    sides = [f"{side} {seen[side]['requests']}, {seen[side]['errors']} failed" for side in SIDES if side in seen]
+    if sides:
+        lines.append(f"  requests in {seen['seconds_in_step']:.0f} s: {'; '.join(sides)}")
+    told = [*(finding["text"] for finding in seen["findings"]), seen["engines"]["text"]]
+    return lines + [f"  {text}" for text in told if text]
 
 
 def rollback(args: argparse.Namespace) -> int:

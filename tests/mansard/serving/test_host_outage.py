@@ -50,6 +50,10 @@ def test_a_canary_that_dies_while_the_database_is_down_is_aborted_in_the_journal
     place.approve(second)
     place.start_rollout(second)
     place.wait_for("traffic on the canary", lambda: "2" in traffic.versions)
+    place.wait_for("a look", lambda: "errors: " in command(place, "status").stdout)
+    said = command(place, "status").stdout
+    assert "demo rollout of version 2: step 1 of 1: 50 % of the traffic" in said
+    assert "failed; stable " in said and "the engines' own means: first_token " in said
     engine = place.engine_of(second)["pid"]
     postgres.stop()
     try:
