@@ -3,9 +3,9 @@
 To the host it is a router worker with index 0: it follows the same split file by the same rules (a lower term is
 ignored, a canary whose lease ran out gets nothing), and answers /observations, /records and /metrics on the same
 admin socket. A term counts as taken when HAProxy was seen to carry it. Guarantees: HAProxy outlives this process, which
-finds it again by its runtime socket; it is started anew when it died; per sticky key it tells what the router tells,
-from HAProxy's log and, of what is in flight, from its table (all of a key's as old as the newest). Not covered: API
-keys, rates, error events in broken streams (HAProxy cuts them off).
+finds it again by its runtime socket, and meanwhile takes a canary to 0 % by itself; it is started anew when it died.
+Per sticky key it tells what the router tells: from HAProxy's log and, of what is in flight, from its table (all of a
+key's as old as the newest). Not covered: API keys, rates, error events in broken streams (HAProxy cuts them off).
 """
 
 import argparse
@@ -48,7 +48,9 @@ log = logging.getLogger("mansard.haproxy")
 class Driver:
     """Keeps HAProxy and the split together. `split` is what HAProxy was seen to carry."""
 
-    def __init__(self, site: Site, program: str, watch: SplitWatch, observations: Observations) -> None:
+    def __init__(
+        self, site: Site, program: str, watch: SplitWatch, observations: Observations, lease_seconds: float
+    ) -> None:
         self.split = Split()
         self.problem: str | None = None
         self.runtime = Runtime(runtime_socket(site), routes_file(site))
@@ -58,6 +60,7 @@ class Driver:
         self._observations = observations
         self._carried: ModelSplit | None = None
         self._stable_since = 0.0
+        self._lease_seconds = max(lease_seconds, 4 * LOOK_SECONDS)
         self._pid = 0
 
     def has_lease(self, model: str) -> bool:
@@ -69,7 +72,7 @@ class Driver:
             self._pid = self.runtime.pid()
             return
         config = self._site.run / "haproxy.cfg"
-        routes_file(self._site).write_text("canary 0\nlimit 0\n")
+        routes_file(self._site).write_text("canary 0\nlimit 0\nuntil 0\n")
         write_atomically(config, config_text(self._site, self._site.ports.router).encode())
         process = await asyncio.create_subprocess_exec(
             *(self._program, "-db", "-f", str(config)), stdin=asyncio.subprocess.DEVNULL, start_new_session=True
@@ -96,9 +99,11 @@ class Driver:
             return
         name = next(iter(known.models))
         serving = self._watch.serving(name)
-        if serving == self._carried and known.term == self.split.term:
-            return
         try:
+            if serving.canary is not None:
+                self.runtime.renew(self._lease_seconds)
+            if serving == self._carried and known.term == self.split.term:
+                return
             self.runtime.carry(serving)
         except HaproxyFailed as error:
             self.problem = str(error)
@@ -174,7 +179,7 @@ async def serve(site: Site, lease_seconds: float, drain_seconds: float) -> None:
         loop.add_signal_handler(number, stopping.set)
     watch = SplitWatch(site.split_file, lease_seconds, time.monotonic)
     observations = Observations(time.monotonic)
-    driver = Driver(site, program, watch, observations)
+    driver = Driver(site, program, watch, observations, lease_seconds)
     admin = RouterAdmin(site, 0, driver, observations)
 
     async def answer(request: web.BaseRequest) -> web.StreamResponse:

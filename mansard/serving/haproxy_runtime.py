@@ -168,6 +168,13 @@ class Runtime:
                 found.append(InFlight(int(values["key"]), number, age, canary, has_begun))
         return found
 
+    def renew(self, lease_seconds: float) -> None:
+        """HAProxy itself sends the canary nobody when that is over. Raises HaproxyFailed."""
+        until = round((time.time() + lease_seconds) * 1000)
+        refusal = self.ask(f"set map {self.routes} until {until}")
+        if refusal:
+            raise HaproxyFailed(f"{self.path}: the canary's lease was not renewed: {refusal}")
+
     def carry(self, model: ModelSplit) -> None:
         """Make HAProxy carry the split and read it back. Raises HaproxyFailed when it does not."""
         new = wanted(model)

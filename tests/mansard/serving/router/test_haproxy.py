@@ -239,3 +239,25 @@ def test_what_hangs_is_told_with_its_age_and_its_user(haproxy: Callable[..., Any
             assert told == sorted(int(version) for version in sides.values())
             assert all((int(key, 16) % NUM_BUCKETS < 5000) == (version == 2) for _, version, key, _, _ in waiting)
         rig.wait_until(lambda: rig.records()["in_flight"] == [], "nothing to be in flight")
+
+
+def test_without_its_driver_haproxy_takes_the_canary_to_nothing(haproxy: Callable[..., Any]) -> None:
+    with haproxy("--lease-seconds", "2") as rig:
+        split = rig.write(100)
+        assert rig.call().version == "2"
+        rig.worker.kill()
+        rig.worker.wait()
+        begun = time.monotonic()
+        rig.wait_until(lambda: rig.call().version == "1", "the lease to run out in HAProxy")
+        assert time.monotonic() - begun < 3
+        write_split(rig.home / "split.json", renewed(split, "tiny"))
+        with rig.again():
+            rig.wait_until(lambda: rig.call().version == "2", "the canary to be back")
+
+
+def test_an_api_key_ties_a_user_to_a_version_where_nothing_else_does(haproxy: Callable[..., Any]) -> None:
+    with haproxy() as rig:
+        rig.write(50)
+        seen = {key: {rig.call(authorization=f"Bearer {key}").version for _ in range(3)} for key in range(30)}
+        assert {1} == {len(found) for found in seen.values()}
+        assert {"1", "2"} == set.union(*seen.values())
