@@ -60,7 +60,7 @@ class _Times:
 
 
 def _times(line: dict[str, Any]) -> _Times:
-    """Of an answer that began. The pace is that of what came after the body's first piece, which may hold many events."""
+    """Of an answer that began. The pace is of what came after the body's first piece, which may hold many events."""
     if line["first"] == "-":  # no answer, or HAProxy's own
         return _Times()
     later_bytes = int(line["bytes"]) - int(line["first_bytes"])
