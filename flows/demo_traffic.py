@@ -18,7 +18,7 @@ from mansard.canonical import write_atomically
 
 USERS = 160
 """A canary at 25 % has 40 of them, and is judged on 30 at least."""
-CONCURRENCY = 3
+CONCURRENCY = 8
 PAUSE_SECONDS = 0.15
 PROMPTS = ("Return a new list of", "Raise TypeError when", "class Node:", "def main(", "import os\n", "This function")
 

@@ -11,8 +11,10 @@ from prefect import flow
 
 from flows.stack import urls
 from mansard.site import load_site
+from tasks.bound_branches import bound_branches
 from tasks.canary import follow_rollout, report_rollout
 from tasks.serving import begin_rollout
+from tasks.terminal import say
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,8 @@ def release(version: int, site_path: str, who: str, model: str | None = None, wh
     """Raises NotAllowed without an approval, Conflict when the baseline moved or a rollout runs, HostDown."""
     site = load_site(Path(site_path))
     name = site.model_named(model)
+    for branch in bound_branches(site, name, version):
+        say(branch.text(version))
     begin_rollout(site, name, version, who, why)
     walk = follow_rollout(site, name, version)
     report_rollout(site, name, walk, who)

@@ -48,13 +48,17 @@ class Environment:
 
 @dataclass(frozen=True, slots=True)
 class EngineSite:
-    """How engines run here. `cores` lists one core set per slot, e.g. ["0", "1"]; empty lets vLLM choose."""
+    """How engines run here. `cores` lists one core set per slot, e.g. ["0", "1"]; empty lets vLLM choose.
+
+    `branch_slots`: so many carry-on branches of one base and shape are served by one engine; 0: each by its own.
+    """
 
     environment: str = "serve"
     cores: tuple[str, ...] = ()
     kv_cache_gib: int = 1
     start_timeout_seconds: int = 900
     arguments: tuple[str, ...] = ()
+    branch_slots: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,6 +294,11 @@ def _check(site: Site) -> None:
         _check_journal(site)
     if site.router.plane not in ROUTER_PLANES:
         raise BadInput(f"{site.path}: router.plane: {site.router.plane!r} is not one of {', '.join(ROUTER_PLANES)}")
+    if site.engine.branch_slots < 0:
+        raise BadInput(f"{site.path}: engine.branch_slots: {site.engine.branch_slots} is not a number from 0 up")
+    if site.engine.branch_slots and site.router.plane != "workers":
+        raise BadInput(f"{site.path}: engine.branch_slots: {site.router.plane} cannot tell an engine which branch is "
+                       "asked; take router.plane workers, or engine.branch_slots 0")  # fmt: skip
     if site.router.workers < 1:
         raise BadInput(f"{site.path}: router.workers: {site.router.workers} is not a number from 1 up")
     if not site.models:

@@ -73,6 +73,13 @@ def _with_section(
     return store.put_manifest(Manifest(files))
 
 
+def shape_of(store: Store, branch: SnapshotId) -> BranchShape:
+    """The shape of a branch's snapshot, from its file's header."""
+    file = store.manifest(branch).files.get(FILE)
+    assert isinstance(file, TensorFile), f"snapshot {branch[:12]} is no branch"
+    return described(header_metadata(file.header), f"snapshot {branch[:12]}: {FILE}").shape
+
+
 def composition_of(store: Store, artifact: SnapshotId) -> Composition | None:
     """Base, branch and alpha of a carry-on artifact; None for any other."""
     if CONFIG_FILE not in store.manifest(artifact).files:

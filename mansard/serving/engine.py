@@ -36,7 +36,8 @@ RESUME_SECONDS = 120.0
 
 
 class Engine:
-    """`state` is one of new, starting, ready, failed, stopping, stopped. `cores` is set before `start`."""
+    """`state` is one of new, starting, ready, failed, stopping, stopped. `cores` is set before `start`. `branches` are
+    the names of those in its slots."""
 
     def __init__(self, identity: EngineIdentity, site: Site, session: aiohttp.ClientSession) -> None:
         self.identity = identity
@@ -48,6 +49,7 @@ class Engine:
         self.start_seconds: float | None = None
         self.problem = ""
         self.warning = ""
+        self.branches: set[str] = set()
         self.begun_at = 0.0
         self._site = site
         self._session = session
@@ -75,6 +77,7 @@ class Engine:
             "start_seconds": self.start_seconds,
             "log": str(self.log),
             "problem": self.problem,
+            "branches": sorted(self.branches),
         }
 
     async def start(self, tree: Path, taken_ports: Collection[int]) -> None:
@@ -106,6 +109,7 @@ class Engine:
             engine.cores, engine.port, engine.log = record["cores"], record["port"], Path(record["log"])
             engine.begun_at = record["begun_at"]
             engine.state, engine.start_seconds = record["state"], record["start_seconds"]
+            engine.branches = set(record["branches"])
         except (OSError, ValueError, KeyError, TypeError):
             return None  # half a record or an older form: the orphan search finds its process
         if engine.state not in ("starting", "ready") or not process.is_running():
@@ -123,6 +127,21 @@ class Engine:
             deadline = max(deadline, self.begun_at + self._site.engine.start_timeout_seconds)
         if not await self._is_ready_by(deadline):
             raise StageFailed(self.problem)
+
+    async def hold_branch(self, name: str, folder: Path) -> None:
+        """Have the branch of `folder` in this engine under `name`; MansardError with the engine's reason."""
+        if name not in self.branches:
+            seconds = self._site.engine.start_timeout_seconds
+            await engine_http.load_branch(self._session, self.endpoint, name, folder, seconds)
+            self.branches.add(name)
+            self._write_record()
+
+    async def drop_branch(self, name: str) -> None:
+        """No request names it any more."""
+        if name in self.branches:
+            self.branches.discard(name)
+            self._write_record()
+            await engine_http.unload_branch(self._session, self.endpoint, name, RESUME_SECONDS)
 
     async def wait_for_end(self) -> str:
         """Wait until the process ends; the reason when nobody asked it to, else an empty string."""
@@ -174,11 +193,13 @@ class Engine:
     async def _is_ready_by(self, deadline: float) -> bool:
         """Wait for /v1/models; on death or deadline the process is cleared away and `problem` says why."""
         while self._process is not None and self._process.is_running():
-            if await engine_http.serves(self._session, self.endpoint, self.identity.served_name):
+            names = await engine_http.names(self._session, self.endpoint)
+            if self.identity.served_name in names:
                 if not self._process.is_running():
                     break  # somebody else answered on this port
                 if self.state not in ("starting", "ready"):
                     return False  # stopped meanwhile
+                self.branches = names - {self.identity.served_name}
                 if self.state == "starting":
                     self.start_seconds = round(time.time() - self.begun_at, 1)
                     self.state = "ready"
@@ -235,6 +256,7 @@ class Engine:
             "state": self.state,
             "begun_at": self.begun_at,
             "start_seconds": self.start_seconds,
+            "branches": sorted(self.branches),
             "log": str(self.log),
         }
         write_atomically(self.record_file, canonical_json(record))

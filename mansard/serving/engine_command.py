@@ -3,6 +3,7 @@
 Does not cover: waiting for it, and its end (engine.py).
 """
 
+import json
 import os
 import socket
 import subprocess
@@ -20,6 +21,8 @@ from mansard.specs import Serve
 SHUTDOWN_SECONDS = 30
 """What vLLM gets to finish running generations after SIGTERM; without it, it drops them (facts.md)."""
 START_FOLDER = Path(__file__).parent / "engine_start"
+SLOT_REUSES = 4
+"""Branches that an engine may know for each slot: those asked for least recently leave their slot, not the engine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +58,22 @@ def command(identity: EngineIdentity, tree: Path, port: int, site: Site) -> list
         f"--shutdown-timeout={SHUTDOWN_SECONDS}",
         "--no-enable-log-requests",
         "--disable-uvicorn-access-log",
+        *slot_arguments(tree),
         *site.engine.arguments,
     ]
+
+
+def slot_arguments(tree: Path) -> list[str]:
+    """What vLLM needs to serve branches in slots: they are loaded as LoRA adapters are, and a header names one."""
+    try:
+        slots = json.loads((tree / "config.json").read_bytes()).get("carry_on", {}).get("slots")
+    except (OSError, ValueError, AttributeError):
+        return []  # vLLM says what is wrong with it
+    if slots is None:
+        return []
+    known = SLOT_REUSES * slots
+    return ["--enable-lora", f"--max-loras={slots}", f"--max-cpu-loras={known}", "--max-lora-rank=8",
+            "--middleware=mansard_vllm.served_name.ServedName"]  # fmt: skip
 
 
 def variables(site: Site, cores: str) -> dict[str, str]:
@@ -69,6 +86,7 @@ def variables(site: Site, cores: str) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(python_path),
         "VLLM_CPU_KVCACHE_SPACE": str(site.engine.kv_cache_gib),
         **bound,
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",  # on loopback, and the router's allow-list has no such path
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "HF_HUB_OFFLINE": "1",

@@ -4,6 +4,7 @@ Errors of the network become None or MansardError here; nothing above sees aioht
 """
 
 import json
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -25,16 +26,32 @@ async def _read(
         return None
 
 
-async def serves(session: aiohttp.ClientSession, endpoint: str, served_name: str, timeout_seconds: float = 5.0) -> bool:
-    """Does /v1/models list `served_name`?"""
+async def names(session: aiohttp.ClientSession, endpoint: str, timeout_seconds: float = 5.0) -> set[str]:
+    """What /v1/models lists: the served name, and branches in slots. Nothing while nobody answers."""
     answer = await _read(session, f"{endpoint}/v1/models", timeout_seconds)
     if answer is None or answer[0] != 200:
-        return False
+        return set()
     try:
-        listed = json.loads(answer[1])["data"]
-        return any(m["id"] == served_name for m in listed)
+        return {str(card["id"]) for card in json.loads(answer[1])["data"]}
     except (ValueError, KeyError, TypeError):
-        return False
+        return set()
+
+
+async def load_branch(
+    session: aiohttp.ClientSession, endpoint: str, name: str, folder: Path, timeout_seconds: float
+) -> None:
+    """Take a branch into the engine under `name`; MansardError with the engine's reason."""
+    body = {"lora_name": name, "lora_path": str(folder)}
+    answer = await _read(session, f"{endpoint}/v1/load_lora_adapter", timeout_seconds, body)
+    if answer is None:
+        raise MansardError(f"{endpoint}: branch {name} was not loaded within {timeout_seconds:.0f} s")
+    if answer[0] != 200:
+        raise MansardError(f"{endpoint}: branch {name} was not loaded, {answer[0]}: {answer[1][:300]!r}")
+
+
+async def unload_branch(session: aiohttp.ClientSession, endpoint: str, name: str, timeout_seconds: float) -> None:
+    """Let the engine forget a branch; one that it does not know is forgotten already."""
+    await _read(session, f"{endpoint}/v1/unload_lora_adapter", timeout_seconds, {"lora_name": name})
 
 
 async def metrics(session: aiohttp.ClientSession, endpoint: str, timeout_seconds: float = 5.0) -> Metrics | None:

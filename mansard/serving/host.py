@@ -54,9 +54,9 @@ class Host:
         self.site = site
         self.journal = journal
         self.store = Store.of(site)
-        self.traffic = Traffic(site)
-        fingerprints = Fingerprints(journal, self.store, session)
-        self.residents = Residents(site, journal, self.traffic, fingerprints.warn)
+        self.traffic = Traffic(site, lambda model, version: self.residents.name(model, version))
+        fingerprints = Fingerprints(site, journal, self.store, session)
+        self.residents = Residents(site, journal, self.store, self.traffic, fingerprints.warn)
         self.engines = Engines(site, self.store, session, self.residents.pinned, self._engine_ended)
         self.residents.engines = self.engines
         self.rollouts = Rollouts(
@@ -103,7 +103,7 @@ class Host:
         pointers = self.journal.pointers(model)
         versions = {}
         for version in self.residents.versions(model):
-            identity = self.residents.identity(model, version)
+            identity = self.residents.place(model, version).engine
             engine = self.engines.find(identity)
             versions[str(version)] = {
                 "state": "cold" if engine is None else engine.state,

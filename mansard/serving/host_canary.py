@@ -51,9 +51,10 @@ class Canary:
     async def prepare(self) -> None:
         """Engine, one real request, fingerprint: alone, before it has traffic."""
         try:
-            engine = await self.residents.engines.ensure(self.residents.identity(self.model, self.version))
+            engine = await self.residents.ready(self.model, self.version)
             self.engine = engine
-            await engine_http.complete_one_token(self.session, engine.endpoint, self.model, self.answer_seconds)
+            name = self.residents.name(self.model, self.version)
+            await engine_http.complete_one_token(self.session, engine.endpoint, name, self.answer_seconds)
             change = await self.find_fingerprint_change(self.model, self.version, engine, self.answer_seconds)
         except (MansardError, OSError) as error:
             self.blame(str(error))

@@ -42,7 +42,9 @@ def follow_pointers(site: Site, model: str, pointers: Pointers, term: int) -> No
     if known is not None and (known.stable, known.canary) == (pointers.stable, None) and split.term >= term:
         return
     endpoint = _endpoint(split, model, pointers.stable)
-    write_split(site.split_file, renewed(with_stable(split, model, pointers.stable, endpoint, model, term), model))
+    known_version = None if known is None else known.versions.get(pointers.stable)
+    name = model if known_version is None else known_version.served_name
+    write_split(site.split_file, renewed(with_stable(split, model, pointers.stable, endpoint, name, term), model))
 
 
 def end_engine(site: Site, before: Split, model: str, left: int, stable: int | None) -> list[str]:

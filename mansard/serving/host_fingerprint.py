@@ -15,6 +15,8 @@ from mansard.records import Registration
 from mansard.release.journal import Journal
 from mansard.serving import engine_http
 from mansard.serving.engine import Engine
+from mansard.serving.place import place_of
+from mansard.site import Site
 from mansard.specs import Fingerprint as FingerprintSpec
 from mansard.store import Store
 
@@ -29,7 +31,8 @@ log = logging.getLogger(__name__)
 class Fingerprints:
     """Reads the recorded ones from the store; how they were asked for stands in their lineage."""
 
-    def __init__(self, journal: Journal, store: Store, session: Any) -> None:  # noqa: ANN401 - for engine_http
+    def __init__(self, site: Site, journal: Journal, store: Store, session: Any) -> None:  # noqa: ANN401 - for engine_http
+        self._site = site
         self._journal = journal
         self._store = store
         self._session = session
@@ -39,11 +42,12 @@ class Fingerprints:
     ) -> str:
         """How the answers differ; empty when they do not. MansardError when the engine does not answer by then."""
         registration = self._journal.registration(model, version)
+        name = place_of(self._site, self._store, registration).name
         recorded, asked = await asyncio.to_thread(self._recorded, registration)
         end = time.monotonic() + deadline_seconds
         answers = []
         for prompt in asked.prompts:
-            body = question(registration.model_name, prompt, asked.tokens)
+            body = question(name, prompt, asked.tokens)
             left = max(end - time.monotonic(), 0.1)
             tree = await engine_http.post_json(self._session, engine.endpoint, PATH, body, left)
             answers.append(answer(engine.endpoint, prompt, tree))

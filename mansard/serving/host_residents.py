@@ -14,11 +14,11 @@ from mansard.errors import MansardError
 from mansard.release.journal import Journal
 from mansard.release.window import resident_versions
 from mansard.serving.engine import Engine
-from mansard.serving.engine_command import EngineIdentity
 from mansard.serving.host_engines import Engines
 from mansard.serving.host_traffic import Traffic
+from mansard.serving.place import Place, branch_folder, place_of
 from mansard.site import Site
-from mansard.specs import Serve
+from mansard.store import Store
 
 LOOK_SECONDS = 2.0
 """How often the journal is looked at for moves that another process made."""
@@ -33,27 +33,31 @@ WarnFingerprint = Callable[[str, int, Engine], Awaitable[None]]
 class Residents:
     """`engines` is set once, right after construction: engines ask this object what is pinned."""
 
-    def __init__(self, site: Site, journal: Journal, traffic: Traffic, warn_fingerprint: WarnFingerprint) -> None:
+    def __init__(
+        self, site: Site, journal: Journal, store: Store, traffic: Traffic, warn_fingerprint: WarnFingerprint
+    ) -> None:
         self.engines: Engines
         self._site = site
         self._journal = journal
         self._traffic = traffic
         self._warn_fingerprint = warn_fingerprint
-        self._identities: dict[tuple[str, int], EngineIdentity] = {}
+        self._store = store
+        self._places: dict[tuple[str, int], Place] = {}
         self._starts: dict[tuple[str, int], asyncio.Task[None]] = {}
         self._failures: dict[tuple[str, int], int] = {}
         self._not_before: dict[tuple[str, int], float] = {}
         self._wakes = asyncio.Event()
 
-    def identity(self, model: str, version: int) -> EngineIdentity:
-        """What serves a version. BadInput for one that is not registered."""
+    def place(self, model: str, version: int) -> Place:
+        """Where a version answers. BadInput for one that is not registered."""
         key = (model, version)
-        if key not in self._identities:
-            registration = self._journal.registration(model, version)
-            self._identities[key] = EngineIdentity(
-                registration.artifact, model, Serve.model_validate(registration.serve, strict=False)
-            )
-        return self._identities[key]
+        if key not in self._places:
+            self._places[key] = place_of(self._site, self._store, self._journal.registration(model, version))
+        return self._places[key]
+
+    def name(self, model: str, version: int) -> str:
+        """What a request asks the version's engine for."""
+        return self.place(model, version).name
 
     def versions(self, model: str) -> list[int]:
         """Versions that stay resident; stable first."""
@@ -62,25 +66,59 @@ class Residents:
 
     def pinned(self) -> set[str]:
         """Keys of engines that may not be stopped to make room."""
-        return {self.identity(m, v).key for m in self._site.models for v in self.versions(m)}
+        return {self.place(m, v).engine.key for m in self._site.models for v in self.versions(m)}
 
     def endpoint(self, model: str, version: int) -> str | None:
         """Where a version answers; None while it does not."""
-        engine = self.engines.find(self.identity(model, version))
-        return engine.endpoint if engine is not None and engine.state == "ready" else None
+        place = self.place(model, version)
+        engine = self.engines.find(place.engine)
+        if engine is None or engine.state != "ready":
+            return None
+        return engine.endpoint if place.branch is None or place.name in engine.branches else None
+
+    async def ready(self, model: str, version: int) -> Engine:
+        """The version's engine, ready, with its branch where it has one. MansardError when it does not come up."""
+        place = self.place(model, version)
+        if place.branch is not None:  # the artifact with slots is nobody's version: collect may have taken it
+            place_of(self._site, self._store, self._journal.registration(model, version))
+        engine = await self.engines.ensure(place.engine)
+        if place.branch is not None:
+            folder = await asyncio.to_thread(branch_folder, self._site, self._store, place.branch)
+            await engine.hold_branch(place.name, folder)
+        return engine
 
     async def start(self, model: str, version: int) -> Engine:
         """The version's engine, ready, and its fingerprint compared: a change is a warning of the engine."""
-        identity = self.identity(model, version)
-        is_fresh = not self.engines.is_ready(identity)
-        engine = await self.engines.ensure(identity)
+        is_fresh = self.endpoint(model, version) is None
+        engine = await self.ready(model, version)
         if is_fresh:
             await self._warn_fingerprint(model, version, engine)
         return engine
 
+    async def retire(self, model: str, version: int) -> None:
+        """A version that is not to be trusted: its engine ends, unless one in service needs it; then its branch."""
+        place = self.place(model, version)
+        self.engines.retire(place.engine)
+        engine = self.engines.find(place.engine)
+        if place.branch is not None and engine is not None and not self._serves_branch(place):
+            await engine.drop_branch(place.name)
+
+    def _serves_branch(self, place: Place) -> bool:
+        return any(self.place(m, v) == place for m in self._site.models for v in self.versions(m))
+
+    def shares_engine(self, model: str, version: int) -> bool:
+        """Whether the engine of a version also serves another version's users."""
+        key = self.place(model, version).engine.key
+        for other in self._site.models:
+            pointers = self._journal.pointers(other)
+            for role in (pointers.stable, pointers.canary):
+                if role is not None and (other, role) != (model, version) and self.place(other, role).engine.key == key:
+                    return True
+        return False
+
     def warnings(self, model: str, version: int) -> list[str]:
         """What its engine warned of at its last start."""
-        engine = self.engines.find(self.identity(model, version))
+        engine = self.engines.find(self.place(model, version).engine)
         return [] if engine is None or not engine.warning else [f"version {version}: {engine.warning}"]
 
     def wake(self) -> None:
@@ -121,7 +159,7 @@ class Residents:
             self._traffic.follow_pointers(model, pointers, stable_endpoint, self._journal.term())
         self._traffic.hold_endpoints(model, {v: self.endpoint(model, v) for v in versions if v != pointers.canary})
         for version in versions:
-            if version != pointers.canary and not self.engines.is_ready(self.identity(model, version)):
+            if version != pointers.canary and self.endpoint(model, version) is None:
                 self._start_later(model, version)
 
     def _start_later(self, model: str, version: int) -> None:

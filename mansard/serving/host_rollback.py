@@ -130,11 +130,10 @@ class Rollback:
         return time.monotonic() - begun
 
     async def _end_left(self, model: str, plan: RollbackPlan) -> None:
-        """The engine of the version that is left, unless the new stable's is the same."""
+        """The engine of the version that is left, unless it serves others too."""
         assert plan.version is not None, f"a {plan.action} names the version that is left"
-        left, stable = self._residents.identity(model, plan.version), self._journal.pointers(model).stable
-        if stable is None or self._residents.identity(model, stable).key != left.key:
-            await self._residents.engines.end_now(left)
+        if not self._residents.shares_engine(model, plan.version):
+            await self._residents.engines.end_now(self._residents.place(model, plan.version).engine)
 
     async def _confirm(self, request: RollbackRequest, plan: RollbackPlan, term: int) -> list[str]:
         """What is not as it should be after the move: a worker that did not take it, a stable that does not answer."""
@@ -147,7 +146,8 @@ class Rollback:
         if endpoint is None:
             return [*warnings, f"version {stable} does not answer yet; it is being started"]
         try:
-            await engine_http.complete_one_token(self._session, endpoint, request.model, CONFIRM_TIMEOUT_SECONDS)
+            name = self._residents.name(request.model, stable)
+            await engine_http.complete_one_token(self._session, endpoint, name, CONFIRM_TIMEOUT_SECONDS)
         except MansardError as error:
             warnings.append(f"version {stable} did not answer a real request: {error}")
         return warnings

@@ -6,7 +6,7 @@ itself refuses an older term. Does not cover: the journal, which hands out the t
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from mansard.errors import Corrupt
 from mansard.release.events import Pointers
@@ -19,10 +19,12 @@ POLL_SECONDS = 0.05
 
 
 class Traffic:
-    """Endpoints are http://127.0.0.1:PORT, or None while no engine holds the version. The served name is the model."""
+    """Endpoints are http://127.0.0.1:PORT, or None while no engine holds the version. `name_of` says what a request
+    asks a version's engine for."""
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site: Site, name_of: Callable[[str, int], str]) -> None:
         self._site = site
+        self._name_of = name_of
 
     def split(self) -> Split:
         """What is on disk; the empty split where that is damaged, because the journal is the truth."""
@@ -33,10 +35,11 @@ class Traffic:
 
     def set_stable(self, model: str, version: int, endpoint: str | None, term: int) -> None:
         """All traffic to `version`; no canary."""
-        self._write(splits.with_stable(self.split(), model, version, endpoint, model, term))
+        self._write(splits.with_stable(self.split(), model, version, endpoint, self._name_of(model, version), term))
 
     def set_canary(self, model: str, version: int, endpoint: str, weight_percent: int, term: int) -> None:
-        self._write(splits.with_canary(self.split(), model, version, endpoint, model, weight_percent, term))
+        name = self._name_of(model, version)
+        self._write(splits.with_canary(self.split(), model, version, endpoint, name, weight_percent, term))
 
     def remove_canary(self, model: str, term: int) -> None:
         """All traffic to stable; a model without a stable has no traffic at all, and nothing to write."""
@@ -55,7 +58,7 @@ class Traffic:
             return
         for version, endpoint in endpoints.items():
             if version not in known.versions or known.versions[version].endpoint != endpoint:
-                split = splits.with_endpoint(split, model, version, endpoint, model)
+                split = splits.with_endpoint(split, model, version, endpoint, self._name_of(model, version))
         for version in known.versions:
             if version not in endpoints and version not in (known.stable, known.canary):
                 split = splits.without_version(split, model, version)
@@ -70,7 +73,8 @@ class Traffic:
         known = split.models.get(model)
         if known is not None and known.stable == pointers.stable and known.canary is None and split.term == term:
             return
-        wanted = splits.with_stable(split, model, pointers.stable, endpoint, model, term)
+        name = self._name_of(model, pointers.stable)
+        wanted = splits.with_stable(split, model, pointers.stable, endpoint, name, term)
         self._write(splits.renewed(wanted, model))
 
     async def unconfirmed_workers(self, term: int, timeout_seconds: float) -> list[str]:

@@ -169,7 +169,7 @@ class Walker:
             self._promote(action, following)
         elif isinstance(action, Abort):
             self._abort(walk.model, HOST, action.reason, walk.pointers)
-            self._residents.engines.retire(self._residents.identity(walk.model, walk.version))
+            await self._residents.retire(walk.model, walk.version)
 
     async def _look(self, action: Look) -> None:
         walk = self._walk

@@ -14,7 +14,7 @@ from aiohttp import web
 
 from mansard.serving.router_engine import EngineConnection, EngineFailed, EngineHead
 from mansard.serving.router_metrics import Attempt, Observations
-from mansard.serving.router_policy import MODEL_HEADER, VERSION_HEADER, Refused, error_body
+from mansard.serving.router_policy import MODEL_HEADER, VERSION_HEADER, Refused, asked_by_name, error_body
 from mansard.serving.router_pool import EnginePool
 from mansard.serving.router_queue import RETRY_AFTER_SECONDS
 from mansard.serving.router_split import SplitWatch
@@ -110,7 +110,8 @@ class Forwarder:
         if known is None or known.endpoint is None:
             return Failure(f"no engine holds version {version}")
         try:
-            connection, head = await self._pool.ask(known.endpoint, question.payload)
+            payload = asked_by_name(question.payload, question.model, known.served_name)
+            connection, head = await self._pool.ask(known.endpoint, payload)
         except EngineFailed as error:
             return Failure(str(error))
         is_whole = not head.is_event_stream and head.length is not None and head.length <= WHOLE_ANSWER_BYTES

@@ -20,6 +20,9 @@ ALLOWED = {
 
 VERSION_HEADER = "x-mansard-version"
 MODEL_HEADER = "x-mansard-model"
+SERVED_NAME_HEADER = "x-mansard-served-name"
+"""To an engine with slots: which branch to ask, whatever model the body names (infra/vllm-plugin). A client's own is
+not passed on."""
 STICKY_HEADERS = ("x-mansard-session", "x-user-id")
 
 HOP_BY_HOP = frozenset(
@@ -93,6 +96,14 @@ def model_named(models: Iterable[str], body: bytes) -> str:
     if not isinstance(name, str) or name not in known:
         raise Refused(404, "not_found_error", f"model {str(name)[:80]!r} does not exist; known: {', '.join(known)}")
     return name
+
+
+def asked_by_name(payload: bytes, model: str, served_name: str) -> bytes:
+    """The request for an engine where the version has another name than the model."""
+    if served_name == model:
+        return payload
+    line, _, rest = payload.partition(b"\r\n")
+    return b"%b\r\n%b: %b\r\n%b" % (line, SERVED_NAME_HEADER.encode(), served_name.encode(), rest)
 
 
 def engine_request(path: str, method: str, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> bytes:

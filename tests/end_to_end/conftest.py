@@ -129,7 +129,7 @@ def write_specs(folder: Path) -> None:
     weigh(upgrade, code=0.4)
     upgrade["release"]["latency_tolerance"] = 50.0  # what a busy machine does to latency is not this test's subject
     upgrade["release"]["steps"] = [
-        {"weight_percent": 25, "bake_seconds": 3, "min_requests": 10, "deadline_seconds": 600},
+        {"weight_percent": 50, "bake_seconds": 3, "min_requests": 10, "deadline_seconds": 600},
         {"weight_percent": 100, "bake_seconds": 3, "min_requests": 10, "deadline_seconds": 600},
     ]
     harmful = json.loads(json.dumps(upgrade))

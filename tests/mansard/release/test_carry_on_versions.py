@@ -16,6 +16,38 @@ from mansard.records import Registration
 from mansard.release.journal import Journal
 from mansard.site import Site
 from mansard.store import Store
+from tasks.bound_branches import bound_branches
+
+
+def branch_on(store: Store, base: str, folder: Path) -> str:
+    """The artifact of a branch that says nothing, on `base`."""
+    tensors = {"project": numpy.zeros((2, 2), dtype=numpy.float32)}
+    metadata = BranchDescription(base, shape_of(32, 8, 1), 1.0).metadata()
+    folder.mkdir()
+    (folder / FILE).write_bytes(save(tensors, metadata=metadata))
+    return compose(store, base, store.snapshot(folder), 0.75)
+
+
+def test_a_release_lists_the_branches_that_stay_on_the_base_it_leaves(
+    site: Site,
+    journal: Journal,
+    store: Store,
+    candidate: Callable[..., Registration],
+    make_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    base = store.snapshot(make_checkpoint(depth=2))
+    branch = branch_on(store, base, tmp_path / "branch")
+    journal.register(candidate(artifact=branch, model=base, base_version=None), None)
+    journal.start_rollout("demo", 1, "otto", "", journal.pointers("demo"))
+    journal.step("demo", 1, 100, "host", "", journal.pointers("demo"))
+    journal.promote("demo", 1, "host", "all steps pass", journal.pointers("demo"))
+    journal.register(candidate("two", artifact=branch, model=base), None)
+    journal.register(candidate("three"), None)
+    assert bound_branches(site, "demo", 2) == [], "the same base"
+    (found,) = bound_branches(site, "demo", 3)
+    assert (found.version, found.is_stable, found.base) == (1, True, base)
+    assert f"base {base[:12]}, which version 3 is not" in found.text(3)
 
 
 def test_why_tells_base_branch_and_alpha_of_a_carry_on(
@@ -28,12 +60,8 @@ def test_why_tells_base_branch_and_alpha_of_a_carry_on(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     base = store.snapshot(make_checkpoint(depth=2))
-    tensors = {"project": numpy.zeros((2, 2), dtype=numpy.float32)}
-    metadata = BranchDescription(base, shape_of(32, 8, 1), 1.0).metadata()
-    (tmp_path / "branch").mkdir()
-    (tmp_path / "branch" / FILE).write_bytes(save(tensors, metadata=metadata))
+    artifact = branch_on(store, base, tmp_path / "branch")
     branch = store.snapshot(tmp_path / "branch")
-    artifact = compose(store, base, branch, 0.75)
     journal.register(candidate(artifact=artifact, model=base, base_version=None), None)
     assert main(["why", "1", "--model", "demo", "--site", str(site.path)]) == 0
     text = capsys.readouterr().out

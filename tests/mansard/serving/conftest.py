@@ -81,6 +81,7 @@ class Traffic:
     _threads: list[threading.Thread] = field(default_factory=list)
 
     def start(self, num_threads: int = 2) -> None:
+        self._stop.clear()
         for number in range(num_threads):
             thread = threading.Thread(target=self._run, args=(number,))
             thread.start()
@@ -246,17 +247,18 @@ class Place:
 
     def start_engine(self, artifact: str) -> dict[str, Any]:
         body = {"model": "demo", "artifact": artifact, "serve": {}, "wait": True}
-        return self.client.call("POST", "/engines", body, timeout_seconds=DEADLINE_SECONDS)
+        return self.client.call("POST", "/engines", body, timeout_seconds=self.site.engine.start_timeout_seconds)
 
     def register(
         self,
         release: dict[str, Any] = RELEASE,
         fingerprint: str | None = None,
         ratios: dict[str, float] | None = RATIOS,
+        artifact: str | None = None,
         **behaviour: Any,
     ) -> int:
         """A version whose fingerprint was taken from its own engine, as evaluation does; `ratios` are its cost's."""
-        artifact = self.artifact(**behaviour)
+        artifact = artifact or self.artifact(**behaviour)
         spec = {"prompts": PROMPTS, "tokens": 4, "tolerance": 0.1}
         if fingerprint is None:
             endpoint = self.start_engine(artifact)["endpoint"]

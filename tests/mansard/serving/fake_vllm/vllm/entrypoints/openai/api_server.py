@@ -10,7 +10,9 @@ Answers are a deterministic function of the prompt and of `behaviour.json` in th
    "seconds_to_first_token": float, "seconds_per_token": float   in streams, after their head
    "start_once": str      a file: where it is there the start fails, else it is made,
    "babble_once": str     a file: where it is there the voice is another, else it is made}
-`POST /die` ends the process at once. Standard library only.
+With --enable-lora it takes branches as vLLM with our plugin does: /v1/load_lora_adapter, the served-name header. A
+branch, composed into the model's folder or in a slot, is a voice of its own. `POST /die` ends the process at once.
+Standard library only.
 """
 
 import argparse
@@ -33,6 +35,10 @@ class Engine:
         self.name = name
         self.folder = folder
         self.behaviour = json.loads((folder / "behaviour.json").read_text())
+        if (folder / "carry_on/branch.safetensors").exists():
+            section = json.loads((folder / "config.json").read_text())["carry_on"]
+            self.behaviour["voice"] = branch_voice(folder / "carry_on", section["alpha"])
+        self.branches: dict[str, str] = {}
         self.lock = threading.Lock()
         self.running = 0
         self.completions = 0
@@ -58,9 +64,9 @@ class Engine:
                 self.sums[f"vllm:{name}_sum"] += value
                 self.sums[f"vllm:{name}_count"] += 1
 
-    def tokens(self, prompt: str, count: int) -> list[str]:
+    def tokens(self, prompt: str, count: int, name: str) -> list[str]:
         """`count` words that only voice, prompt and place decide."""
-        voice = self.behaviour.get("voice", "plain")
+        voice = self.branches.get(name) or self.behaviour.get("voice", "plain")
         if self.completions > self.behaviour.get("babble_after", math.inf):
             voice = "babble"
         return [f" {voice}{hashlib.sha256(f'{voice}|{prompt}|{i}'.encode()).hexdigest()[:4]}" for i in range(count)]
@@ -69,7 +75,7 @@ class Engine:
         prompts = body["prompt"] if isinstance(body["prompt"], list) else [body["prompt"]]
         choices = []
         for index, prompt in enumerate(prompts):
-            made = self.tokens(str(prompt), body.get("max_tokens", 16))
+            made = self.tokens(str(prompt), body.get("max_tokens", 16), body["model"])
             echoed = str(prompt).split(" ") if body.get("echo") else []
             said = [*echoed, *made]
             logprobs = None
@@ -95,8 +101,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.path == "/v1/models":
-            card = {"id": self.engine.name, "object": "model", "root": str(self.engine.folder), "max_model_len": 1024}
-            self.answer(200, {"object": "list", "data": [card]})
+            names = [self.engine.name, *self.engine.branches]
+            card = {"object": "model", "root": str(self.engine.folder), "max_model_len": 1024}
+            self.answer(200, {"object": "list", "data": [{"id": name, **card} for name in names]})
         elif self.path == "/metrics":
             self.answer(200, self.engine.metrics())
         elif self.path == "/version":
@@ -108,10 +115,14 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or b"{}")
         if self.path == "/die":
             os._exit(17)
+        if self.path.endswith("_lora_adapter"):
+            self.move_branch(body)
+            return
+        body["model"] = self.headers.get("x-mansard-served-name", body.get("model"))
         if self.path not in ("/v1/completions", "/v1/chat/completions"):
             self.answer(404, {})
             return
-        if body.get("model") != self.engine.name:
+        if body.get("model") not in {self.engine.name, *self.engine.branches}:
             self.answer(404, {"error": {"message": f"The model {body.get('model')!r} does not exist."}})
             return
         with self.engine.lock:
@@ -127,7 +138,8 @@ class Handler(BaseHTTPRequestHandler):
             elif body.get("stream"):
                 self.stream(body)
             elif "messages" in body:
-                text = "".join(self.engine.tokens(json.dumps(body["messages"]), body.get("max_tokens", 16)))
+                asked = json.dumps(body["messages"])
+                text = "".join(self.engine.tokens(asked, body.get("max_tokens", 16), body["model"]))
                 message = {"role": "assistant", "content": text}
                 choices = [{"index": 0, "message": message, "finish_reason": "length"}]
                 self.answer(200, {"id": "chat-1", "object": "chat.completion", "choices": choices})
@@ -137,6 +149,15 @@ class Handler(BaseHTTPRequestHandler):
         finally:
             with self.engine.lock:
                 self.engine.running -= 1
+
+    def move_branch(self, body: dict[str, Any]) -> None:
+        name, branches = body["lora_name"], self.engine.branches
+        if self.path == "/v1/load_lora_adapter":
+            folder = Path(body["lora_path"])
+            branches[name] = branch_voice(folder, json.loads((folder / "alpha.json").read_text())["alpha"])
+        else:
+            branches.pop(name, None)
+        self.answer(200, "Success")
 
     def stream(self, body: dict[str, Any]) -> None:
         self.send_response(200)
@@ -148,7 +169,7 @@ class Handler(BaseHTTPRequestHandler):
         begun = time.monotonic()
         time.sleep(float(self.engine.behaviour.get("seconds_to_first_token", 0.0)))
         first = time.monotonic() - begun
-        for word in self.engine.tokens(prompt, body.get("max_tokens", 16)):
+        for word in self.engine.tokens(prompt, body.get("max_tokens", 16), body["model"]):
             self.chunk(f"data: {json.dumps({'choices': [{'index': 0, 'text': word}]})}\n\n")
             time.sleep(float(self.engine.behaviour.get("seconds_per_token", 0.0)))
         self.engine.count(body.get("max_tokens", 16), first, time.monotonic() - begun)
@@ -167,6 +188,11 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
 
+def branch_voice(folder: Path, alpha: float) -> str:
+    digest = hashlib.sha256((folder / "branch.safetensors").read_bytes()).hexdigest()
+    return f"branch{digest[:6]}at{alpha:.2f}"
+
+
 class Server(ThreadingHTTPServer):
     daemon_threads = True
     allow_reuse_address = True
@@ -179,8 +205,10 @@ def main() -> None:
         parser.add_argument(name, required=True)
     for name in ("--port", "--seed", "--shutdown-timeout"):
         parser.add_argument(name, type=int, required=True)
-    for name in ("--enforce-eager", "--no-enable-log-requests", "--disable-uvicorn-access-log"):
+    for name in ("--enforce-eager", "--no-enable-log-requests", "--disable-uvicorn-access-log", "--enable-lora"):
         parser.add_argument(name, action="store_true")
+    for name in ("--max-loras", "--max-cpu-loras", "--max-lora-rank", "--middleware"):
+        parser.add_argument(name)
     options = parser.parse_args()
     engine = Engine(options.served_model_name, Path(options.model))
     print(f"cores {os.environ.get('VLLM_CPU_OMP_THREADS_BIND')}", flush=True)

@@ -1,0 +1,224 @@
+"""Branches of one base as versions: they share an engine, move without a start, and each answers as evaluation saw it.
+
+The host and the router are real; the engine is the stand-in, and in one test the real vLLM with our plugin.
+"""
+
+import json
+import os
+import signal
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from mansard.canonical import canonical_json
+from mansard.carry_on.branch import Branch
+from mansard.carry_on.branch_file import branch_bytes
+from mansard.composition.compose import compose
+from mansard.composition.description import FILE, BranchDescription
+from mansard.composition.shape import shape_of
+from mansard.demo.base import save_base, train_tokenizer, untrained_model
+from mansard.errors import BadInput
+from mansard.evaluation.fingerprint import take
+from mansard.serving.place import branch_folder
+from mansard.serving.split import VersionSplit
+from mansard.site import load_site
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[3]
+SHAPE = {"vocabulary": 512, "hidden": 128, "intermediate": 256, "blocks": 2, "heads": 2, "max_tokens": 1024}
+
+
+def set_site(place: Any, **engine: Any) -> None:
+    """More keys for the site's `engine`."""
+    tree = json.loads(place.site.path.read_text())
+    tree["engine"] |= engine
+    place.site.path.write_text(json.dumps(tree))
+    place.site = load_site(place.site.path)
+
+
+@pytest.fixture
+def base(place: Any) -> str:
+    """The artifact of a small Llama on which branches can stand, and a site with four slots."""
+    set_site(place, branch_slots=4)
+    tree = place.home / "base"
+    model = untrained_model(SHAPE, 0)
+    with torch.no_grad():
+        for parameter in model.parameters():  # far enough from zero that greedy answers are no ties
+            if parameter.ndim == 2:
+                parameter.mul_(4.0)
+    save_base(model, train_tokenizer([f"word{i} " * 30 for i in range(50)], 512, 1024), tree)
+    (tree / "behaviour.json").write_bytes(canonical_json({"voice": "base"}))
+    return str(place.store.snapshot(tree))
+
+
+def branch_on(place: Any, base: str, seed: int) -> str:
+    """The artifact of a random branch on `base`."""
+    shape = shape_of(128, 64, 1)
+    branch = Branch(shape)
+    branch.start(seed)
+    with torch.no_grad():
+        branch.output.copy_(torch.randn(branch.output.shape, generator=torch.Generator().manual_seed(seed)))
+    data = branch_bytes(BranchDescription(base, shape, 1.0), dict(branch.named_parameters()), torch.float32)
+    folder = place.home / f"branch-{seed}"
+    folder.mkdir()
+    (folder / FILE).write_bytes(data)
+    return compose(place.store, base, place.store.snapshot(folder), 1.0)
+
+
+@pytest.fixture
+def three(place: Any, base: str) -> Iterator[list[int]]:
+    """The base and two branches, registered; 1 is released."""
+    place.start_host()
+    place.start_router()
+    versions = [place.register(artifact=base)]
+    assert place.release(1)["state"] == "promoted"
+    versions += [place.register(artifact=branch_on(place, base, seed)) for seed in (1, 2)]
+    for version in versions[1:]:  # evaluation's own engines are not what serves
+        place.client.call("POST", "/engines/stop", {"artifact": artifact_of(place, version)})
+    yield versions
+
+
+def artifact_of(place: Any, version: int) -> str:
+    from mansard.release.journal import Journal
+
+    with Journal.open(place.site.journal) as journal:
+        return str(journal.registration("demo", version).artifact)
+
+
+def shared_engine(place: Any) -> dict[str, Any]:
+    (found,) = [e for e in place.status()["engines"] if e["served_name"].startswith("base-")]
+    return dict(found)
+
+
+def served(place: Any, version: int) -> VersionSplit:
+    found: VersionSplit = place.split().versions[version]
+    return found
+
+
+def release(place: Any, traffic: Any, version: int) -> None:
+    """Judge, approve and release under traffic; a real engine takes minutes to start on a busy machine."""
+    place.judged_against_stable(version)
+    place.approve(version)
+    place.start_rollout(version)
+    over = ("promoted", "aborted")
+    place.wait_for("the canary", lambda: place.rollout()["state"] in (*over, "canary"), 1800)
+    traffic.start()
+    ended = place.wait_for("the rollout's end", lambda: (r := place.rollout())["state"] in over and r, 1800)
+    traffic.stop()
+    assert ended["state"] == "promoted", ended["reason"]
+
+
+def test_moving_between_branches_of_one_base_starts_no_engine(place: Any, three: list[int], traffic: Any) -> None:
+    release(place, traffic, 2)
+    before = shared_engine(place)
+    assert before["branches"] == [artifact_of(place, 2)[:16]]
+    release(place, traffic, 3)
+    after = shared_engine(place)
+    assert (after["pid"], len(after["branches"])) == (before["pid"], 2)
+    assert served(place, 2).endpoint == served(place, 3).endpoint
+    moved = place.roll_back()
+    assert (moved["stable"], moved["started_seconds"], moved["warnings"]) == (2, 0.0, [])
+    assert shared_engine(place)["pid"] == before["pid"]
+    assert place.ask() == (200, "2")
+    assert set(traffic.statuses) == {200}
+
+
+def test_each_branch_answers_through_the_router_as_its_own_engine_did(
+    place: Any, three: list[int], traffic: Any
+) -> None:
+    from tests.mansard.serving.conftest import ask
+
+    said = {1: ask(place.site.ports.router)[2]}
+    for version in (2, 3):
+        release(place, traffic, version)
+        said[version] = ask(place.site.ports.router)[2]
+    texts = {version: json.loads(body)["choices"][0]["text"] for version, body in said.items()}
+    assert len(set(texts.values())) == 3
+    assert texts[1].startswith(" base") and texts[2].startswith(" branch")
+
+
+def test_a_shared_engine_that_dies_comes_back_with_its_branch(place: Any, three: list[int], traffic: Any) -> None:
+    release(place, traffic, 2)
+    before = shared_engine(place)
+    os.kill(before["pid"], signal.SIGKILL)
+    place.wait_for("another engine with the branch", lambda: _is_back(place, before["pid"]))
+    place.wait_for("version 2 to answer again", lambda: place.ask() == (200, "2"))
+
+
+def _is_back(place: Any, pid: int) -> bool:
+    engines = [e for e in place.status()["engines"] if e["served_name"].startswith("base-")]
+    return any(e["pid"] != pid and e["state"] == "ready" and e["branches"] for e in engines)
+
+
+def test_the_next_host_adopts_the_engine_with_its_branches(place: Any, three: list[int], traffic: Any) -> None:
+    release(place, traffic, 2)
+    before = shared_engine(place)
+    place.host.kill()
+    place.host.wait()
+    place.start_host()
+    place.wait_for("the branches of the adopted engine", lambda: shared_engine(place)["branches"])
+    assert shared_engine(place)["pid"] == before["pid"]
+    assert place.ask() == (200, "2")
+
+
+def test_an_aborted_branch_leaves_the_engine_to_the_others(place: Any, three: list[int], traffic: Any) -> None:
+    release(place, traffic, 2)
+    other = place.store.put_files({"fingerprint.json": b'{"format":1,"answers":[]}'})
+    place.register(artifact=branch_on(place, artifact_of(place, 1), 3), fingerprint=other)
+    place.approve(4)
+    place.start_rollout(4)
+    ended = place.wait_for_end()
+    assert ended["state"] == "aborted", ended
+    place.wait_for("the branch to leave", lambda: len(shared_engine(place)["branches"]) == 1)
+    assert place.ask() == (200, "2")
+
+
+def fingerprint_in_slot(place: Any, endpoint: str, artifact: str) -> str:
+    """What a branch answers in a slot of a running engine; a third engine of its own would cost minutes."""
+    body = json.dumps({"lora_name": "probe", "lora_path": str(branch_folder(place.site, place.store, artifact))})
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{endpoint}/v1/load_lora_adapter", body.encode(), headers)
+    with urllib.request.urlopen(request, timeout=600) as answer:
+        answer.read()
+    taken = take(endpoint, "probe", ["def add(a, b):", "import os"], 4)
+    return str(place.store.put_files({"fingerprint.json": canonical_json(taken.as_json())}))
+
+
+@pytest.mark.engine
+def test_real_engine_answers_for_each_branch_as_evaluation_recorded_it(place: Any, base: str, traffic: Any) -> None:
+    """vLLM with our plugin: the fingerprints of engines of their own hold in the slots of a shared one."""
+    tree = json.loads(place.site.path.read_text())
+    tree["environments"]["serve"] = {
+        "python": str(ROOT / ".venv-serve/bin/python"), "lock": str(ROOT / "infra/constraints/serve-cpu.txt"),
+        "variables": {"VLLM_PLUGINS": "mansard_carry_on"},
+    }  # fmt: skip
+    place.site.path.write_text(json.dumps(tree))
+    set_site(place, start_timeout_seconds=1800)
+    place.start_host()
+    place.start_router()
+    place.register(artifact=base)
+    release(place, traffic, 1)
+    place.register(artifact=branch_on(place, base, 1))
+    place.client.call("POST", "/engines/stop", {"artifact": artifact_of(place, 2)})
+    release(place, traffic, 2)
+    shared, other = shared_engine(place), branch_on(place, base, 2)
+    place.register(artifact=other, fingerprint=fingerprint_in_slot(place, shared["endpoint"], other))
+    release(place, traffic, 3)
+    assert shared_engine(place)["pid"] == shared["pid"]
+    moved = place.roll_back()
+    assert (moved["stable"], moved["started_seconds"], moved["warnings"]) == (2, 0.0, [])
+    assert set(traffic.statuses) == {200}
+
+
+def test_slots_are_refused_where_the_router_cannot_name_a_branch(place: Any) -> None:
+    tree = json.loads(place.site.path.read_text())
+    tree["engine"]["branch_slots"], tree["router"] = 4, {"plane": "haproxy"}
+    (path := place.home / "other.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.raises(BadInput, match=r"engine\.branch_slots: haproxy cannot tell an engine which branch is asked"):
+        load_site(path)
