@@ -50,12 +50,14 @@ def follow_pointers(site: Site, model: str, pointers: Pointers, term: int) -> No
 def end_engine(site: Site, before: Split, model: str, left: int, stable: int | None) -> list[str]:
     """Kill the engine that `before` names for the version left: routers tell its streams, and ask stable for the rest.
 
-    Nothing happens to an engine that stable has, too. Returns what hindered it.
+    Nothing happens to an engine that stable has, too, or another model's users. Returns what hindered it.
     """
     from mansard.serving.process import ProcessIdentity, kill_group  # asyncio is loaded only where an engine ends
 
     endpoint = _endpoint(before, model, left)
-    if endpoint is None or (stable is not None and endpoint == _endpoint(before, model, stable)):
+    needed = {_endpoint(before, m.name, n) for m in before.models.values() for n in (m.stable, m.canary)
+              if n is not None and (m.name, n) != (model, left)}  # fmt: skip
+    if endpoint is None or endpoint in needed or (stable is not None and endpoint == _endpoint(before, model, stable)):
         return []
     port = urlsplit(endpoint).port
     for file in sorted((site.run / "engines").glob("*.json")):
