@@ -86,6 +86,10 @@ bench-training: setup
 bench-training-gpu: setup
 	@$(MAIN) tests/benchmarks/bench_training_gpu.py
 
+.PHONY: bench-two-gpus
+bench-two-gpus: setup
+	@$(MAIN) tests/benchmarks/bench_two_gpus.py
+
 clean:
 	@test ! -x .venv/bin/mansard || .venv/bin/mansard down
 	rm -rf .venv .venv-serve .mansard demo-summary.json

@@ -62,6 +62,20 @@ class EngineSite:
 
 
 @dataclass(frozen=True, slots=True)
+class TrainingSite:
+    """Where training runs: in one process, or in `processes` ranks under the DeepSpeed configuration `deepspeed`.
+
+    `launcher` are the words that start the ranks (torchrun's, with nodes and rendezvous; none: torchrun on this
+    machine); a rank that says nothing for `hang_seconds` hangs.
+    """
+
+    processes: int = 1
+    deepspeed: Path | None = None
+    launcher: tuple[str, ...] = ()
+    hang_seconds: int = 1800
+
+
+@dataclass(frozen=True, slots=True)
 class RouterSite:
     """`plane` is `workers` (Mansard's own, so many processes on one socket) or `haproxy`."""
 
@@ -121,6 +135,7 @@ class Site:
     stages: dict[str, str]
     ports: Ports = Ports()
     engine: EngineSite = EngineSite()
+    training: TrainingSite = TrainingSite()
     people: dict[str, Person] = field(default_factory=dict)
     router: RouterSite = RouterSite()
     approval: ApprovalPolicy = ApprovalPolicy()
@@ -289,6 +304,11 @@ def _check(site: Site) -> None:
         if name not in site.environments:
             known = ", ".join(site.environments)
             raise BadInput(f"{site.path}: {stage}: environment {name!r} is not one of: {known}")
+    if site.training.processes < 1:
+        raise BadInput(f"{site.path}: training.processes: {site.training.processes} is not a number from 1 up")
+    if site.training.processes > 1 and site.training.deepspeed is None:
+        raise BadInput(f"{site.path}: training.deepspeed: {site.training.processes} processes need a DeepSpeed "
+                       "configuration, e.g. ../deepspeed/zero2.json")  # fmt: skip
     _check_people(site)
     if site.journal_url:
         _check_journal(site)

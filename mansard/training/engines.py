@@ -5,12 +5,13 @@ processes. Legend: B rows, T tokens, V vocabulary.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from mansard.models.freeze import digest_tensors
 from mansard.training.attention import attention_inputs, preferred_kernels, use_packed_attention
 from mansard.training.data import Batch
 from mansard.training.decoder import Decoder
@@ -122,6 +123,14 @@ class LocalEngine:
     def nats(self, hidden_BTH: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
         """Summed over the labels, a float32 scalar on the device."""
         return self._head_loss(hidden_BTH, labels_BT.to(self.device, non_blocking=True))
+
+    def forecast_text(self, forecast: Callable[[], str]) -> str:
+        """What the preflight says, where it can be asked."""
+        return forecast()
+
+    def digests(self, names: Iterable[str]) -> dict[str, str]:
+        """BLAKE3 of the named tensors as they stand in memory."""
+        return digest_tensors(self._model, names)
 
     def head_bytes(self, tokens: int) -> int:
         """What the head's loss holds of logits at once."""

@@ -27,6 +27,7 @@ from mansard.specs import Data
 from mansard.store import Store
 from mansard.training import stage
 from mansard.training.data import Mixture, Packed
+from mansard.training.learning import achieved_fractions
 from mansard.training.state import Checkpoints
 from mansard.worker import Channel, StageContext
 
@@ -186,12 +187,12 @@ def test_a_mixture_below_the_domain_fraction_is_refused() -> None:
     data = Data.model_validate(slice_()["data"])
     rows = numpy.zeros((8, 4), dtype=numpy.int32)
     mixture = Mixture([Packed(n, rows, rows, 3.0) for n in ("code", "prose")], [0.6, 0.4], 4, 0)
-    assert stage.achieved_fractions(mixture, data, 10) == {"code": 0.6, "prose": 0.4}
+    assert achieved_fractions(mixture, data, 10) == {"code": 0.6, "prose": 0.4}
     strict = data.model_copy(update={"min_domain_fraction": 0.9})
     with pytest.raises(
         BadInput, match=r"takes 24 of 40 rows from domain data, data\.min_domain_fraction asks for 0\.9"
     ):
-        stage.achieved_fractions(mixture, strict, 10)
+        achieved_fractions(mixture, strict, 10)
 
 
 def test_a_killed_training_ends_in_the_same_snapshot(tmp_path: Path, fill: Fill) -> None:

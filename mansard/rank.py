@@ -1,0 +1,123 @@
+"""`python -m mansard.rank REQUEST.json`: one rank of a training, started by a launcher that sets RANK.
+
+It tells the stage's process by its beat file what it is about to do, and ends when that process is gone. Rank 0 writes
+checkpoints, progress and what was learned.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from safetensors.torch import save_file
+
+from mansard.canonical import canonical_json, write_atomically
+from mansard.errors import MansardError, StageFailed
+from mansard.store import Store
+from mansard.training.deepspeed_engine import DeepSpeedEngine
+from mansard.training.learning import Learned, learn
+from mansard.training.rank_files import START, RankFiles
+from mansard.training.state import Checkpoints, Cursor
+from mansard.worker import StageContext
+
+LOOK_SECONDS = 1.0
+
+
+class ReadCheckpoints(Checkpoints):
+    """Every rank reads the newest checkpoint; rank 0 alone writes them."""
+
+    def write(self, cursor: Cursor, tensors: Any) -> None:  # noqa: ANN401
+        return
+
+
+class Told:
+    """Progress of rank 0, for the stage's process to pass on; the others say nothing."""
+
+    def __init__(self, files: RankFiles, rank: int) -> None:
+        self._files, self._rank = files, rank
+
+    def send(self, message: dict[str, Any]) -> None:
+        if self._rank == 0 and "progress" in message:
+            write_atomically(self._files.progress, json.dumps(message["progress"]).encode())
+
+
+def main(request_file: str) -> int:
+    """Returns the exit status of the error, which the stage's process raises again."""
+    asked = json.loads(Path(request_file).read_text())
+    rank = int(os.environ["RANK"])
+    files = RankFiles(Path(asked["work"]))
+    _end_with(asked["parent"], files, rank)
+    signal.signal(signal.SIGTERM, lambda *_: _end_as_victim(files, rank))
+    files.beat(rank, START)
+    try:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        deepspeed.init_distributed(
+            "nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(seconds=2 * asked["hang_seconds"])
+        )
+        store = Store(Path(asked["store"]), asked["store_url"])
+        work = Path(asked["work"])
+        context = StageContext(store, asked["recipe"], asked["inputs"], asked["spec"], {}, work, Told(files, rank))
+        checkpoints = Checkpoints(work) if rank == 0 else ReadCheckpoints(work)
+
+        def make_engine(model: Any, groups: Any, train: Any) -> DeepSpeedEngine:  # noqa: ANN401
+            return DeepSpeedEngine(model, groups, train, asked["config"], lambda what: files.beat(rank, what))
+
+        learned = learn(context, make_engine, checkpoints)
+        if rank == 0:
+            _keep(files, learned)
+        files.beat(rank, "done")
+    except MansardError as error:
+        traceback.print_exc()
+        files.fail(rank, error)
+        return error.exit_code
+    except Exception as error:  # noqa: BLE001 - the stage's process says which rank it was
+        traceback.print_exc()
+        words = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        files.fail(rank, StageFailed(words), is_victim=isinstance(error, RuntimeError) and "peer" in words)
+        return 1
+    return 0
+
+
+def _keep(files: RankFiles, learned: Learned) -> None:
+    tensors = {f"trained/{name}": tensor.contiguous() for name, tensor in learned.trained.items()}
+    save_file({**tensors, "probe": learned.probe_BT, "seen": learned.seen_BTV.contiguous()}, files.tensors)
+    told = {
+        "fractions": learned.fractions,
+        "curve": learned.curve,
+        "frozen": learned.frozen,
+        "blocks": [[b.index, b.source] for b in learned.blocks],
+    }
+    write_atomically(files.learned, canonical_json(told))
+
+
+def _end_as_victim(files: RankFiles, rank: int) -> None:
+    """The launcher ends what is left after a rank failed."""
+    files.fail(rank, StageFailed("ended by its launcher"), is_victim=True)
+    os._exit(1)
+
+
+def _end_with(parent: int, files: RankFiles, rank: int) -> None:
+    """End when the stage's process is gone: a launcher may have put this rank into a session of its own."""
+
+    def watch() -> None:
+        while Path(f"/proc/{parent}").exists():
+            files.alive(rank)
+            time.sleep(LOOK_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+if __name__ == "__main__":
+    status = main(sys.argv[1])
+    sys.stderr.flush()
+    os._exit(status)  # collectives of a rank that ended have nothing more to say

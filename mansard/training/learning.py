@@ -1,0 +1,121 @@
+"""What one process does of a training: text, model, groups, loop; the same for one process and for each of several.
+
+Does not cover: what becomes of the trained tensors (stage.py), and how several processes come to be (ranks.py).
+"""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import torch
+
+from mansard.errors import BadInput
+from mansard.models.loading import choose_device, load_model, load_tokenizer
+from mansard.models.storeys import NewBlock, read_expansion
+from mansard.specs import Data, Train
+from mansard.training.blocks import announcement, checkpoint_names, train_only
+from mansard.training.data import Mixture, Packed, pack_texts, read_texts, require_rows
+from mansard.training.engines import CPU_THREADS, LocalEngine
+from mansard.training.loop import Plan, run_loop
+from mansard.training.memory import peak_bytes
+from mansard.training.optimizer import Group
+from mansard.training.packing import check_fits
+from mansard.training.preflight import preflight
+from mansard.training.report import reporter
+from mansard.training.state import Checkpoints
+
+if TYPE_CHECKING:
+    from mansard.worker import StageContext
+
+PROBE_ROWS = 2
+PROBE_TOKENS = 64
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+MakeEngine = Callable[[Any, Sequence[Group], Train], LocalEngine]
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """What a training leaves. `trained` are float32 (or the parameters, where they are rounded) by parameter name;
+    `seen_BTV` the trainer's logits on the probe `probe_BT`; `frozen` the digests of what did not move."""
+
+    blocks: Sequence[NewBlock]
+    trained: Mapping[str, torch.Tensor]
+    probe_BT: torch.Tensor
+    seen_BTV: torch.Tensor
+    fractions: dict[str, float]
+    curve: list[dict[str, Any]]
+    frozen: dict[str, str]
+
+
+def learn(context: "StageContext", make_engine: MakeEngine, checkpoints: Checkpoints) -> Learned:
+    """Train to the plan's end, from the newest checkpoint where there is one. Raises as stage `train` does."""
+    data, train = Data.model_validate(context.spec["data"]), Train.model_validate(context.spec["train"])
+    torch.set_num_threads(CPU_THREADS)
+    torch.manual_seed(train.seed)
+    plan = Plan.of(train, data.sequence_tokens)
+    with context.store.using(context.inputs["expansion"]) as expansion:
+        blocks = read_expansion(context.store, context.inputs["expansion"]).new_blocks
+        names = checkpoint_names(context.store, context.inputs["expansion"])
+        mixture, held_out = read_mixture(context, data, train, load_tokenizer(expansion))
+        fractions = achieved_fractions(mixture, data, plan.schedule.steps)
+        model = load_model(expansion, DTYPES[train.precision], device=choose_device())
+    highest = max(int(packed.tokens_RT.max()) for packed in (*mixture.sources, *held_out))
+    check_fits(model.config, data.sequence_tokens, highest)
+    groups, frozen = train_only(model, names, train.learning_rates, train.frozen, train.new_blocks)
+    text = announcement(model, blocks, groups, train)
+    print(f"train: {text}", file=sys.stderr, flush=True)
+    engine = make_engine(model, groups, train)
+    forecast = engine.forecast_text(lambda: preflight(engine, mixture.batch(0), train).text())
+    print(f"train: {forecast}", file=sys.stderr, flush=True)
+    context.progress(0, plan.tokens, "tokens", f"{text}; {forecast}")
+    cursor = run_loop(engine, mixture, held_out, plan, checkpoints, reporter(context, plan))
+    frozen.check(engine.digests(frozen.digests))
+    print(f"train: peak memory {peak_bytes(engine.device) / 2**30:.2f} GiB", file=sys.stderr, flush=True)
+    probe_BT = probe_of(held_out)
+    trained, seen_BTV = engine.trained(), engine.logits(probe_BT)
+    return Learned(blocks, trained, probe_BT, seen_BTV, fractions, cursor.curve, dict(frozen.digests))
+
+
+def read_mixture(
+    context: "StageContext",
+    data: Data,
+    train: Train,
+    tokenizer: Any,  # noqa: ANN401 - a transformers tokenizer
+) -> tuple[Mixture, list[Packed]]:
+    """The training mixture and the held-out texts; BadInput names the input that is missing, damaged or too short."""
+
+    def packed(source: str, part: str, rows: int) -> Packed:
+        name = f"data.{source}.{part}"
+        if name not in context.inputs:
+            raise BadInput(f"{name}: no such input; one snapshot for each of data.sources is expected")
+        texts = read_texts(context.store.read_file(context.inputs[name], "data.jsonl"), name)
+        packed = pack_texts(source, texts, tokenizer, data.sequence_tokens, data.seed)
+        return require_rows(packed, name, rows)
+
+    training = [packed(s.name, "train", train.batch_sequences) for s in data.sources]
+    held_out = [packed(s.name, "held_out", 1) for s in data.sources]
+    return Mixture(training, [s.weight for s in data.sources], train.batch_sequences, data.seed), held_out
+
+
+def achieved_fractions(mixture: Mixture, data: Data, steps: int) -> dict[str, float]:
+    """Shares of the packed tokens that `steps` steps take; BadInput where the domain's is below the spec's (by more
+    than the row that rounding can cost)."""
+    taken = mixture.rows_taken(steps)
+    total = sum(taken.values())
+    domain = sum(taken[s.name] for s in data.sources if s.is_domain)
+    if domain + 1 < data.min_domain_fraction * total:
+        raise BadInput(
+            f"the mixture takes {domain} of {total} rows from domain data, data.min_domain_fraction asks for "
+            f"{data.min_domain_fraction}; raise the weight of a source with is_domain: true"
+        )
+    return {name: rows / total for name, rows in taken.items()}
+
+
+def probe_of(held_out: list[Packed]) -> torch.Tensor:
+    """Token ids [B, T] of the first rows of every held-out text."""
+    rows = [source.tokens_RT[:PROBE_ROWS, :PROBE_TOKENS] for source in held_out]
+    return torch.from_numpy(numpy.concatenate(rows)).long()
