@@ -99,11 +99,10 @@ class Driver:
             return
         name = next(iter(known.models))
         serving = self._watch.serving(name)
+        if serving == self._carried and known.term == self.split.term:
+            return
         try:
-            if serving.canary is not None:
-                self.runtime.renew(self._lease_seconds)
-            if serving == self._carried and known.term == self.split.term:
-                return
+            self.runtime.renew(self._lease_seconds)
             self.runtime.carry(serving)
         except HaproxyFailed as error:
             self.problem = str(error)
@@ -115,14 +114,17 @@ class Driver:
             self._stable_since = self._observations.clock()
         self.split, self._carried = known, serving
 
-    def see_in_flight(self) -> None:
-        """What is in flight joins the observations, but for what an earlier stable has still."""
+    async def see_in_flight(self) -> None:
+        """What is in flight joins the observations, but for what an earlier stable has still.
+
+        In a thread: while this process waits it reads no log, and HAProxy drops lines that find no room.
+        """
+        found: list[InFlight] = []
+        with contextlib.suppress(HaproxyFailed):  # then nothing is
+            found = await asyncio.to_thread(self.runtime.in_flight)
         model = self._carried
         if model is None:
             return
-        found: list[InFlight] = []
-        with contextlib.suppress(HaproxyFailed):  # then nothing is
-            found = self.runtime.in_flight()
         now, told = self._observations.clock(), []
         for one in found:
             start = now - one.age_seconds
@@ -135,7 +137,7 @@ class Driver:
         while True:
             await asyncio.sleep(LOOK_SECONDS)
             try:
-                self.runtime.pid()
+                await asyncio.to_thread(self.runtime.renew, self._lease_seconds)
             except HaproxyFailed as error:
                 log.warning("%s; it is started again", error)
                 await self.start()
@@ -183,7 +185,7 @@ async def serve(site: Site, lease_seconds: float, drain_seconds: float) -> None:
     admin = RouterAdmin(site, 0, driver, observations)
 
     async def answer(request: web.BaseRequest) -> web.StreamResponse:
-        driver.see_in_flight()
+        await driver.see_in_flight()
         return await admin.answer(request)
 
     admin_server = HardenedServer(answer)
