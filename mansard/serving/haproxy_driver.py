@@ -11,12 +11,12 @@ key's as old as the newest). Not covered: API keys, rates, error events in broke
 import argparse
 import asyncio
 import contextlib
+import functools
 import json
 import logging
 import os
 import shutil
 import signal
-import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -117,7 +117,7 @@ class Driver:
     async def see_in_flight(self) -> None:
         """What is in flight joins the observations, but for what an earlier stable has still.
 
-        In a thread: while this process waits it reads no log, and HAProxy drops lines that find no room.
+        In a thread, so that the log is read on meanwhile.
         """
         found: list[InFlight] = []
         with contextlib.suppress(HaproxyFailed):  # then nothing is
@@ -163,12 +163,12 @@ class Driver:
             log.warning("a line of HAProxy's log is not understood: %r: %r", error, data[:300])
 
 
-class _LogLines(asyncio.DatagramProtocol):
-    def __init__(self, driver: Driver) -> None:
-        self._driver = driver
-
-    def datagram_received(self, data: bytes, addr: object) -> None:
-        self._driver.take_line(data)
+async def _read_lines(driver: Driver, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """HAProxy's log over one connection: each line behind its length (octet counting, RFC 6587)."""
+    with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError), contextlib.closing(writer):
+        while True:
+            length = await reader.readuntil(b" ")
+            driver.take_line(await reader.readexactly(int(length)))
 
 
 async def serve(site: Site, lease_seconds: float, drain_seconds: float) -> None:
@@ -192,9 +192,7 @@ async def serve(site: Site, lease_seconds: float, drain_seconds: float) -> None:
     with AdminSocket(site.run, 0) as listener, FolderWatch(site.split_file.parent) as folder:
         lines_at = log_socket(site)
         lines_at.unlink(missing_ok=True)
-        lines, _ = await loop.create_datagram_endpoint(
-            lambda: _LogLines(driver), family=socket.AF_UNIX, local_addr=str(lines_at)
-        )
+        lines = await asyncio.start_unix_server(functools.partial(_read_lines, driver), lines_at)
         await driver.start()
         driver.look()
         loop.add_reader(folder.fileno(), _take_news, folder, driver)

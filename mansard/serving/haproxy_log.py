@@ -8,6 +8,7 @@ time to first token. Not covered: what is in flight (haproxy_runtime.py).
 """
 
 import json
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,8 @@ from mansard.serving.split import ModelSplit
 
 EVENT_BYTES = 230
 """One token's event from vLLM 0.32 (measured 2026-11-26). Ratios do not see it; weights do, a little."""
+MAX_WAIT_SECONDS = 3600.0
+"""Above it the clock was set."""
 _MARK_BYTES = len(b"data: [DONE]\n\n")
 
 
@@ -28,7 +31,8 @@ def take_line(observations: Observations, model: ModelSplit, data: bytes) -> Non
         observations.refused[status] += 1
         return
     version, key, seconds = int(server[1:]), int(line["user"]) & (2**64 - 1), float(line["ms"]) / 1000
-    now = observations.clock()
+    waited = time.time() - int(line["now"]) / 1e6  # a line may have waited for its reader
+    now = observations.clock() - (waited if 0 < waited < MAX_WAIT_SECONDS else 0.0)
     failed = _failed_before(line, model, version)
     if failed is not None:
         rescued = Ended(now, model.name, failed, key, "error", None, None, seconds, None)
