@@ -86,6 +86,10 @@ bench-training: setup
 bench-training-gpu: setup
 	@$(MAIN) tests/benchmarks/bench_training_gpu.py
 
+.PHONY: bench-serving-gpu
+bench-serving-gpu: setup
+	@$(MAIN) tests/benchmarks/bench_serving_gpu.py
+
 .PHONY: bench-two-gpus
 bench-two-gpus: setup
 	@$(MAIN) tests/benchmarks/bench_two_gpus.py
