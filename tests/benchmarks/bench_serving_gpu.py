@@ -108,7 +108,7 @@ def _is_ready(endpoint: str) -> bool:
 @contextlib.contextmanager
 def router(folder: Path, endpoint: str) -> Iterator[str]:
     """Our router's worker in front of one engine."""
-    (folder / "home").mkdir(exist_ok=True)
+    (folder / "home").mkdir(parents=True)
     write_split(folder / "home/split.json", with_stable(Split(), "bench", 1, endpoint, "bench", 1))
     site = folder / "site.yaml"
     site.write_text(SITE)
@@ -167,7 +167,8 @@ def measure(options: argparse.Namespace, folder: Path, scheme: str, port: int) -
     write_model(model, TINY if options.tiny else FULL, scheme == "w4a16")
     prompt, output = (32, 8) if options.tiny else (options.prompt, options.output)
     figures: dict[str, Any] = {}
-    with engine(options.python, model, port, options.engine_argument) as endpoint, router(folder, endpoint) as url:
+    place = folder / f"router-{scheme}"
+    with engine(options.python, model, port, options.engine_argument) as endpoint, router(place, endpoint) as url:
         asyncio.run(load(url, 2, 4, prompt, output))
         for users in options.users:
             figures[f"{users}"] = asyncio.run(load(url, users, max(6, 4 * users), prompt, output))
