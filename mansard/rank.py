@@ -7,6 +7,7 @@ checkpoints, progress and what was learned.
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -29,6 +30,8 @@ from mansard.training.state import Checkpoints, Cursor
 from mansard.worker import StageContext
 
 LOOK_SECONDS = 1.0
+ALONE_SECONDS = 180.0
+"""So long unfollowed, and a rank on another host ends: well above what a shared folder caches a file's times for."""
 
 
 class ReadCheckpoints(Checkpoints):
@@ -54,7 +57,7 @@ def main(request_file: str) -> int:
     asked = json.loads(Path(request_file).read_text())
     rank = int(os.environ["RANK"])
     files = RankFiles(Path(asked["work"]))
-    _end_with(asked["parent"], files, rank)
+    _end_with(asked["host"], asked["parent"], files, rank)
     signal.signal(signal.SIGTERM, lambda *_: _end_as_victim(files, rank))
     files.beat(rank, START)
     try:
@@ -105,11 +108,17 @@ def _end_as_victim(files: RankFiles, rank: int) -> None:
     os._exit(1)
 
 
-def _end_with(parent: int, files: RankFiles, rank: int) -> None:
+def _end_with(host: str, parent: int, files: RankFiles, rank: int) -> None:
     """End when the stage's process is gone: a launcher may have put this rank into a session of its own."""
 
     def watch() -> None:
-        while Path(f"/proc/{parent}").exists():
+        seen, since = files.last_followed(), time.monotonic()
+        while True:
+            if (followed := files.last_followed()) != seen:
+                seen, since = followed, time.monotonic()
+            is_here = host == socket.gethostname()
+            if not (Path(f"/proc/{parent}").exists() if is_here else time.monotonic() - since < ALONE_SECONDS):
+                break
             files.alive(rank)
             time.sleep(LOOK_SECONDS)
         os._exit(1)

@@ -39,6 +39,7 @@ class RankFiles:
         self.progress = self.folder / "progress.json"
         self.tensors = self.folder / "learned.safetensors"
         self.learned = self.folder / "learned.json"
+        self._followed = self.folder / "followed"
         self._count = 0
 
     def clear(self) -> None:
@@ -65,6 +66,17 @@ class RankFiles:
         """Since `alive` was last said."""
         try:
             return time.time() - (self.folder / f"alive-{rank}").stat().st_mtime
+        except FileNotFoundError:
+            return 0.0
+
+    def follow(self) -> None:
+        """The stage's process is there; ranks on other hosts have no other way to know."""
+        self._followed.touch()
+
+    def last_followed(self) -> float:
+        """By the clock of whoever holds the files; 0.0 before the first time."""
+        try:
+            return self._followed.stat().st_mtime
         except FileNotFoundError:
             return 0.0
 

@@ -1,14 +1,15 @@
 """A training on several ranks: started by the site's launcher, followed, and cleared away when one of them fails.
 
 Guarantees: a rank that dies or hangs is named, the others are ended, the last checkpoint stays, and no rank outlives
-the stage's process. Does not cover: how ranks compute (deepspeed_engine.py); on other hosts a dead rank is known only
-by its silence.
+the stage's process. Ranks on other hosts need the stage's work folder and store under the same paths; there a dead rank
+is known only by its silence. Does not cover: how ranks compute (deepspeed_engine.py).
 """
 
 import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -68,6 +69,7 @@ def learn_in_ranks(context: "StageContext", ranks: Ranks) -> Learned:
         "store": str(context.store.root), "store_url": context.store.url, "recipe": context.recipe,
         "inputs": dict(context.inputs), "spec": dict(context.spec), "work": str(context.work),
         "config": dict(ranks.config), "hang_seconds": ranks.hang_seconds, "parent": os.getpid(),
+        "host": socket.gethostname(),
     }  # fmt: skip
     request.write_text(json.dumps(asked))
     launcher = subprocess.Popen(ranks.command(request), stdin=subprocess.DEVNULL, stdout=sys.stderr)
@@ -89,6 +91,7 @@ def _follow(
     """Pass progress on until all ranks are done; StageFailed, or a rank's own error, when one is not."""
     passed, begun = b"", time.time()
     while True:
+        files.follow()
         code = launcher.poll()
         passed = _pass_on(context, files, passed)
         beats = files.beats()

@@ -2,7 +2,11 @@
 
 import json
 import os
+import shutil
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -17,8 +21,10 @@ from safetensors.torch import load
 import mansard
 from mansard.errors import BadInput, StageFailed
 from mansard.records import SnapshotId
+from mansard.specs import Train
 from mansard.store import Store
 from mansard.training import stage
+from mansard.training.deepspeed_engine import check_ranks
 from mansard.training.rank_files import RankFiles
 from mansard.training.state import Checkpoints
 from mansard.worker import Channel, StageContext
@@ -127,6 +133,33 @@ def test_a_killed_rank_is_named_and_the_run_goes_on(level: int, resumed_with: in
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids), "no rank is left"
     where = {} if resumed_with == 1 else ranks(level, resumed_with)
     assert_same_curve(store, whole, stage.run(context(store, inputs, asked, where, "b" * 64)))
+
+
+def test_a_rank_on_another_host_goes_on_while_the_stage_is_there(tmp_path: Path) -> None:
+    """Another host: a name of its own, and no process of the stage's number."""
+    words = ["unshare", "--pid", "--uts", "--fork", "--mount-proc"]
+    if not shutil.which("unshare") or subprocess.run([*words, "true"], capture_output=True).returncode:
+        pytest.skip("needs the right to make namespaces")
+    files = RankFiles(tmp_path)
+    files.clear()
+    code = (
+        "import pathlib, sys, time; from mansard import rank; from mansard.training.rank_files import RankFiles\n"
+        "rank.LOOK_SECONDS, rank.ALONE_SECONDS = 0.05, float(sys.argv[4])\n"
+        "files = RankFiles(pathlib.Path(sys.argv[1])); rank._end_with(sys.argv[2], int(sys.argv[3]), files, 1)\n"
+        "time.sleep(1.0 if rank.ALONE_SECONDS > 1 else 60.0); print('went on')"
+    )
+    told = [sys.executable, "-c", code, str(tmp_path), socket.gethostname(), str(os.getpid())]
+    for alone, status in (("180", 0), ("0.2", 1)):
+        inside = [*words, "sh", "-c", 'hostname elsewhere; exec "$@"', "sh", *told, alone]
+        done = subprocess.run(inside, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        assert done.returncode == status, done.stderr
+        assert ("went on" in done.stdout) == (status == 0)
+
+
+def test_fp8_under_zero_3_is_refused() -> None:
+    asked = Train.model_validate(spec(4, precision="bf16", frozen="fp8")["train"])
+    with pytest.raises(BadInput, match=r"train\.frozen: fp8 needs ZeRO 1 or 2"):
+        check_ranks(asked, ranks(3)["ranks"]["config"], 2)
 
 
 def test_a_rank_that_hangs_is_named(store: Store, fill: Fill) -> None:
