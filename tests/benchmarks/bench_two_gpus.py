@@ -1,8 +1,9 @@
 """Two GPUs of one host beside one: the shape of bench_training_gpu, the same rows on every GPU, FP8.
 
-ZeRO-2 is the site's own way (mansard/training/deepspeed_engine.py). Plain data parallel is one engine a GPU with the
-gradients of what trains averaged between them. The micro-batch is 2 rows, so that 80 GB cards hold it. `--tiny` runs
-the plumbing on two CPU processes. The last line is JSON: one, zero2, plain (tokens a second), zero2_ratio, plain_ratio.
+ZeRO-1 and ZeRO-2 are the site's own ways (mansard/training/deepspeed_engine.py). Plain data parallel is one engine a
+GPU with the gradients of what trains averaged between them. The micro-batch is 2 rows, so that 80 GB cards hold it.
+`--tiny` runs the plumbing on two CPU processes. The last line is JSON: one, zero1, zero2, plain (tokens a second), and
+the ratios to one.
 """
 
 import argparse
@@ -96,15 +97,15 @@ def plain() -> float:
     return WORLD * timed(engine, ROWS, average)
 
 
-def zero2() -> float:
+def zero(level: int) -> float:
     from mansard.training.deepspeed_engine import DeepSpeedEngine
 
     model, group, train = make(WORLD)
-    config = json.loads((ROOT / "configs/deepspeed/zero2.json").read_text())
+    config = json.loads((ROOT / f"configs/deepspeed/zero{level}.json").read_text())
     return timed(DeepSpeedEngine(model, [group], train, config, lambda what: None), WORLD * ROWS)
 
 
-CASES = {"one": one, "zero2": zero2, "plain": plain}
+CASES = {"one": one, "zero1": lambda: zero(1), "zero2": lambda: zero(2), "plain": plain}
 
 
 def run_case(name: str) -> None:
@@ -114,7 +115,7 @@ def run_case(name: str) -> None:
         if single.DEVICE.type == "cuda":
             torch.cuda.set_device(rank)
             single.DEVICE = torch.device("cuda", rank)
-        if name == "zero2":
+        if name.startswith("zero"):
             import deepspeed
 
             deepspeed.init_distributed("nccl" if single.DEVICE.type == "cuda" else "gloo")
@@ -146,7 +147,7 @@ def main() -> int:
             continue
         found |= json.loads(lines[-1])
         print(name, found[name], file=sys.stderr, flush=True)
-    ratios = {f"{name}_ratio": found[name] / found["one"] for name in ("zero2", "plain") if name in found}
+    ratios = {f"{name}_ratio": found[name] / found["one"] for name in ("zero1", "zero2", "plain") if name in found}
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(json.dumps({"device": where, **{n: round(v, 3) for n, v in (found | ratios).items()}}))
     return 0 if len(found) == len(CASES) else 1

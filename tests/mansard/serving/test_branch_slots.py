@@ -31,6 +31,10 @@ from mansard.site import load_site
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[3]
+RELEASE: dict[str, Any] = {
+    "steps": [{"weight_percent": w, "bake_seconds": 0.2, "min_requests": 10} for w in (50, 100)],
+    "max_error_excess": 0.02, "latency_tolerance": 50.0, "output_tolerance": 2.0,
+}  # fmt: skip
 SHAPE = {"vocabulary": 512, "hidden": 128, "intermediate": 256, "blocks": 2, "heads": 2, "max_tokens": 1024}
 
 
@@ -202,13 +206,14 @@ def test_real_engine_answers_for_each_branch_as_evaluation_recorded_it(place: An
     set_site(place, start_timeout_seconds=1800)
     place.start_host()
     place.start_router()
-    place.register(artifact=base)
+    patient = {**RELEASE, "steps": [{**step, "deadline_seconds": 1500} for step in RELEASE["steps"]]}
+    place.register(patient, artifact=base)
     release(place, traffic, 1)
-    place.register(artifact=branch_on(place, base, 1))
+    place.register(patient, artifact=branch_on(place, base, 1))
     place.client.call("POST", "/engines/stop", {"artifact": artifact_of(place, 2)})
     release(place, traffic, 2)
     shared, other = shared_engine(place), branch_on(place, base, 2)
-    place.register(artifact=other, fingerprint=fingerprint_in_slot(place, shared["endpoint"], other))
+    place.register(patient, artifact=other, fingerprint=fingerprint_in_slot(place, shared["endpoint"], other))
     release(place, traffic, 3)
     assert shared_engine(place)["pid"] == shared["pid"]
     moved = place.roll_back()

@@ -115,7 +115,7 @@ def rank_pid(ctx: StageContext, rank: int) -> int:
     return next(beat.pid for beat in RankFiles(ctx.work).beats() if beat.rank == rank)
 
 
-@pytest.mark.parametrize(("level", "resumed_with"), [(2, 2), (2, 1), (3, 2)])
+@pytest.mark.parametrize(("level", "resumed_with"), [(2, 1), (3, 2)])
 def test_a_killed_rank_is_named_and_the_run_goes_on(level: int, resumed_with: int, store: Store, fill: Fill) -> None:
     inputs, asked = fill(store), spec(24)
     whole = stage.run(context(store, inputs, asked, {}, "a" * 64))
