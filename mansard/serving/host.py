@@ -54,8 +54,12 @@ class Host:
         self.site = site
         self.journal = journal
         self.store = Store.of(site)
-        self.traffic = Traffic(site, lambda model, version: self.residents.name(model, version))
-        fingerprints = Fingerprints(site, journal, self.store, session)
+
+        def name_of(model: str, version: int) -> str:
+            return self.residents.name(model, version)
+
+        self.traffic = Traffic(site, name_of)
+        fingerprints = Fingerprints(journal, self.store, session, name_of)
         self.residents = Residents(site, journal, self.store, self.traffic, fingerprints.warn)
         self.engines = Engines(site, self.store, session, self.residents.pinned, self._engine_ended)
         self.residents.engines = self.engines

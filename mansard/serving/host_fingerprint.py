@@ -7,6 +7,7 @@ import asyncio
 import json
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 from mansard.errors import MansardError
@@ -15,8 +16,6 @@ from mansard.records import Registration
 from mansard.release.journal import Journal
 from mansard.serving import engine_http
 from mansard.serving.engine import Engine
-from mansard.serving.place import place_of
-from mansard.site import Site
 from mansard.specs import Fingerprint as FingerprintSpec
 from mansard.store import Store
 
@@ -28,11 +27,17 @@ ANSWERS_SECONDS = 180.0
 log = logging.getLogger(__name__)
 
 
+NameOf = Callable[[str, int], str]
+"""What a request asks the engine of (model, version) for."""
+
+
 class Fingerprints:
     """Reads the recorded ones from the store; how they were asked for stands in their lineage."""
 
-    def __init__(self, site: Site, journal: Journal, store: Store, session: Any) -> None:  # noqa: ANN401 - for engine_http
-        self._site = site
+    def __init__(
+        self, journal: Journal, store: Store, session: Any, name_of: NameOf  # noqa: ANN401 - for engine_http
+    ) -> None:
+        self._name_of = name_of
         self._journal = journal
         self._store = store
         self._session = session
@@ -42,7 +47,7 @@ class Fingerprints:
     ) -> str:
         """How the answers differ; empty when they do not. MansardError when the engine does not answer by then."""
         registration = self._journal.registration(model, version)
-        name = place_of(self._site, self._store, registration).name
+        name = self._name_of(model, version)
         recorded, asked = await asyncio.to_thread(self._recorded, registration)
         end = time.monotonic() + deadline_seconds
         answers = []

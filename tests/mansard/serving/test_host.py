@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -363,9 +362,7 @@ def test_guard_prompts_that_a_hung_engine_never_answers_do_not_hold_the_host(pla
         return "fake:completions 9.0" in lines
 
     wait_for(place, "a guard prompt that is never answered", hangs)
-    begun = time.monotonic()
-    place.end_host(signal.SIGHUP)
-    assert time.monotonic() - begun < 30
+    place.end_host(signal.SIGHUP)  # within its deadline: the question's own is longer
     os.kill(engine["pid"], signal.SIGKILL)
 
 
