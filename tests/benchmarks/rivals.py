@@ -54,7 +54,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def litellm(engine_port: int, folder: Path, core: int | None) -> Iterator[int | None]:
-    """One worker without a database."""
+    """One worker without a database. Its package needs the system's libsndfile (apt-get install libsndfile1)."""
     if not LITELLM.exists():
         yield None
         return
@@ -63,8 +63,8 @@ def litellm(engine_port: int, folder: Path, core: int | None) -> Iterator[int | 
     command = (str(LITELLM), "--config", str(config), "--host", "127.0.0.1", "--port", str(port), "--num_workers", "1")
     # Its price list comes with the package; without this it would be fetched.
     variables = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR", "NO_PROXY": "127.0.0.1"}
-    with _running(on_core(core, command), folder / "litellm.log", variables):
-        _wait_until_it_answers(port, "/health/liveliness")
+    with _running(on_core(core, command), folder / "litellm.log", variables) as child:
+        _wait_until_it_answers(port, "/health/liveliness", child, folder / "litellm.log")
         yield port
 
 
@@ -77,23 +77,26 @@ def haproxy(engine_port: int, folder: Path, core: int | None) -> Iterator[int | 
         return
     config, port = folder / "haproxy.cfg", free_port()
     config.write_text(HAPROXY_CONFIG.format(port=port, engine=engine_port))
-    with _running(on_core(core, (program, "-db", "-f", str(config))), folder / "haproxy.log", {}):
-        _wait_until_it_answers(port, "/_seen")
+    with _running(on_core(core, (program, "-db", "-f", str(config))), folder / "haproxy.log", {}) as child:
+        _wait_until_it_answers(port, "/_seen", child, folder / "haproxy.log")
         yield port
 
 
 @contextlib.contextmanager
-def _running(command: Sequence[str], log: Path, variables: dict[str, str]) -> Iterator[None]:
+def _running(
+    command: Sequence[str], log: Path, variables: dict[str, str]
+) -> Iterator["subprocess.Popen[bytes]"]:
     with log.open("wb") as file, subprocess.Popen(
         command, stdout=file, stderr=file, env={**os.environ, **variables}
     ) as child:
         try:
-            yield
+            yield child
         finally:
             child.kill()
 
 
-def _wait_until_it_answers(port: int, path: str) -> None:
+def _wait_until_it_answers(port: int, path: str, child: "subprocess.Popen[bytes]", log: Path) -> None:
+    """SystemExit with the program's last words where it ended."""
     deadline = time.monotonic() + START_SECONDS
     while True:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
@@ -103,6 +106,9 @@ def _wait_until_it_answers(port: int, path: str) -> None:
                 return
         except (OSError, http.client.HTTPException):
             assert time.monotonic() < deadline, f"port {port} did not answer in {START_SECONDS} s"
+            if child.poll() is not None:
+                words = log.read_text(errors="replace").strip().splitlines()[-1:]
+                raise SystemExit(f"{log.stem} ended with status {child.returncode}: {''.join(words)}") from None
             time.sleep(0.1)
         finally:
             connection.close()
