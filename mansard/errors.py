@@ -44,3 +44,14 @@ class Conflict(MansardError):
     """The world moved: another baseline, a rollout that runs, nothing to go back to. Exit 7."""
 
     exit_code = 7
+
+
+_BY_NAME = {
+    kind.__name__: kind
+    for kind in (BadInput, NotAllowed, Corrupt, JournalDamaged, Conflict, JournalDown, StageFailed, MansardError)
+}
+
+
+def error_named(name: str, message: str, otherwise: type[MansardError] = MansardError) -> MansardError:
+    """The error that another process raised, by its class's name; `otherwise` where the name is not of the tree."""
+    return _BY_NAME.get(name, otherwise)(message)

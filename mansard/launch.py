@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mansard.digest import digest_json
-from mansard.errors import BadInput, Conflict, Corrupt, MansardError, NotAllowed, StageFailed
+from mansard.errors import BadInput, StageFailed, error_named
 from mansard.records import Derivation, SnapshotId
 from mansard.site import Environment, Site
 from mansard.stages import declaration
@@ -189,8 +189,7 @@ def _take(message: dict[str, Any], stage: str, results: list[dict[str, Any]], pr
     if "result" in message:
         results.append(message["result"])
     elif "error" in message:
-        kinds = {k.__name__: k for k in (BadInput, NotAllowed, Corrupt, Conflict, StageFailed, MansardError)}
-        raise kinds.get(message["error"]["kind"], StageFailed)(message["error"]["message"])
+        raise error_named(message["error"]["kind"], message["error"]["message"], StageFailed)
     elif "progress" in message and progress is not None:
         progress(stage, message["progress"])
 

@@ -4,6 +4,7 @@ It tells the stage's process by its beat file what it is about to do, and ends w
 checkpoints, progress and what was learned.
 """
 
+import functools
 import json
 import os
 import signal
@@ -19,9 +20,10 @@ from typing import Any
 import deepspeed
 import torch
 from safetensors.torch import save_file
+from torch import distributed
 
 from mansard.canonical import canonical_json, write_atomically
-from mansard.errors import MansardError, StageFailed
+from mansard.errors import BadInput, MansardError, StageFailed
 from mansard.store import Store
 from mansard.training.deepspeed_engine import DeepSpeedEngine
 from mansard.training.learning import Learned, learn
@@ -57,6 +59,7 @@ def main(request_file: str) -> int:
     asked = json.loads(Path(request_file).read_text())
     rank = int(os.environ["RANK"])
     files = RankFiles(Path(asked["work"]))
+    sys.excepthook = functools.partial(_end_with_word, files, rank)
     _end_with(asked["host"], asked["parent"], files, rank)
     signal.signal(signal.SIGTERM, lambda *_: _end_as_victim(files, rank))
     files.beat(rank, START)
@@ -66,6 +69,9 @@ def main(request_file: str) -> int:
         deepspeed.init_distributed(
             "nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(seconds=2 * asked["hang_seconds"])
         )
+        if distributed.get_world_size() != asked["processes"]:
+            started = f"the launcher started {distributed.get_world_size()} ranks"
+            raise BadInput(f"{started}, the site's training.processes says {asked['processes']}; make them equal")
         store = Store(Path(asked["store"]), asked["store_url"])
         work = Path(asked["work"])
         context = StageContext(store, asked["recipe"], asked["inputs"], asked["spec"], {}, work, Told(files, rank))
@@ -74,7 +80,7 @@ def main(request_file: str) -> int:
         def make_engine(model: Any, groups: Any, train: Any) -> DeepSpeedEngine:  # noqa: ANN401
             return DeepSpeedEngine(model, groups, train, asked["config"], lambda what: files.beat(rank, what))
 
-        learned = learn(context, make_engine, checkpoints)
+        learned = learn(context, make_engine, _forecast, checkpoints)
         if rank == 0:
             _keep(files, learned)
         files.beat(rank, "done")
@@ -82,12 +88,20 @@ def main(request_file: str) -> int:
         traceback.print_exc()
         files.fail(rank, error)
         return error.exit_code
-    except Exception as error:  # noqa: BLE001 - the stage's process says which rank it was
-        traceback.print_exc()
-        words = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        files.fail(rank, StageFailed(words), is_victim=isinstance(error, RuntimeError) and "peer" in words)
-        return 1
     return 0
+
+
+def _forecast(*_: object) -> str:
+    return f"{distributed.get_world_size()} ranks, memory is not forecast for several"
+
+
+def _end_with_word(files: RankFiles, rank: int, kind: type[BaseException], error: BaseException, trace: Any) -> None:  # noqa: ANN401
+    """What nobody expected ends the rank, and the stage's process can say what it was."""
+    traceback.print_exception(kind, error, trace)
+    words = f"{kind.__name__}: {str(error).partition(chr(10))[0]}"
+    files.fail(rank, StageFailed(words), is_victim=isinstance(error, RuntimeError) and "peer" in words)
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _keep(files: RankFiles, learned: Learned) -> None:

@@ -5,13 +5,10 @@ missing files are refused with file, key, value and what would be right. Relativ
 """
 
 import dataclasses
-import difflib
 import os
 import re
-import types
-import typing
 from dataclasses import dataclass, field
-from datetime import UTC, date, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,6 +17,7 @@ import yaml
 
 from mansard.canonical import sha256_json
 from mansard.errors import BadInput
+from mansard.strict_records import read
 
 ROUTER_PLANES = ("workers", "haproxy")
 ROLES = ("author", "reviewer", "operator")
@@ -292,7 +290,7 @@ def load_site(path: Path) -> Site:
         raise BadInput(f"{path}: a site is a mapping of keys, this is {type(tree).__name__}")
     if tree.pop("format", None) != 1:
         raise BadInput(f"{path}: format: 1 is expected as the first key")
-    site: Site = _read(Site, {**tree, "path": str(path.resolve())}, f"{path}", path.resolve().parent)
+    site: Site = read(Site, {**tree, "path": str(path.resolve())}, f"{path}", path.resolve().parent)
     _check(site)
     return site
 
@@ -356,62 +354,3 @@ def _check_journal(site: Site) -> None:
         )
     if url.password is not None or "password" in url.query:
         raise BadInput(f"{site.path}: journal: a password in the URL; leave it out and set PGPASSWORD where it runs")
-
-
-def _read(kind: Any, value: Any, where: str, folder: Path) -> Any:  # noqa: ANN401 - a value of type `kind`
-    """`value` as `kind` (dataclass, tuple, dict, Path or scalar), or BadInput that names the place."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
-        return _read_record(kind, value, where, folder)
-    if origin in (types.UnionType, typing.Union):
-        return None if value is None else _read(arguments[0], value, where, folder)
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise BadInput(f"{where}: {value!r} is not a list")
-        return tuple(_read(arguments[0], v, f"{where}[{i}]", folder) for i, v in enumerate(value))
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise BadInput(f"{where}: {value!r} is not a mapping")
-        return {str(k): _read(arguments[1], v, f"{where}.{k}", folder) for k, v in value.items()}
-    if kind is Path:
-        if not isinstance(value, str):
-            raise BadInput(f"{where}: {value!r} is not a path")
-        # Not resolved: an interpreter in a virtual environment is a link that must stay one.
-        return Path(os.path.normpath(folder / Path(value).expanduser()))
-    if kind is datetime:
-        return _read_moment(value, where)
-    if type(value) is not kind:
-        raise BadInput(f"{where}: {value!r} is not of type {kind.__name__}")
-    return value
-
-
-def _read_moment(value: object, where: str) -> datetime:
-    """A date is its first moment; without a time zone it is UTC. YAML has read most forms already."""
-    if isinstance(value, str):
-        try:
-            value = datetime.fromisoformat(value)
-        except ValueError as error:
-            raise BadInput(f"{where}: {value!r} is not a date (2027-01-31) or a moment (ISO 8601)") from error
-    if isinstance(value, date) and not isinstance(value, datetime):
-        value = datetime(value.year, value.month, value.day, tzinfo=UTC)
-    if not isinstance(value, datetime):
-        raise BadInput(f"{where}: {value!r} is not a date (2027-01-31) or a moment (ISO 8601)")
-    return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
-
-
-def _read_record(kind: Any, value: Any, where: str, folder: Path) -> Any:  # noqa: ANN401 - an instance of `kind`
-    if not isinstance(value, dict):
-        raise BadInput(f"{where}: {value!r} is not a mapping of keys")
-    fields = {f.metadata.get("key", f.name): f for f in dataclasses.fields(kind)}
-    hints = typing.get_type_hints(kind)
-    for key in value:
-        if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(fields)}"
-            raise BadInput(f"{where}: unknown key {key!r}; {hint}")
-    for name, spec in fields.items():
-        missing = spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
-        if missing and name not in value:
-            raise BadInput(f"{where}: key {name!r} is missing")
-    names = {key: spec.name for key, spec in fields.items()}
-    return kind(**{names[k]: _read(hints[names[k]], v, f"{where}: {k}", folder) for k, v in value.items()})

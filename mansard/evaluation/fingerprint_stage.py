@@ -17,7 +17,7 @@ from mansard.specs import Fingerprint, Serve
 if TYPE_CHECKING:
     from mansard.worker import StageContext
 
-CODE_VERSION = 2
+CODE_VERSION = 1
 PACKAGES = ()
 
 

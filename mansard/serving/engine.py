@@ -22,7 +22,15 @@ import aiohttp
 from mansard.canonical import canonical_json, write_atomically
 from mansard.errors import StageFailed
 from mansard.serving import engine_http
-from mansard.serving.engine_command import SHUTDOWN_SECONDS, EngineIdentity, command, free_port, spawn, variables
+from mansard.serving.engine_command import (
+    SHUTDOWN_SECONDS,
+    EngineIdentity,
+    command,
+    free_port,
+    slot_variables,
+    spawn,
+    variables,
+)
 from mansard.serving.engine_log import last_words, tail
 from mansard.serving.process import ProcessIdentity, identify, kill_group, send, wait_for_end
 from mansard.site import Site
@@ -37,7 +45,7 @@ RESUME_SECONDS = 120.0
 
 class Engine:
     """`state` is one of new, starting, ready, failed, stopping, stopped. `cores` is set before `start`. `branches` are
-    the names of those in its slots."""
+    the names of those in its slots; `warnings` are by what requests ask it for."""
 
     def __init__(self, identity: EngineIdentity, site: Site, session: aiohttp.ClientSession) -> None:
         self.identity = identity
@@ -48,8 +56,9 @@ class Engine:
         self.log = Path()
         self.start_seconds: float | None = None
         self.problem = ""
-        self.warning = ""
+        self.warnings: dict[str, str] = {}
         self.branches: set[str] = set()
+        self._branches_lock = asyncio.Lock()
         self.begun_at = 0.0
         self._site = site
         self._session = session
@@ -109,7 +118,7 @@ class Engine:
             engine.cores, engine.port, engine.log = record["cores"], record["port"], Path(record["log"])
             engine.begun_at = record["begun_at"]
             engine.state, engine.start_seconds = record["state"], record["start_seconds"]
-            engine.branches = set(record["branches"])
+            engine.branches = set(record.get("branches", ()))
         except (OSError, ValueError, KeyError, TypeError):
             return None  # half a record or an older form: the orphan search finds its process
         if engine.state not in ("starting", "ready") or not process.is_running():
@@ -130,18 +139,20 @@ class Engine:
 
     async def hold_branch(self, name: str, folder: Path) -> None:
         """Have the branch of `folder` in this engine under `name`; MansardError with the engine's reason."""
-        if name not in self.branches:
-            seconds = self._site.engine.start_timeout_seconds
-            await engine_http.load_branch(self._session, self.endpoint, name, folder, seconds)
-            self.branches.add(name)
-            self._write_record()
+        async with self._branches_lock:
+            if name not in self.branches:
+                seconds = self._site.engine.start_timeout_seconds
+                await engine_http.load_branch(self._session, self.endpoint, name, folder, seconds)
+                self.branches.add(name)
+                self._write_record()
 
     async def drop_branch(self, name: str) -> None:
         """No request names it any more."""
-        if name in self.branches:
-            self.branches.discard(name)
-            self._write_record()
-            await engine_http.unload_branch(self._session, self.endpoint, name, RESUME_SECONDS)
+        async with self._branches_lock:
+            if name in self.branches:
+                self.branches.discard(name)
+                self._write_record()
+                await engine_http.unload_branch(self._session, self.endpoint, name, RESUME_SECONDS)
 
     async def wait_for_end(self) -> str:
         """Wait until the process ends; the reason when nobody asked it to, else an empty string."""
@@ -183,7 +194,7 @@ class Engine:
             self._child = spawn(
                 command(self.identity, tree, self.port, self._site),
                 log_file,
-                {**os.environ, **variables(self._site, self.cores)},
+                {**os.environ, **variables(self._site, self.cores), **slot_variables(tree)},
                 self.record_file.parent,
             )
         self.pid, self.state, self.problem = self._child.pid, "starting", ""

@@ -63,17 +63,26 @@ def command(identity: EngineIdentity, tree: Path, port: int, site: Site) -> list
     ]
 
 
+def slots_of(tree: Path) -> int:
+    """How many branches an artifact has slots for; 0 for any that is not made for them."""
+    try:
+        slots = json.loads((tree / "config.json").read_bytes()).get("carry_on", {}).get("slots", 0)
+    except (OSError, ValueError, AttributeError):
+        return 0  # vLLM says what is wrong with it
+    return int(slots)
+
+
 def slot_arguments(tree: Path) -> list[str]:
     """What vLLM needs to serve branches in slots: they are loaded as LoRA adapters are, and a header names one."""
-    try:
-        slots = json.loads((tree / "config.json").read_bytes()).get("carry_on", {}).get("slots")
-    except (OSError, ValueError, AttributeError):
-        return []  # vLLM says what is wrong with it
-    if slots is None:
+    if not (slots := slots_of(tree)):
         return []
-    known = SLOT_REUSES * slots
-    return ["--enable-lora", f"--max-loras={slots}", f"--max-cpu-loras={known}", "--max-lora-rank=8",
+    return ["--enable-lora", f"--max-loras={slots}", f"--max-cpu-loras={SLOT_REUSES * slots}", "--max-lora-rank=8",
             "--middleware=mansard_vllm.served_name.ServedName"]  # fmt: skip
+
+
+def slot_variables(tree: Path) -> dict[str, str]:
+    """Branches come and go while the engine runs. It listens on loopback, and no router passes such a path on."""
+    return {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} if slots_of(tree) else {}
 
 
 def variables(site: Site, cores: str) -> dict[str, str]:
@@ -86,7 +95,6 @@ def variables(site: Site, cores: str) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(python_path),
         "VLLM_CPU_KVCACHE_SPACE": str(site.engine.kv_cache_gib),
         **bound,
-        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",  # on loopback, and the router's allow-list has no such path
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "HF_HUB_OFFLINE": "1",

@@ -107,13 +107,13 @@ class Host:
         pointers = self.journal.pointers(model)
         versions = {}
         for version in self.residents.versions(model):
-            identity = self.residents.place(model, version).engine
-            engine = self.engines.find(identity)
+            place = self.residents.place(model, version)
+            engine = self.engines.find(place.engine)
             versions[str(version)] = {
                 "state": "cold" if engine is None else engine.state,
                 "endpoint": self.residents.endpoint(model, version),
-                "start_seconds": self.engines.last_start_seconds(identity),
-                "warning": "" if engine is None else engine.warning,
+                "start_seconds": self.engines.last_start_seconds(place.engine),
+                "warning": "" if engine is None else engine.warnings.get(place.name, ""),
             }
         return {
             "stable": pointers.stable,

@@ -10,23 +10,10 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from mansard.errors import (
-    BadInput,
-    Conflict,
-    Corrupt,
-    JournalDamaged,
-    JournalDown,
-    MansardError,
-    NotAllowed,
-    StageFailed,
-)
+from mansard.errors import BadInput, Conflict, MansardError, NotAllowed, error_named
 from mansard.site import Site
 
 FORMAT = 1
-_KINDS = {
-    kind.__name__: kind
-    for kind in (BadInput, NotAllowed, Corrupt, JournalDamaged, Conflict, JournalDown, StageFailed, MansardError)
-}
 _KIND_OF_STATUS = {400: BadInput, 403: NotAllowed, 404: BadInput, 409: Conflict}
 
 
@@ -90,7 +77,7 @@ class HostClient:
         )
         named = tree.get("error")
         if isinstance(named, dict):
-            raise _KINDS.get(str(named.get("kind")), kind)(str(named.get("message", message)))
+            raise error_named(str(named.get("kind")), str(named.get("message", message)), kind)
         if status >= 400:
             raise kind(message)
         return tree

@@ -64,7 +64,7 @@ class Fingerprints:
             change = await self.find_change(model, version, engine)
         except MansardError as error:
             change = f"it could not be compared: {error}"
-        engine.warning = f"fingerprint: {change}" if change else ""
+        engine.warnings[self._name_of(model, version)] = f"fingerprint: {change}" if change else ""
         if change:
             log.warning("%s version %d: fingerprint changed: %s", model, version, change)
 

@@ -79,8 +79,10 @@ class Residents:
     async def ready(self, model: str, version: int) -> Engine:
         """The version's engine, ready, with its branch where it has one. MansardError when it does not come up."""
         place = self.place(model, version)
-        if place.branch is not None:  # the artifact with slots is nobody's version: collect may have taken it
-            place_of(self._site, self._store, self._journal.registration(model, version))
+        if place.branch is not None and not self.engines.is_ready(place.engine):
+            # The artifact with slots is nobody's version: collect may have taken it.
+            registration = self._journal.registration(model, version)
+            await asyncio.to_thread(place_of, self._site, self._store, registration)
         engine = await self.engines.ensure(place.engine)
         if place.branch is not None:
             folder = await asyncio.to_thread(branch_folder, self._site, self._store, place.branch)
@@ -118,8 +120,10 @@ class Residents:
 
     def warnings(self, model: str, version: int) -> list[str]:
         """What its engine warned of at its last start."""
-        engine = self.engines.find(self.place(model, version).engine)
-        return [] if engine is None or not engine.warning else [f"version {version}: {engine.warning}"]
+        place = self.place(model, version)
+        engine = self.engines.find(place.engine)
+        warning = "" if engine is None else engine.warnings.get(place.name, "")
+        return [f"version {version}: {warning}"] if warning else []
 
     def wake(self) -> None:
         """Look again now: a pointer moved or an engine ended."""

@@ -50,15 +50,18 @@ def place_of(site: Site, store: Store, registration: Registration) -> Place:
 def branch_folder(site: Site, store: Store, artifact: SnapshotId) -> Path:
     """The folder that an engine loads a branch from: its file, and alpha. Made once; it stays while the site does."""
     folder = site.run / "branches" / artifact
-    if (folder / ALPHA_FILE).exists():
+    if folder.exists():
         return folder
     found = composition_of(store, artifact)
     assert found is not None, f"artifact {artifact[:12]} is no carry-on"
-    beside = folder.with_name(f".{artifact[:NAME_DIGITS]}.{os.getpid()}")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(beside, ignore_errors=True)
+    beside = folder.with_name(f".{artifact[:NAME_DIGITS]}.{os.getpid()}.{os.urandom(4).hex()}")
     store.restore(found.branch, beside)
     write_atomically(beside / ALPHA_FILE, canonical_json({"format": 1, "alpha": found.alpha}))
-    shutil.rmtree(folder, ignore_errors=True)
-    beside.replace(folder)
+    try:
+        beside.replace(folder)
+    except OSError:  # another start was quicker; a folder is there whole or not at all
+        shutil.rmtree(beside, ignore_errors=True)
+        if not folder.exists():
+            raise
     return folder

@@ -21,17 +21,14 @@ from deepspeed.utils import (
 )
 from torch import distributed, nn
 
-from mansard.errors import BadInput
 from mansard.models.freeze import digest_tensors
 from mansard.specs import Train
 from mansard.training.adamw import BETAS, EPSILON, set_rates
-from mansard.training.attention import use_packed_attention
 from mansard.training.data import Batch
-from mansard.training.decoder import Decoder
-from mansard.training.engines import LocalEngine, Loss
-from mansard.training.head_loss import HeadLoss
-from mansard.training.optimizer import Group
+from mansard.training.engines import Loss, ModelEngine
+from mansard.training.optimizer import Group, torch_groups
 from mansard.training.packing import IGNORED
+from mansard.training.ranks import zero_level
 from mansard.training.state import random_states, take_random_states
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -39,23 +36,9 @@ Beat = Callable[[str], None]
 """Told what a rank is about to do: the one that is behind when all stand still is the one that hangs."""
 
 
-def check_ranks(train: Train, config: Mapping[str, Any], world: int) -> None:
-    """BadInput where the spec's training cannot run on `world` ranks under this DeepSpeed configuration."""
-    level = config.get("zero_optimization", {}).get("stage", 0)
-    if train.batch_sequences % world:
-        raise BadInput(
-            f"train.batch_sequences {train.batch_sequences} is no multiple of the site's training.processes {world}"
-        )
-    if train.frozen == "fp8" and level == 3:
-        raise BadInput("train.frozen: fp8 needs ZeRO 1 or 2 (its weights are buffers, which ZeRO 3 does not shard); "
-                       "name another file under training.deepspeed, or frozen: bf16")  # fmt: skip
-    if (train.optimizer, train.master) != ("adamw", "fp32"):
-        raise BadInput(f"optimizer: {train.optimizer} with master: {train.master} runs in one process; several ranks "
-                       "take optimizer: adamw and master: fp32")  # fmt: skip
-
-
-class DeepSpeedEngine(LocalEngine):
-    """One rank of several. `config` is DeepSpeed's own, without what the spec says (rates, clipping, types)."""
+class DeepSpeedEngine(ModelEngine):
+    """One rank of several. `config` is DeepSpeed's own, without what the spec says (rates, clipping, types);
+    `ranks.check_ranks` has looked at both."""
 
     def __init__(
         self,
@@ -66,51 +49,44 @@ class DeepSpeedEngine(LocalEngine):
         beat: Beat,
     ) -> None:
         self._rank, self._world = distributed.get_rank(), distributed.get_world_size()
-        check_ranks(train, config, self._world)
-        self._model = model
-        self._beat = beat
         rows = train.batch_sequences // self._world
-        self.micro_batch_sequences = min(train.micro_batch_sequences or rows, rows)
-        use_packed_attention(model)
-        self.decoder = Decoder(model)
-        softcap = getattr(model.config, "final_logit_softcapping", None)
-        self._is_sharded = config.get("zero_optimization", {}).get("stage", 0) == 3
-        self._head_loss = HeadLoss(model.get_output_embeddings(), softcap, self._accelerator())
+        micro_batch = min(train.micro_batch_sequences or rows, rows)
+        super().__init__(model, micro_batch)
+        self._beat = beat
+        self._is_sharded = zero_level(config) == 3
         self._parameters = {name: p for g in groups for name, p in g.parameters.items()}
+        # ZeRO 3 gathers a module's own parameters for its pass; the loss reads the head's beside that.
+        deepspeed.zero.register_external_parameter(self.module, model.get_output_embeddings().weight)
         wanted = {
-            "train_micro_batch_size_per_gpu": self.micro_batch_sequences,
-            "gradient_accumulation_steps": -(-rows // self.micro_batch_sequences),
+            "train_micro_batch_size_per_gpu": micro_batch,
+            "gradient_accumulation_steps": -(-rows // micro_batch),
             "gradient_clipping": train.clip_norm,
             "zero_allow_untested_optimizer": True,
             **({"bf16": {"enabled": True}} if train.precision == "bf16" else {}),
         }
-        self._deepspeed, optimizer, _, _ = deepspeed.initialize(
-            model=_Objective(self, model),
-            optimizer=torch.optim.AdamW(_torch_groups(groups, train.weight_decay), betas=BETAS, eps=EPSILON),
+        moved = torch_groups(groups, self._parameters, train.weight_decay)
+        self.module, self._zero, _, _ = deepspeed.initialize(
+            model=self.module,
+            optimizer=torch.optim.AdamW(moved, betas=BETAS, eps=EPSILON),
             config={**config, **wanted},
         )
-        self._zero = optimizer
         self._steps = 0.0
         self._make_moments(0.0)
-        self.decoder.compile()
-
-    def forecast_text(self, forecast: Callable[[], str]) -> str:
-        """None is made: the preflight measures one process."""
-        return f"{self._world} ranks, memory is not forecast for several"
+        self.objective.decoder.compile()
 
     def gradients(self, batch: Batch) -> Loss:
         """Forward and backward of this rank's rows; the loss is the whole batch's."""
         self._beat("gradients")
-        self._deepspeed.train()
+        self.module.train()
         labels = int((batch.labels_BT != IGNORED).sum())
         nats = torch.zeros((), device=self.device)
         parts = self._rows_of_rank(batch).parts(self.micro_batch_sequences)
         for number, part in enumerate(parts):
-            nats_of_part = self._deepspeed(part)
-            self._deepspeed.backward(nats_of_part * (self._world / labels), scale_wrt_gas=False)
+            nats_of_part = self.module(part)
+            self.module.backward(nats_of_part * (self._world / labels), scale_wrt_gas=False)
             nats += nats_of_part.detach()
             if number < len(parts) - 1:
-                self._deepspeed.step()  # counts a micro-batch; weights move at the last one's
+                self.module.step()  # counts a micro-batch; weights move at the last one's
         self._beat("losses")
         distributed.all_reduce(nats)
         return Loss(float(nats), labels)
@@ -118,34 +94,23 @@ class DeepSpeedEngine(LocalEngine):
     def step(self, factor: float) -> float:
         self._beat("step")
         set_rates(self._zero, factor)
-        self._deepspeed.step()
+        self.module.step()
         self._steps += 1.0
-        return float(self._deepspeed.get_global_grad_norm())
+        return float(self.module.get_global_grad_norm())
 
     def evaluate(self, batches: Sequence[Batch]) -> Loss:
         self._beat("evaluate")
-        self._deepspeed.eval()
-        parts = [part for batch in batches for part in batch.parts(self.micro_batch_sequences)]
-        with torch.no_grad():
-            nats = sum(float(self._deepspeed(part)) for part in parts)
-        return Loss(nats, sum(int((part.labels_BT != IGNORED).sum()) for part in parts))
-
-    def logits(self, tokens_BT: torch.Tensor) -> torch.Tensor:
-        self._deepspeed.eval()
-        positions_BT = torch.arange(tokens_BT.shape[1]).expand_as(tokens_BT)
-        with torch.no_grad():
-            logits_BTV: torch.Tensor = self._deepspeed(Batch(tokens_BT, positions_BT, tokens_BT), wants_logits=True)
-        return logits_BTV.cpu()
+        return super().evaluate(batches)
 
     def trained(self) -> dict[str, torch.Tensor]:
         return {name: self._master(p).float().cpu() for name, p in self._parameters.items()}
 
     def digests(self, names: Iterable[str]) -> dict[str, str]:
         found: dict[str, str] = {}
-        parameters = dict(self._model.named_parameters(remove_duplicate=False))
+        parameters = dict(self.objective.model.named_parameters(remove_duplicate=False))
         for name in names:
             with self._whole([parameters[name]] if name in parameters else []):
-                found |= digest_tensors(self._model, [name])
+                found |= digest_tensors(self.objective.model, [name])
         return found
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -199,41 +164,3 @@ class DeepSpeedEngine(LocalEngine):
         rows = len(batch.tokens_BT) // self._world
         mine = slice(self._rank * rows, (self._rank + 1) * rows)
         return Batch(batch.tokens_BT[mine], batch.positions_BT[mine], batch.labels_BT[mine])
-
-    @staticmethod
-    def _accelerator() -> torch.device:
-        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-class _Objective(nn.Module):
-    """Model and loss as one module, so that ZeRO 3 gathers what each part of it needs."""
-
-    def __init__(self, engine: DeepSpeedEngine, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        object.__setattr__(self, "_engine", engine)  # no submodule
-        head = model.get_output_embeddings()
-        deepspeed.zero.register_external_parameter(self, head.weight)
-
-    def bfloat16(self) -> "_Objective":
-        """DeepSpeed asks for it; the model is in its types already, FP8 weights and their scales among them."""
-        return self
-
-    def forward(self, batch: Batch, wants_logits: bool = False) -> torch.Tensor:
-        hidden_BTH = self._engine.hidden(batch)
-        if wants_logits:
-            return self._engine._head_loss.logits(hidden_BTH)
-        return self._engine.nats(hidden_BTH, batch.labels_BT)
-
-
-def _torch_groups(groups: Sequence[Group], weight_decay: float) -> list[dict[str, Any]]:
-    """As MasterAdamW's: matrices take weight decay, vectors do not."""
-    made = []
-    for group in groups:
-        members = list(group.parameters.values())
-        matrices, vectors = [p for p in members if p.ndim >= 2], [p for p in members if p.ndim < 2]
-        for chosen, decay in ((matrices, weight_decay), (vectors, 0.0)):
-            if chosen:
-                rates = {"lr": group.peak_rate, "peak_rate": group.peak_rate, "weight_decay": decay}
-                made.append({"params": chosen, **rates})
-    return made

@@ -1,15 +1,15 @@
-"""One process that computes losses and moves weights: the seam behind which several will do the same.
+"""What computes losses and moves weights, in one process; deepspeed_engine.py does it in several.
 
-The loop knows `gradients`, `step`, `evaluate`, `state`, `load_state` and `trained`, and nothing of devices or of
-processes. Legend: B rows, T tokens, V vocabulary.
+The loop knows what `Engine` says and nothing of processes. Legend: B rows, T tokens, V vocabulary.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from mansard.models.freeze import digest_tensors
 from mansard.training.attention import attention_inputs, preferred_kernels, use_packed_attention
@@ -38,8 +38,108 @@ class Loss:
         return self.nats / self.labels if self.labels else math.nan
 
 
-class LocalEngine:
-    """The model in this process, on the device it is on. Below the first trained block autograd records nothing."""
+class Engine(Protocol):
+    """What the loop knows. `state` is what a checkpoint holds: trained tensors, optimizer, generators; never the base.
+    """
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def gradients(self, batch: Batch) -> Loss:
+        """Forward and backward of the mean loss over the batch's labels, a micro-batch at a time."""
+
+    def step(self, factor: float) -> float:
+        """Move the trained tensors at `factor` of their peak rates; the gradients' norm before clipping."""
+
+    def evaluate(self, batches: Sequence[Batch]) -> Loss: ...
+
+    def state(self) -> dict[str, torch.Tensor]: ...
+
+    def load_state(self, tensors: Mapping[str, torch.Tensor]) -> None: ...
+
+
+class Objective(nn.Module):
+    """A model's forward pass with its loss, on the device it is on: a batch's summed loss in nats, or its logits. Below
+    the first trained block autograd records nothing."""
+
+    def __init__(self, model: Any) -> None:  # noqa: ANN401 - a transformers model; modified
+        super().__init__()
+        use_packed_attention(model)
+        self.model = model
+        self.decoder = Decoder(model)
+        softcap = getattr(model.config, "final_logit_softcapping", None)
+        self.head_loss = HeadLoss(model.get_output_embeddings(), softcap, self.device)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.model.device)
+
+    def forward(self, batch: Batch, wants_logits: bool = False) -> torch.Tensor:
+        hidden_BTH = self.hidden(batch)
+        if wants_logits:
+            return self.head_loss.logits(hidden_BTH)
+        return self.nats(hidden_BTH, batch.labels_BT)
+
+    def hidden(self, batch: Batch) -> torch.Tensor:
+        """The decoder's last states [B, T, H], on the device; the batch is on the CPU."""
+        device = self.device
+        with preferred_kernels(device):
+            states: torch.Tensor = self.decoder.module(
+                input_ids=batch.tokens_BT.to(device, non_blocking=True),
+                position_ids=batch.positions_BT.to(device, non_blocking=True),
+                use_cache=False,
+                **attention_inputs(self.model.config, batch.positions_BT, self.model.dtype, device),
+            ).last_hidden_state
+        return states
+
+    def nats(self, hidden_BTH: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
+        """Summed over the labels, a float32 scalar on the device."""
+        return self.head_loss(hidden_BTH, labels_BT.to(self.device, non_blocking=True))
+
+    def bfloat16(self) -> "Objective":
+        """DeepSpeed asks for it; the model is in its types already, FP8 weights and their scales among them."""
+        return self
+
+
+class ModelEngine:
+    """What engines of a whole model share. `module` is what is called for the forward pass: `objective` itself, or what
+    a library has put around it."""
+
+    def __init__(
+        self,
+        model: Any,  # noqa: ANN401 - a transformers model; modified
+        micro_batch_sequences: int | None,
+    ) -> None:
+        self.objective = Objective(model)
+        self.module: nn.Module = self.objective
+        self.micro_batch_sequences = micro_batch_sequences
+
+    @property
+    def device(self) -> torch.device:
+        return self.objective.device
+
+    def evaluate(self, batches: Sequence[Batch]) -> Loss:
+        self.module.eval()
+        parts = [part for batch in batches for part in batch.parts(self.micro_batch_sequences)]
+        with torch.no_grad():
+            nats = sum(float(self.module(part)) for part in parts)
+        return Loss(nats, sum(int((part.labels_BT != IGNORED).sum()) for part in parts))
+
+    def logits(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        """Logits [B, T, V] in float32, on the CPU, of rows that are one document each."""
+        self.module.eval()
+        positions_BT = torch.arange(tokens_BT.shape[1]).expand_as(tokens_BT)
+        with torch.no_grad():
+            logits_BTV: torch.Tensor = self.module(Batch(tokens_BT, positions_BT, tokens_BT), wants_logits=True)
+        return logits_BTV.cpu()
+
+    def digests(self, names: Iterable[str]) -> dict[str, str]:
+        """BLAKE3 of the named tensors as they stand in memory."""
+        return digest_tensors(self.objective.model, names)
+
+
+class LocalEngine(ModelEngine):
+    """The model in this process alone."""
 
     def __init__(
         self,
@@ -52,96 +152,32 @@ class LocalEngine:
         master: str = "fp32",
         micro_batch_sequences: int | None = None,
     ) -> None:
-        self._model = model
+        super().__init__(model, micro_batch_sequences)
         self._clip_norm = clip_norm
-        self.micro_batch_sequences = micro_batch_sequences
-        use_packed_attention(model)
-        self.decoder = Decoder(model)
-        self._head_loss = HeadLoss(
-            model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None), self.device
-        )
         self._optimizer = MasterAdamW(groups, weight_decay, optimizer, master)
 
-    @property
-    def device(self) -> torch.device:
-        return torch.device(self._model.device)
-
     def gradients(self, batch: Batch) -> Loss:
-        """Forward and backward of the mean loss over the batch's labels, a micro-batch at a time."""
-        self._model.train()
+        self.module.train()
         labels = int((batch.labels_BT != IGNORED).sum())
         nats = torch.zeros((), device=self.device)
         for part in batch.parts(self.micro_batch_sequences):
-            nats_of_part = self.nats(self.hidden(part), part.labels_BT)
+            nats_of_part = self.module(part)
             (nats_of_part / labels).backward()
             nats += nats_of_part.detach()
         return Loss(float(nats), labels)
 
     def step(self, factor: float) -> float:
-        """Move the trained tensors at `factor` of their peak rates; the gradients' norm before clipping."""
         return self._optimizer.step(factor, self._clip_norm)
-
-    def evaluate(self, batches: Sequence[Batch]) -> Loss:
-        self._model.eval()
-        parts = [part for batch in batches for part in batch.parts(self.micro_batch_sequences)]
-        with torch.no_grad():
-            nats = sum(float(self.nats(self.hidden(part), part.labels_BT)) for part in parts)
-        return Loss(nats, sum(int((part.labels_BT != IGNORED).sum()) for part in parts))
-
-    def logits(self, tokens_BT: torch.Tensor) -> torch.Tensor:
-        """Logits [B, T, V] in float32, on the CPU, of rows that are one document each."""
-        self._model.eval()
-        positions_BT = torch.arange(tokens_BT.shape[1]).expand_as(tokens_BT)
-        with torch.no_grad():
-            hidden_BTH = self.hidden(Batch(tokens_BT, positions_BT, tokens_BT))
-            logits_BTV: torch.Tensor = self._head_loss.logits(hidden_BTH)
-        return logits_BTV.cpu()
 
     def trained(self) -> dict[str, torch.Tensor]:
         """The masters (float32, or the parameters where they are rounded) under the names of the parameters."""
         return {name: master.detach() for name, master in self._optimizer.masters.items()}
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Trained tensors, optimizer and random generators; never the base."""
         return {**self._optimizer.state(), **random_states()}
 
     def load_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self._optimizer.load_state(take_random_states(tensors))
 
-    def hidden(self, batch: Batch) -> torch.Tensor:
-        """The decoder's last states [B, T, H], on the device; the batch is on the CPU."""
-        device = self.device
-        with preferred_kernels(device):
-            states: torch.Tensor = self.decoder.module(
-                input_ids=batch.tokens_BT.to(device, non_blocking=True),
-                position_ids=batch.positions_BT.to(device, non_blocking=True),
-                use_cache=False,
-                **attention_inputs(self._model.config, batch.positions_BT, self._model.dtype, device),
-            ).last_hidden_state
-        return states
-
-    def nats(self, hidden_BTH: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
-        """Summed over the labels, a float32 scalar on the device."""
-        return self._head_loss(hidden_BTH, labels_BT.to(self.device, non_blocking=True))
-
-    def forecast_text(self, forecast: Callable[[], str]) -> str:
-        """What the preflight says, where it can be asked."""
-        return forecast()
-
-    def digests(self, names: Iterable[str]) -> dict[str, str]:
-        """BLAKE3 of the named tensors as they stand in memory."""
-        return digest_tensors(self._model, names)
-
-    def head_bytes(self, tokens: int) -> int:
-        """What the head's loss holds of logits at once."""
-        return self._head_loss.held_bytes(tokens)
-
     def optimizer_bytes(self) -> StepBytes:
         return self._optimizer.step_bytes()
-
-    def train_mode(self) -> None:
-        self._model.train()
-
-    def drop_gradients(self) -> None:
-        for parameter in self._model.parameters():
-            parameter.grad = None

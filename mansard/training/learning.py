@@ -4,9 +4,9 @@ Does not cover: what becomes of the trained tensors (stage.py), and how several 
 """
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy
 import torch
@@ -16,13 +16,12 @@ from mansard.models.loading import choose_device, load_model, load_tokenizer
 from mansard.models.storeys import NewBlock, read_expansion
 from mansard.specs import Data, Train
 from mansard.training.blocks import announcement, checkpoint_names, train_only
-from mansard.training.data import Mixture, Packed, pack_texts, read_texts, require_rows
-from mansard.training.engines import CPU_THREADS, LocalEngine
+from mansard.training.data import Batch, Mixture, Packed, pack_texts, read_texts, require_rows
+from mansard.training.engines import CPU_THREADS, Engine
 from mansard.training.loop import Plan, run_loop
 from mansard.training.memory import peak_bytes
 from mansard.training.optimizer import Group
 from mansard.training.packing import check_fits
-from mansard.training.preflight import preflight
 from mansard.training.report import reporter
 from mansard.training.state import Checkpoints
 
@@ -34,7 +33,20 @@ PROBE_TOKENS = 64
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-MakeEngine = Callable[[Any, Sequence[Group], Train], LocalEngine]
+MakeEngine = Callable[[Any, Sequence[Group], Train], "LearningEngine"]
+"""From a transformers model, the groups that train and the spec's section."""
+Forecast = Callable[[Any, Batch, Train], str]
+"""What is said of an engine before its first step, from one batch."""
+
+
+class LearningEngine(Engine, Protocol):
+    """What a whole training needs of an engine beside its loop."""
+
+    def trained(self) -> Mapping[str, torch.Tensor]: ...
+
+    def logits(self, tokens_BT: torch.Tensor) -> torch.Tensor: ...
+
+    def digests(self, names: Iterable[str]) -> dict[str, str]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +63,9 @@ class Learned:
     frozen: dict[str, str]
 
 
-def learn(context: "StageContext", make_engine: MakeEngine, checkpoints: Checkpoints) -> Learned:
+def learn(
+    context: "StageContext", make_engine: MakeEngine, forecast: Forecast, checkpoints: Checkpoints
+) -> Learned:
     """Train to the plan's end, from the newest checkpoint where there is one. Raises as stage `train` does."""
     data, train = Data.model_validate(context.spec["data"]), Train.model_validate(context.spec["train"])
     torch.set_num_threads(CPU_THREADS)
@@ -69,9 +83,9 @@ def learn(context: "StageContext", make_engine: MakeEngine, checkpoints: Checkpo
     text = announcement(model, blocks, groups, train)
     print(f"train: {text}", file=sys.stderr, flush=True)
     engine = make_engine(model, groups, train)
-    forecast = engine.forecast_text(lambda: preflight(engine, mixture.batch(0), train).text())
-    print(f"train: {forecast}", file=sys.stderr, flush=True)
-    context.progress(0, plan.tokens, "tokens", f"{text}; {forecast}")
+    expected = forecast(engine, mixture.batch(0), train)
+    print(f"train: {expected}", file=sys.stderr, flush=True)
+    context.progress(0, plan.tokens, "tokens", f"{text}; {expected}")
     cursor = run_loop(engine, mixture, held_out, plan, checkpoints, reporter(context, plan))
     frozen.check(engine.digests(frozen.digests))
     print(f"train: peak memory {peak_bytes(engine.device) / 2**30:.2f} GiB", file=sys.stderr, flush=True)

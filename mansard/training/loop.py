@@ -13,7 +13,7 @@ import torch
 from mansard.errors import BadInput, StageFailed
 from mansard.specs import Train
 from mansard.training.data import Batch, Mixture, Packed
-from mansard.training.engines import LocalEngine, Loss
+from mansard.training.engines import Engine, Loss
 from mansard.training.feed import feed
 from mansard.training.optimizer import Schedule
 from mansard.training.state import Checkpoints, Cursor
@@ -61,7 +61,7 @@ class Moment:
 
 
 def run_loop(
-    engine: LocalEngine,
+    engine: Engine,
     mixture: Mixture,
     held_out: Sequence[Packed],
     plan: Plan,
@@ -81,7 +81,7 @@ def run_loop(
 
 
 def _steps(
-    engine: LocalEngine,
+    engine: Engine,
     mixture: Mixture,
     held_out: Sequence[Packed],
     plan: Plan,
@@ -109,7 +109,7 @@ def _steps(
         report(Moment(cursor.step, steps, tokens, loss.mean, factor, norm, bits))
 
 
-def _resumed(engine: LocalEngine, checkpoints: Checkpoints) -> Cursor:
+def _resumed(engine: Engine, checkpoints: Checkpoints) -> Cursor:
     found = checkpoints.read()
     if found is None:
         return Cursor()
@@ -119,7 +119,7 @@ def _resumed(engine: LocalEngine, checkpoints: Checkpoints) -> Cursor:
 
 
 def _one_step(
-    engine: LocalEngine, batch: Batch, step: int, factor: float, checkpoints: Checkpoints
+    engine: Engine, batch: Batch, step: int, factor: float, checkpoints: Checkpoints
 ) -> tuple[Loss, float]:
     try:
         loss = engine.gradients(batch)
@@ -137,24 +137,25 @@ def _one_step(
 def _stopped(what: str, value: float, steps_done: int, checkpoints: Checkpoints) -> str:
     return (
         f"training stopped after {steps_done} steps: {what} is {value}, a finite number is needed; "
-        f"{_kept(checkpoints)}; try lower train.learning_rates or precision: fp32"
+        f"{kept(checkpoints)}; try lower train.learning_rates or precision: fp32"
     )
 
 
 def _no_room(steps_done: int, checkpoints: Checkpoints) -> str:
     return (
-        f"training stopped after {steps_done} steps: the device has no memory left; {_kept(checkpoints)}; "
+        f"training stopped after {steps_done} steps: the device has no memory left; {kept(checkpoints)}; "
         "set train.memory_gib below what the device has, or lower train.micro_batch_sequences"
     )
 
 
-def _kept(checkpoints: Checkpoints) -> str:
+def kept(checkpoints: Checkpoints) -> str:
+    """What a run that stopped leaves, in words."""
     found = checkpoints.read()
     return f"the checkpoint of step {found[0].step} is kept in {checkpoints.path}" if found else "no checkpoint yet"
 
 
 def _bits_per_byte(
-    engine: LocalEngine, held_out: Sequence[Packed], step: int, checkpoints: Checkpoints
+    engine: Engine, held_out: Sequence[Packed], step: int, checkpoints: Checkpoints
 ) -> dict[str, float]:
     """Of evenly spaced held-out rows; a token counts as the mean bytes of its source's tokens."""
     bits = {}

@@ -9,6 +9,7 @@ not.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -49,6 +50,21 @@ class StepBytes:
     moved: int
 
 
+def torch_groups(
+    groups: Sequence[Group], tensors: Mapping[str, torch.Tensor], weight_decay: float
+) -> list[dict[str, Any]]:
+    """torch's parameter groups of what is moved for each parameter: matrices take weight decay, vectors do not."""
+    made = []
+    for group in groups:
+        moved = [tensors[name] for name in group.parameters]
+        matrices, vectors = [t for t in moved if t.ndim >= 2], [t for t in moved if t.ndim < 2]
+        for members, decay in ((matrices, weight_decay), (vectors, 0.0)):
+            if members:
+                rates = {"lr": group.peak_rate, "peak_rate": group.peak_rate, "weight_decay": decay}
+                made.append({"params": members, **rates})
+    return made
+
+
 class MasterAdamW:
     """AdamW of a kind (`mansard.training.adamw`) on float32 masters, or on bf16 parameters rounded stochastically."""
 
@@ -60,13 +76,7 @@ class MasterAdamW:
             name: p if is_rounded or p.dtype == torch.float32 else p.detach().to(torch.float32, copy=True)
             for name, p in self._parameters.items()
         }
-        chosen = [
-            {"params": members, "lr": group.peak_rate, "peak_rate": group.peak_rate, "weight_decay": decay}
-            for group in groups
-            for members, decay in self._by_decay(group, weight_decay)
-            if members
-        ]
-        self._optimizer = make_optimizer(chosen, kind, is_rounded)
+        self._optimizer = make_optimizer(torch_groups(groups, self.masters, weight_decay), kind, is_rounded)
         self._widened = [name for name, p in self._parameters.items() if self.masters[name] is not p]
         self._rounded = [self._parameters[name] for name in self._widened]
 
@@ -79,10 +89,6 @@ class MasterAdamW:
         weights = sum(p.nbytes + m.nbytes for p, m in zip(self._parameters.values(), masters, strict=True))
         is_new = not self._optimizer.state
         return StepBytes(moments if is_new else 0, widened + 16 * largest, 2 * (moments + weights + widened))
-
-    def _by_decay(self, group: Group, weight_decay: float) -> list[tuple[list[torch.Tensor], float]]:
-        masters = [self.masters[name] for name in group.parameters]
-        return [([m for m in masters if m.ndim >= 2], weight_decay), ([m for m in masters if m.ndim < 2], 0.0)]
 
     def step(self, factor: float, clip_norm: float) -> float:
         """Clip the gradients' total norm, move the masters at `factor` of their peak rates, round them down into the

@@ -117,7 +117,7 @@ def preflight(engine: LocalEngine, batch: Batch, train: Train) -> Forecast:
         limit = min(limit, int(train.memory_gib * GIB))
     with_graph = sum(block.has_graph for block in costs.blocks)
     for count in range(with_graph + 1):
-        recomputed = engine.decoder.recompute(count)
+        recomputed = engine.objective.decoder.recompute(count)
         peak = costs.peak(recomputed)
         if peak <= limit:
             rate = batch.tokens_BT.numel() / costs.seconds(recomputed)
@@ -133,13 +133,13 @@ def preflight(engine: LocalEngine, batch: Batch, train: Train) -> Forecast:
 def measure(engine: LocalEngine, batch: Batch) -> Costs:
     """Costs of `batch`'s first micro-batch; the blocks are compiled where the engine compiles."""
     parts = batch.parts(engine.micro_batch_sequences)
-    states_BTH, arguments = engine.decoder.arguments(lambda: engine.hidden(parts[0]))
-    engine.decoder.compile()
-    engine.train_mode()
+    states_BTH, arguments = engine.objective.decoder.arguments(lambda: engine.objective.hidden(parts[0]))
+    engine.objective.decoder.compile()
+    engine.module.train()
     with preferred_kernels(engine.device):
         blocks = _block_costs(engine, states_BTH, arguments)
         head_bytes, head_seconds = _head_cost(engine, states_BTH, parts[0])
-    engine.drop_gradients()
+    engine.module.zero_grad()
     step = engine.optimizer_bytes()
     return Costs(
         blocks,
@@ -157,11 +157,11 @@ def measure(engine: LocalEngine, batch: Batch) -> Costs:
 def _block_costs(engine: LocalEngine, states_BTH: torch.Tensor, arguments: Mapping[str, Any]) -> tuple[BlockCost, ...]:
     measured: dict[Hashable, BlockCost] = {}
     costs = []
-    for index, block in enumerate(engine.decoder.blocks):
-        kind = engine.decoder.kind(index)
+    for index, block in enumerate(engine.objective.decoder.blocks):
+        kind = engine.objective.decoder.kind(index)
         if kind not in measured:
             measured[kind] = _block_cost(engine, index, block, states_BTH, arguments)
-            engine.drop_gradients()
+            engine.module.zero_grad()
         costs.append(measured[kind])
     return tuple(costs)
 
@@ -173,13 +173,13 @@ def _block_cost(
     states_BTH: torch.Tensor,
     arguments: Mapping[str, Any],
 ) -> BlockCost:
-    lowest = engine.decoder.lowest_trained
+    lowest = engine.objective.decoder.lowest_trained
     has_graph = index >= lowest
     downstream = torch.ones_like(states_BTH)
     output_BTH: torch.Tensor | None = None
     for _ in range(ROUNDS):
         output_BTH = None  # and with it the graph of the round before, before anything is counted
-        engine.drop_gradients()
+        engine.module.zero_grad()
         input_BTH = states_BTH.detach().requires_grad_(index > lowest)
         keeping = Kept(engine.device, [input_BTH, *block.parameters(), *block.buffers(), *_tensors(arguments)])
         with keeping:
@@ -206,12 +206,13 @@ def _head_cost(engine: LocalEngine, states_BTH: torch.Tensor, part: Batch) -> tu
         hidden_BTH = states_BTH.detach().requires_grad_()
         before = _start_of_peak(engine.device)
         _, seconds = _timed(engine.device, partial(_head_pass, engine, hidden_BTH, part))
-    passed = peak_bytes(engine.device) - before if before else engine.head_bytes(part.tokens_BT.numel())
+    held = engine.objective.head_loss.held_bytes(part.tokens_BT.numel())
+    passed = peak_bytes(engine.device) - before if before else held
     return passed, seconds
 
 
 def _head_pass(engine: LocalEngine, hidden_BTH: torch.Tensor, part: Batch) -> None:
-    engine.nats(hidden_BTH, part.labels_BT).backward()
+    engine.objective.nats(hidden_BTH, part.labels_BT).backward()
 
 
 def _start_of_peak(device: torch.device) -> int:

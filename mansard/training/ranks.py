@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file
 
-from mansard.errors import BadInput, Conflict, Corrupt, MansardError, NotAllowed, StageFailed
+from mansard.errors import BadInput, MansardError, StageFailed, error_named
 from mansard.models.storeys import NewBlock
 from mansard.specs import Train
 from mansard.training.learning import Learned
+from mansard.training.loop import kept
 from mansard.training.rank_files import START, RankBeat, RankFiles
 from mansard.training.state import Checkpoints
 
@@ -36,7 +37,6 @@ START_SECONDS = 900.0
 """What a rank may take to import, read text and load its model, on a slow machine."""
 STILL_SECONDS = 5.0
 """A process that did not say for so long that it runs stands still (it says so every second)."""
-_KINDS = {k.__name__: k for k in (BadInput, NotAllowed, Corrupt, Conflict, StageFailed, MansardError)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,22 +54,36 @@ class Ranks:
         return [*(self.launcher or own), "-m", "mansard.rank", str(request)]
 
 
+def zero_level(config: Mapping[str, Any]) -> int:
+    """Which ZeRO a DeepSpeed configuration asks for."""
+    return int(config.get("zero_optimization", {}).get("stage", 0))
+
+
+def check_ranks(train: Train, config: Mapping[str, Any], world: int) -> None:
+    """BadInput where the spec's training cannot run on `world` ranks under this DeepSpeed configuration."""
+    if train.batch_sequences % world:
+        raise BadInput(
+            f"train.batch_sequences {train.batch_sequences} is no multiple of the site's training.processes {world}"
+        )
+    if train.frozen == "fp8" and zero_level(config) == 3:
+        raise BadInput("train.frozen: fp8 needs ZeRO 1 or 2 (its weights are buffers, which ZeRO 3 does not shard); "
+                       "name another file under training.deepspeed, or frozen: bf16")  # fmt: skip
+    if (train.optimizer, train.master) != ("adamw", "fp32"):
+        raise BadInput(f"optimizer: {train.optimizer} with master: {train.master} runs in one process; several ranks "
+                       "take optimizer: adamw and master: fp32")  # fmt: skip
+
+
 def learn_in_ranks(context: "StageContext", ranks: Ranks) -> Learned:
     """What `learn` returns, made by several processes. StageFailed names the rank that failed."""
-    train = Train.model_validate(context.spec["train"])
-    if train.batch_sequences % ranks.processes:
-        raise BadInput(
-            f"train.batch_sequences {train.batch_sequences} is no multiple of the site's training.processes "
-            f"{ranks.processes}"
-        )
+    check_ranks(Train.model_validate(context.spec["train"]), ranks.config, ranks.processes)
     files = RankFiles(context.work)
     files.clear()
     request = files.folder / "request.json"
     asked = {
         "store": str(context.store.root), "store_url": context.store.url, "recipe": context.recipe,
         "inputs": dict(context.inputs), "spec": dict(context.spec), "work": str(context.work),
-        "config": dict(ranks.config), "hang_seconds": ranks.hang_seconds, "parent": os.getpid(),
-        "host": socket.gethostname(),
+        "config": dict(ranks.config), "processes": ranks.processes, "hang_seconds": ranks.hang_seconds,
+        "parent": os.getpid(), "host": socket.gethostname(),
     }  # fmt: skip
     request.write_text(json.dumps(asked))
     launcher = subprocess.Popen(ranks.command(request), stdin=subprocess.DEVNULL, stdout=sys.stderr)
@@ -120,7 +134,7 @@ def _failure(
     for rank, error in files.errors().items():
         if error["victim"]:
             break
-        return _KINDS.get(error["kind"], StageFailed)(f"rank {rank}: {error['message']}")
+        return error_named(error["kind"], f"rank {rank}: {error['message']}", StageFailed)
     words = "; ".join(f"rank {rank}: {error['message']}" for rank, error in files.errors().items())
     status = f"the launcher {ranks.command(Path())[0]} ended with status {launcher.poll()}"
     return StageFailed(_stopped(context, f"{status}{'; ' if words else ''}{words}"))
@@ -144,9 +158,7 @@ def _hung(files: RankFiles, beats: list[RankBeat], ranks: Ranks, seconds: float)
 
 
 def _stopped(context: "StageContext", what: str) -> str:
-    found = Checkpoints(context.work).read()
-    kept = f"the checkpoint of step {found[0].step} is kept" if found else "no checkpoint yet"
-    return f"training stopped: {what}; {kept}; the same command goes on from there"
+    return f"training stopped: {what}; {kept(Checkpoints(context.work))}; the same command goes on from there"
 
 
 def _pass_on(context: "StageContext", files: RankFiles, passed: bytes) -> bytes:

@@ -23,10 +23,12 @@ from mansard.models.slots import view
 from mansard.records import SnapshotId
 from mansard.specs import Data, Train
 from mansard.training.blocks import Names, checkpoint_names
+from mansard.training.data import Batch
 from mansard.training.engines import LocalEngine
 from mansard.training.learning import learn
 from mansard.training.loop import Plan
 from mansard.training.optimizer import Group
+from mansard.training.preflight import preflight
 from mansard.training.ranks import Ranks, learn_in_ranks
 from mansard.training.state import Checkpoints
 
@@ -41,7 +43,7 @@ def run(context: "StageContext") -> SnapshotId:
     train = Train.model_validate(context.spec["train"])
     where = context.where.get("ranks")
     if where is None:
-        learned = learn(context, local_engine, Checkpoints(context.work))
+        learned = learn(context, local_engine, local_forecast, Checkpoints(context.work))
     else:
         learned = learn_in_ranks(context, Ranks(**where))
     names = checkpoint_names(context.store, context.inputs["expansion"])
@@ -83,6 +85,10 @@ def local_engine(model: Any, groups: Sequence[Group], train: Train) -> LocalEngi
         master=train.master,
         micro_batch_sequences=train.micro_batch_sequences,
     )
+
+
+def local_forecast(engine: LocalEngine, batch: Batch, train: Train) -> str:
+    return preflight(engine, batch, train).text()
 
 
 def write_tensors(

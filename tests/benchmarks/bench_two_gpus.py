@@ -78,7 +78,7 @@ def _now() -> float:
 def one() -> float:
     model, group, _ = make(1)
     engine = LocalEngine(model, [group], 0.0, 1.0, micro_batch_sequences=MICRO)
-    engine.decoder.compile()
+    engine.objective.decoder.compile()
     return timed(engine, ROWS)
 
 
@@ -86,7 +86,7 @@ def plain() -> float:
     """Every process takes its own rows; what one step's gradients are is the mean."""
     model, group, _ = make(WORLD)
     engine = LocalEngine(model, [group], 0.0, 1.0, micro_batch_sequences=MICRO)
-    engine.decoder.compile()
+    engine.objective.decoder.compile()
     parameters = list(group.parameters.values())
 
     def average() -> None:

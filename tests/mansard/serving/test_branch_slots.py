@@ -24,9 +24,11 @@ from mansard.composition.shape import shape_of
 from mansard.demo.base import save_base, train_tokenizer, untrained_model
 from mansard.errors import BadInput
 from mansard.evaluation.fingerprint import take
+from mansard.release.journal import Journal
 from mansard.serving.place import branch_folder
 from mansard.serving.split import VersionSplit
 from mansard.site import load_site
+from tests.mansard.serving.conftest import ask
 
 pytestmark = pytest.mark.slow
 
@@ -89,8 +91,6 @@ def three(place: Any, base: str) -> Iterator[list[int]]:
 
 
 def artifact_of(place: Any, version: int) -> str:
-    from mansard.release.journal import Journal
-
     with Journal.open(place.site.journal) as journal:
         return str(journal.registration("demo", version).artifact)
 
@@ -136,8 +136,6 @@ def test_moving_between_branches_of_one_base_starts_no_engine(place: Any, three:
 def test_each_branch_answers_through_the_router_as_its_own_engine_did(
     place: Any, three: list[int], traffic: Any
 ) -> None:
-    from tests.mansard.serving.conftest import ask
-
     said = {1: ask(place.site.ports.router)[2]}
     for version in (2, 3):
         release(place, traffic, version)

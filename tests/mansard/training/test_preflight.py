@@ -88,7 +88,7 @@ def test_the_training_is_bit_identical_with_preflight_and_with_recomputed_blocks
         torch.manual_seed(5)
         if count is not None:
             measure(one, batch())
-            assert sum(one.decoder.recompute(count)) == count
+            assert sum(one.objective.decoder.recompute(count)) == count
         for _ in range(3):
             one.gradients(batch())
             one.step(1.0)

@@ -1,0 +1,180 @@
+"""The host's engines with a stand-in for vLLM: started, shared, adopted and ended."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mansard.errors import BadInput, MansardError
+from mansard.serving.engine_command import EngineIdentity, command, variables
+from mansard.serving.engine_log import last_words
+from mansard.serving.process import identify
+from mansard.specs import Serve
+
+pytestmark = pytest.mark.slow
+
+
+def wait_for(place: Any, what: str, found: Any) -> Any:
+    """conftest's `wait_for`, which a test module cannot import."""
+    return place.wait_for(what, found)
+
+
+def test_two_who_ask_for_one_engine_get_the_same_process(place: Any) -> None:
+    place.start_host()
+    first = place.start_engine(place.artifact(voice="a"))
+    assert place.start_engine(place.artifact(voice="a"))["pid"] == first["pid"]
+    assert (first["served_name"], first["state"], first["cores"]) == ("demo", "ready", "0")
+    assert Path(first["log"]).read_text().startswith("cores 0")
+
+
+def test_an_engine_that_does_not_come_up_shows_its_last_lines_and_the_host_goes_on(place: Any) -> None:
+    place.start_host()
+    with pytest.raises(MansardError, match=r"ValueError: the head is missing from the checkpoint.*its log: "):
+        place.start_engine(place.artifact(start="die"))
+    assert place.status()["engines"] == []
+    assert place.start_engine(place.artifact())["state"] == "ready"
+
+
+def test_an_engine_that_cannot_answer_one_request_is_refused(place: Any) -> None:
+    place.start_host()
+    with pytest.raises(MansardError, match="answered 500"):
+        place.start_engine(place.artifact(fail_completions=True))
+    assert place.status()["engines"] == []
+
+
+def test_a_taken_port_is_stepped_over(place: Any) -> None:
+    with socket.create_server(("127.0.0.1", place.site.ports.engines_from)):
+        place.start_host()
+        engine = place.start_engine(place.artifact())
+    assert engine["endpoint"] != f"http://127.0.0.1:{place.site.ports.engines_from}"
+
+
+def test_only_as_many_extra_engines_as_allowed_stay(place: Any) -> None:
+    place.start_host()
+    first = place.start_engine(place.artifact(voice="a"))
+    second = place.start_engine(place.artifact(voice="b"))
+    assert [e["pid"] for e in place.status()["engines"]] == [second["pid"]]
+    assert identify(first["pid"]) is None
+    artifact = place.artifact(voice="b")
+    assert place.client.call("POST", "/engines/stop", {"artifact": artifact})["stopped"] == [second["key"]]
+    assert place.status()["engines"] == []
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        ("/engines", {"model": "demo", "artifact": "0" * 64, "serve": {}}, "0{64}"),
+        ("/engines", {"model": "demo", "artifact": "x", "serve": {"dtype": "int3"}}, "serve.dtype: 'int3'"),
+        ("/engines", {"model": "nobody", "artifact": "x", "serve": {}}, "model 'nobody'"),
+        ("/engines", {"model": "demo", "serve": {}}, "key 'artifact' is missing"),
+        ("/rollouts", {"model": "demo", "version": 7, "who": "ada", "why": ""}, "no version 7"),
+        ("/rollouts", {"model": "demo", "version": True, "who": "ada", "why": ""}, "version: True is not of type int"),
+        ("/rollback", {"model": "demo", "who": "otto", "fast": True}, "fast: True is not expected; known keys"),
+        ("/nothing", {}, "POST /nothing: Not Found"),
+    ],
+)
+def test_bad_requests_are_refused_in_one_line(shared: Any, path: str, body: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadInput, match=message) as refused:
+        shared.client.call("POST", path, body, timeout_seconds=60)
+    assert "\n" not in str(refused.value)
+
+
+def test_there_is_one_host_per_site(shared: Any) -> None:
+    second = subprocess.run(
+        [sys.executable, "-m", "mansard.serving.host", "--site", str(shared.site.path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[3])},
+    )
+    assert second.returncode == 1
+    assert f"runs already, process {shared.host.pid}" in second.stderr
+    assert shared.site.host_socket.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_killed_hosts_engine_is_adopted_with_its_process(place: Any) -> None:
+    place.start_host()
+    engine = place.start_engine(place.artifact())
+    place.end_host(signal.SIGKILL)
+    place.start_host()
+    assert [e["pid"] for e in place.status()["engines"]] == [engine["pid"]]
+    assert place.start_engine(place.artifact())["pid"] == engine["pid"]
+
+
+def test_an_engine_without_a_record_is_ended_by_the_next_host(place: Any) -> None:
+    place.start_host()
+    engine = place.start_engine(place.artifact())
+    place.end_host(signal.SIGKILL)
+    (record,) = (place.site.run / "engines").glob("*.json")
+    record.unlink()
+    place.start_host()
+    wait_for(place, "the orphan's end", lambda: identify(engine["pid"]) is None)
+    assert place.status()["engines"] == []
+
+
+def test_a_record_of_another_process_is_not_believed(place: Any) -> None:
+    place.start_host()
+    engine = place.start_engine(place.artifact())
+    place.end_host(signal.SIGKILL)
+    (file,) = (place.site.run / "engines").glob("*.json")
+    record = json.loads(file.read_text())
+    record["process"]["start_ticks"] += 1
+    file.write_text(json.dumps(record))
+    place.start_host()
+    wait_for(place, "the stranger's record to go", lambda: not file.exists())
+    wait_for(place, "the unknown process's end", lambda: identify(engine["pid"]) is None)
+
+
+def test_a_hang_up_ends_the_host_and_leaves_its_engines(place: Any) -> None:
+    place.start_host()
+    engine = place.start_engine(place.artifact())
+    place.end_host(signal.SIGHUP)
+    assert identify(engine["pid"]) is not None
+    place.start_host()
+    place.end_host(signal.SIGTERM)
+    assert identify(engine["pid"]) is None
+
+
+# Without a process
+
+
+def test_the_command_line_names_everything_that_changes_answers(place: Any) -> None:
+    serve = Serve(dtype="float32", max_model_len=77, enforce_eager=False, tensor_parallel=2)
+    line = command(EngineIdentity("a" * 64, "demo", serve), Path("/tree"), 8123, place.site)
+    assert line[:3] == [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    for part in ("--model=/tree", "--port=8123", "--dtype=float32", "--max-model-len=77", "--tensor-parallel-size=2"):
+        assert part in line
+    assert "--enforce-eager" not in line
+    assert "--host=127.0.0.1" in line
+    assert variables(place.site, "1")["VLLM_CPU_OMP_THREADS_BIND"] == "1"
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in variables(place.site, "")
+
+
+def test_engine_keys_tell_artifact_name_and_serve_arguments_apart() -> None:
+    keys = {
+        EngineIdentity(artifact, name, Serve(max_model_len=length)).key
+        for artifact in ("a" * 64, "b" * 64)
+        for name in ("demo", "other")
+        for length in (256, 512)
+    }
+    assert len(keys) == 8
+
+
+def test_last_words_name_the_first_error_the_first_exception_and_the_end(tmp_path: Path) -> None:
+    log = tmp_path / "engine.log"
+    log.write_text(
+        "INFO start\nWARNING like `OSError: [Errno 24] Too many open files`\n"
+        "(EngineCore pid=1) ERROR 11-22 [executor.py:1] Worker died unexpectedly\n"
+        "(EngineCore pid=1) ERROR 11-22 [core.py:2] RuntimeError: cancelled\nTraceback\nlast but one\nlast\n"
+    )
+    words = last_words(log)
+    assert "Too many open files" not in words
+    assert words.startswith("(EngineCore pid=1) ERROR 11-22 [executor.py:1] Worker died unexpectedly | ")
+    assert "RuntimeError: cancelled | Traceback | last but one | last" in words
+    assert last_words(tmp_path / "absent.log") == "it printed nothing"
