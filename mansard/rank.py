@@ -77,8 +77,8 @@ def main(request_file: str) -> int:
         context = StageContext(store, asked["recipe"], asked["inputs"], asked["spec"], {}, work, Told(files, rank))
         checkpoints = Checkpoints(work) if rank == 0 else ReadCheckpoints(work)
 
-        def make_engine(model: Any, groups: Any, train: Any) -> DeepSpeedEngine:  # noqa: ANN401
-            return DeepSpeedEngine(model, groups, train, asked["config"], lambda what: files.beat(rank, what))
+        def make_engine(model: Any, groups: Any, train: Any, anchor: Any) -> DeepSpeedEngine:  # noqa: ANN401
+            return DeepSpeedEngine(model, groups, train, asked["config"], lambda what: files.beat(rank, what), anchor)
 
         learned = learn(context, make_engine, _forecast, checkpoints)
         if rank == 0:

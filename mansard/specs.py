@@ -106,6 +106,15 @@ class LearningRates(Part):
     base: Annotated[float, Field(ge=0)] = 0.0
 
 
+class Anchor(Part):
+    """What keeps the trained model near the base on general text (sources with is_domain: false), in the loss of every
+    step: `weight` times, a general token, `kl`: the divergence KL(base || trained) in nats, or `mse`: the squared
+    distance of the last hidden states over the base's squared length. Source: Control LLM (arXiv 2501.10979)."""
+
+    kind: Literal["kl", "mse"] = "kl"
+    weight: Annotated[float, Field(gt=0)]
+
+
 class Train(Part):
     """The training loop. `tokens` counts packed tokens; a step takes batch_sequences * sequence_tokens of them, in
     pieces of `micro_batch_sequences` (none: whole).
@@ -130,6 +139,7 @@ class Train(Part):
     micro_batch_sequences: Positive | None = None
     memory_gib: Annotated[float, Field(gt=0)] | None = None
     max_forward_kl: Annotated[float, Field(gt=0)] = 0.05
+    anchor: Anchor | None = None
     evaluate_every_steps: Positive = 50
     checkpoint_every_steps: Positive = 50
     seed: int = 0
@@ -145,6 +155,8 @@ class Train(Part):
             raise ValueError("new_blocks: fp8 needs frozen: fp8: what never moves is quantized first")
         if self.frozen == "fp8" and self.learning_rates.base > 0.0:
             raise ValueError("frozen: fp8 needs learning_rates.base 0: a base that trains is not frozen")
+        if self.anchor is not None and self.learning_rates.base > 0.0:
+            raise ValueError("anchor needs learning_rates.base 0: a base that trains is nothing to hold on to")
         if self.micro_batch_sequences is not None and self.batch_sequences % self.micro_batch_sequences:
             raise ValueError(
                 f"batch_sequences {self.batch_sequences} is no multiple of micro_batch_sequences "

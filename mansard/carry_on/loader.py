@@ -40,7 +40,7 @@ def read_parts(states: GivesCoded, batch: Batch, micro_tokens: int, is_pinned: b
     parts = []
     for first in range(0, rows, step):
         some = slice(first, min(first + step, rows))
-        micro = Batch(batch.tokens_BT[some], batch.positions_BT[some], batch.labels_BT[some])
+        micro = batch.rows(some)
         coded, first_rows = states.of(micro)
         numbers, positions_BT = torch.tensor(first_rows, dtype=torch.int64), micro.positions_BT
         if is_pinned:

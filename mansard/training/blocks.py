@@ -24,6 +24,9 @@ POST_NORM_FACTOR = 30.0
 2026-11-22 on four random blocks of width 64 trained on text, two inserted, 200 steps of 2e-4: held-out loss falls by
 0.01 with factor 1, 0.06 with 10, 0.11 with 30 (Gemma-3; Gemma-2 alike, bf16 alike), beside 0.13 of a Qwen3."""
 
+GENTLE_BASE_RATE = 1e-6
+"""Above it a base that trains is warned of (the seed article's bound)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Frozen:
@@ -111,5 +114,11 @@ def announcement(
     total = sum(p.numel() for p in model.parameters()) + sum(b.numel() for b in model.buffers() if b.dtype == FP8)
     what = " and ".join(f"{name} {parameters:,}" for name, parameters in count.items())
     kept = train.precision if train.frozen == "bf16" else train.frozen
-    base = "the base trains too and is not frozen" if "base" in count else f"the base is frozen, in {kept}"
+    base = f"the base is frozen, in {kept}"
+    if "base" in count:
+        base = "the base trains too and is not frozen"
+        if train.learning_rates.base > GENTLE_BASE_RATE:
+            base += f" (warning: at a rate of {train.learning_rates.base:g}, above {GENTLE_BASE_RATE:g}, it forgets)"
+    if train.anchor is not None:
+        base += f"; anchored to it on general text by {train.anchor.kind}, weight {train.anchor.weight:g}"
     return f"new blocks {copies}; parameters that train: {what} of {total:,}; {base}; compute {train.precision}"

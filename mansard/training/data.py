@@ -7,7 +7,7 @@ number alone (a resumed run needs no more than the step). Does not cover corpora
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -21,21 +21,37 @@ from mansard.training.packing import Rows, labels_of, pack
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Int64 tensors [B, T]."""
+    """Int64 tensors [B, T]; which rows are general text (bool [B]), where that is known."""
 
     tokens_BT: torch.Tensor
     positions_BT: torch.Tensor
     labels_BT: torch.Tensor
+    is_general_B: torch.Tensor | None = None
+
+    def each(self, act: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        """`act` on every tensor."""
+        general_B = None if self.is_general_B is None else act(self.is_general_B)
+        return Batch(act(self.tokens_BT), act(self.positions_BT), act(self.labels_BT), general_B)
+
+    def rows(self, chosen: slice | torch.Tensor) -> "Batch":
+        return self.each(lambda tensor: tensor[chosen])
 
     def parts(self, rows: int | None) -> "list[Batch]":
         """In pieces of at most `rows` rows (None: one), rows of one segment first in each."""
-        pieces = (t.split(rows or len(t)) for t in (self.tokens_BT, self.positions_BT, self.labels_BT))
-        return [Batch(*piece).whole_first() for piece in zip(*pieces, strict=True)]
+        count = len(self.tokens_BT)
+        size = rows or count
+        return [self.rows(slice(first, first + size)).whole_first() for first in range(0, count, size)]
 
     def whole_first(self) -> "Batch":
         """The same rows, those of one segment before the others."""
-        order = (self.positions_BT[:, 1:] == 0).any(dim=1).int().argsort(stable=True)
-        return Batch(self.tokens_BT[order], self.positions_BT[order], self.labels_BT[order])
+        return self.rows((self.positions_BT[:, 1:] == 0).any(dim=1).int().argsort(stable=True))
+
+    @property
+    def general_rows(self) -> torch.Tensor:
+        """The numbers of the rows of general text."""
+        if self.is_general_B is None:
+            return torch.zeros(0, dtype=torch.long)
+        return torch.nonzero(self.is_general_B).flatten()
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +67,9 @@ class Packed:
         return as_batch(self.tokens_RT[list(rows)], self.positions_RT[list(rows)])
 
 
-def as_batch(tokens: Rows, positions: Rows) -> Batch:
+def as_batch(tokens: Rows, positions: Rows, is_general_B: torch.Tensor | None = None) -> Batch:
     tokens_BT, positions_BT = torch.from_numpy(tokens).long(), torch.from_numpy(positions).long()
-    return Batch(tokens_BT, positions_BT, labels_of(tokens_BT, positions_BT))
+    return Batch(tokens_BT, positions_BT, labels_of(tokens_BT, positions_BT), is_general_B)
 
 
 def read_texts(raw: bytes, name: str) -> list[str]:
@@ -101,10 +117,19 @@ def require_rows(packed: Packed, name: str, rows: int) -> Packed:
 
 
 class Mixture:
-    """Batches by step number; `weights` are shares of tokens (every row has equally many)."""
+    """Batches by step number; `weights` are shares of tokens (every row has equally many); `general` names the sources
+    of general text."""
 
-    def __init__(self, sources: Sequence[Packed], weights: Sequence[float], batch_sequences: int, seed: int) -> None:
+    def __init__(
+        self,
+        sources: Sequence[Packed],
+        weights: Sequence[float],
+        batch_sequences: int,
+        seed: int,
+        general: Set[str] = frozenset(),
+    ) -> None:
         self.sources = tuple(sources)
+        self._is_general = [source.name in general for source in sources]
         self.batch_sequences = batch_sequences
         self._seed = seed
         self._shares = [weight / sum(weights) for weight in weights]
@@ -118,7 +143,8 @@ class Mixture:
         picked = [self._row(source, n) for source, n in self._rows(first + self.batch_sequences)[first:]]
         tokens = [self.sources[source].tokens_RT[row] for source, row in picked]
         positions = [self.sources[source].positions_RT[row] for source, row in picked]
-        return as_batch(numpy.stack(tokens), numpy.stack(positions))
+        is_general_B = torch.tensor([self._is_general[source] for source, _ in picked])
+        return as_batch(numpy.stack(tokens), numpy.stack(positions), is_general_B)
 
     def rows_taken(self, steps: int) -> dict[str, int]:
         """How many rows of each source `steps` steps take."""

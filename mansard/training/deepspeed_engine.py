@@ -24,6 +24,7 @@ from torch import distributed, nn
 from mansard.models.freeze import digest_tensors
 from mansard.specs import Train
 from mansard.training.adamw import BETAS, EPSILON, set_rates
+from mansard.training.anchor import Anchor
 from mansard.training.data import Batch
 from mansard.training.engines import Loss, ModelEngine
 from mansard.training.optimizer import Group, torch_groups
@@ -47,11 +48,12 @@ class DeepSpeedEngine(ModelEngine):
         train: Train,
         config: Mapping[str, Any],
         beat: Beat,
+        anchor: Anchor | None = None,
     ) -> None:
         self._rank, self._world = distributed.get_rank(), distributed.get_world_size()
         rows = train.batch_sequences // self._world
         micro_batch = min(train.micro_batch_sequences or rows, rows)
-        super().__init__(model, micro_batch)
+        super().__init__(model, micro_batch, anchor)
         self._beat = beat
         self._is_sharded = zero_level(config) == 3
         self._parameters = {name: p for g in groups for name, p in g.parameters.items()}
@@ -79,17 +81,17 @@ class DeepSpeedEngine(ModelEngine):
         self._beat("gradients")
         self.module.train()
         labels = int((batch.labels_BT != IGNORED).sum())
-        nats = torch.zeros((), device=self.device)
+        sums = torch.zeros(2, device=self.device)
         parts = self._rows_of_rank(batch).parts(self.micro_batch_sequences)
         for number, part in enumerate(parts):
-            nats_of_part = self.module(part)
-            self.module.backward(nats_of_part * (self._world / labels), scale_wrt_gas=False)
-            nats += nats_of_part.detach()
+            sums_of_part = self.module(part)
+            self.module.backward(self.objective.weighed(sums_of_part) * (self._world / labels), scale_wrt_gas=False)
+            sums += sums_of_part.detach()
             if number < len(parts) - 1:
                 self.module.step()  # counts a micro-batch; weights move at the last one's
         self._beat("losses")
-        distributed.all_reduce(nats)
-        return Loss(float(nats), labels)
+        distributed.all_reduce(sums)
+        return Loss(float(sums[0]), labels, float(sums[1]))
 
     def step(self, factor: float) -> float:
         self._beat("step")
@@ -162,5 +164,4 @@ class DeepSpeedEngine(ModelEngine):
 
     def _rows_of_rank(self, batch: Batch) -> Batch:
         rows = len(batch.tokens_BT) // self._world
-        mine = slice(self._rank * rows, (self._rank + 1) * rows)
-        return Batch(batch.tokens_BT[mine], batch.positions_BT[mine], batch.labels_BT[mine])
+        return batch.rows(slice(self._rank * rows, (self._rank + 1) * rows))

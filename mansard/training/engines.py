@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from mansard.models.freeze import digest_tensors
+from mansard.training.anchor import Anchor
 from mansard.training.attention import attention_inputs, preferred_kernels, use_packed_attention
 from mansard.training.data import Batch
 from mansard.training.decoder import Decoder
@@ -28,10 +29,12 @@ one thread's beside two busy processes (measured 2026-11-22, the demo's shapes).
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """Summed negative log-likelihood in nats over `labels` predicted tokens."""
+    """Summed negative log-likelihood in nats over `labels` predicted tokens; `drift` is how far the general ones among
+    them are from the base's, summed, where training is anchored."""
 
     nats: float
     labels: int
+    drift: float = 0.0
 
     @property
     def mean(self) -> float:
@@ -59,13 +62,14 @@ class Engine(Protocol):
 
 
 class Objective(nn.Module):
-    """A model's forward pass with its loss, on the device it is on: a batch's summed loss in nats, or its logits. Below
-    the first trained block autograd records nothing."""
+    """A model's forward pass with its loss, on the device it is on: a batch's summed loss in nats and its drift
+    (float32 [2]), or its logits. Below the first trained block autograd records nothing."""
 
-    def __init__(self, model: Any) -> None:  # noqa: ANN401 - a transformers model; modified
+    def __init__(self, model: Any, anchor: Anchor | None = None) -> None:  # noqa: ANN401 - a transformers model; modified
         super().__init__()
         use_packed_attention(model)
         self.model = model
+        self.anchor = anchor
         self.decoder = Decoder(model)
         softcap = getattr(model.config, "final_logit_softcapping", None)
         self.head_loss = HeadLoss(model.get_output_embeddings(), softcap, self.device)
@@ -78,7 +82,24 @@ class Objective(nn.Module):
         hidden_BTH = self.hidden(batch)
         if wants_logits:
             return self.head_loss.logits(hidden_BTH)
-        return self.nats(hidden_BTH, batch.labels_BT)
+        return torch.stack((self.nats(hidden_BTH, batch.labels_BT), self._drift(hidden_BTH, batch)))
+
+    def weighed(self, sums: torch.Tensor) -> torch.Tensor:
+        """What is minimised, of a batch's summed (nats, drift)."""
+        return sums[0] if self.anchor is None else sums[0] + self.anchor.weight * sums[1]
+
+    def _drift(self, hidden_BTH: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Of the rows of general text, summed: how far they are from what the base computes, which is this model with
+        its new blocks passed by. Zero without an anchor, and in evaluation."""
+        rows = batch.general_rows
+        if self.anchor is None or not self.training or len(rows) == 0:
+            return hidden_BTH.new_zeros((), dtype=torch.float32)
+        general = batch.rows(rows)
+        with torch.no_grad(), self.decoder.passing_by(self.anchor.new_blocks):
+            base_BTH = self.hidden(general)
+        is_label_N = (general.labels_BT != IGNORED).flatten().to(self.device, non_blocking=True)
+        here_BTH = hidden_BTH[rows.to(self.device)]
+        return self.anchor.drift(self.head_loss, here_BTH.flatten(0, 1), base_BTH.flatten(0, 1), is_label_N)
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         """The decoder's last states [B, T, H], on the device; the batch is on the CPU."""
@@ -109,8 +130,9 @@ class ModelEngine:
         self,
         model: Any,  # noqa: ANN401 - a transformers model; modified
         micro_batch_sequences: int | None,
+        anchor: Anchor | None = None,
     ) -> None:
-        self.objective = Objective(model)
+        self.objective = Objective(model, anchor)
         self.module: nn.Module = self.objective
         self.micro_batch_sequences = micro_batch_sequences
 
@@ -122,7 +144,7 @@ class ModelEngine:
         self.module.eval()
         parts = [part for batch in batches for part in batch.parts(self.micro_batch_sequences)]
         with torch.no_grad():
-            nats = sum(float(self.module(part)) for part in parts)
+            nats = sum(float(self.module(part)[0]) for part in parts)
         return Loss(nats, sum(int((part.labels_BT != IGNORED).sum()) for part in parts))
 
     def logits(self, tokens_BT: torch.Tensor) -> torch.Tensor:
@@ -151,20 +173,22 @@ class LocalEngine(ModelEngine):
         optimizer: str = "adamw",
         master: str = "fp32",
         micro_batch_sequences: int | None = None,
+        anchor: Anchor | None = None,
     ) -> None:
-        super().__init__(model, micro_batch_sequences)
+        super().__init__(model, micro_batch_sequences, anchor)
         self._clip_norm = clip_norm
         self._optimizer = MasterAdamW(groups, weight_decay, optimizer, master)
 
     def gradients(self, batch: Batch) -> Loss:
         self.module.train()
         labels = int((batch.labels_BT != IGNORED).sum())
-        nats = torch.zeros((), device=self.device)
+        sums = torch.zeros(2, device=self.device)
         for part in batch.parts(self.micro_batch_sequences):
-            nats_of_part = self.module(part)
-            (nats_of_part / labels).backward()
-            nats += nats_of_part.detach()
-        return Loss(float(nats), labels)
+            sums_of_part = self.module(part)
+            (self.objective.weighed(sums_of_part) / labels).backward()
+            sums += sums_of_part.detach()
+        nats, drift = sums.tolist()
+        return Loss(nats, labels, drift)
 
     def step(self, factor: float) -> float:
         return self._optimizer.step(factor, self._clip_norm)

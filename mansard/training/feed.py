@@ -25,4 +25,4 @@ def _made(mixture: Mixture, step: int, is_pinned: bool) -> Batch:
     batch = mixture.batch(step)
     if not is_pinned:
         return batch
-    return Batch(batch.tokens_BT.pin_memory(), batch.positions_BT.pin_memory(), batch.labels_BT.pin_memory())
+    return batch.each(lambda tensor: tensor.pin_memory())

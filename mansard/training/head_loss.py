@@ -37,6 +37,15 @@ class HeadLoss:
         nats: torch.Tensor = _FrozenHead.apply(hidden_NH, weight_VH, labels_N, self._softcap, self._chunk)
         return nats
 
+    def divergence(self, base_NH: torch.Tensor, here_NH: torch.Tensor, is_label_N: torch.Tensor) -> torch.Tensor:
+        """KL(base's || here's) of the next token in nats, summed over the tokens where `is_label_N` (float32)."""
+        weight_VH = self._head.weight
+        if weight_VH.requires_grad or self._head.bias is not None:
+            base_NV, here_NV = self.logits(base_NH).log_softmax(-1), self.logits(here_NH).log_softmax(-1)
+            return ((base_NV.exp() * (base_NV - here_NV)).sum(-1) * is_label_N).sum()
+        nats: torch.Tensor = _Divergence.apply(here_NH, base_NH, weight_VH, is_label_N, self._softcap)
+        return nats
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., V] in float32."""
         return _capped(self._head(hidden).float(), self._softcap)
@@ -72,6 +81,40 @@ class _FrozenHead(torch.autograd.Function):
             grads.append(grad_CH if ctx.needs_input_grad[0] else None)
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(torch.cat(grads) if len(grads) > 1 else grads[0])
+        return nats
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:  # noqa: ANN401
+        (grad_NH,) = ctx.saved_tensors
+        return grad_NH * upstream.to(grad_NH.dtype), None, None, None, None
+
+
+class _Divergence(torch.autograd.Function):
+    """As `_FrozenHead`, of KL(base || here): its gradient for a logit is here's probability less the base's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401 - autograd's
+        here_NH: torch.Tensor,
+        base_NH: torch.Tensor,
+        weight_VH: torch.Tensor,
+        is_label_N: torch.Tensor,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        nats = torch.zeros((), dtype=torch.float32, device=here_NH.device)
+        grad_NH = torch.empty_like(here_NH)
+        rows = max(1, chunk_rows(weight_VH.shape[0]) // 2)
+        for first in range(0, len(here_NH), rows):
+            chunk = slice(first, first + rows)
+            logits_CV = _capped(linear(here_NH[chunk], weight_VH).float(), softcap)
+            here_CV = logits_CV.log_softmax(-1)
+            base_CV = _capped(linear(base_NH[chunk], weight_VH).float(), softcap).log_softmax(-1)
+            nats += ((base_CV.exp() * (base_CV - here_CV)).sum(-1) * is_label_N[chunk]).sum()
+            grad_CV = (here_CV.exp() - base_CV.exp()) * is_label_N[chunk].unsqueeze(-1)
+            if softcap is not None:
+                grad_CV *= 1.0 - (logits_CV / softcap).square()
+            grad_NH[chunk] = grad_CV.to(here_NH.dtype) @ weight_VH
+        ctx.save_for_backward(grad_NH)
         return nats
 
     @staticmethod

@@ -15,6 +15,7 @@ from mansard.errors import BadInput
 from mansard.models.loading import choose_device, load_model, load_tokenizer
 from mansard.models.storeys import NewBlock, read_expansion
 from mansard.specs import Data, Train
+from mansard.training.anchor import Anchor
 from mansard.training.blocks import announcement, checkpoint_names, train_only
 from mansard.training.data import Batch, Mixture, Packed, pack_texts, read_texts, require_rows
 from mansard.training.engines import CPU_THREADS, Engine
@@ -33,8 +34,8 @@ PROBE_TOKENS = 64
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-MakeEngine = Callable[[Any, Sequence[Group], Train], "LearningEngine"]
-"""From a transformers model, the groups that train and the spec's section."""
+MakeEngine = Callable[[Any, Sequence[Group], Train, Anchor | None], "LearningEngine"]
+"""From a transformers model, the groups that train, the spec's section, and what it is anchored by."""
 Forecast = Callable[[Any, Batch, Train], str]
 """What is said of an engine before its first step, from one batch."""
 
@@ -82,7 +83,7 @@ def learn(
     groups, frozen = train_only(model, names, train.learning_rates, train.frozen, train.new_blocks)
     text = announcement(model, blocks, groups, train)
     print(f"train: {text}", file=sys.stderr, flush=True)
-    engine = make_engine(model, groups, train)
+    engine = make_engine(model, groups, train, anchor_of(train, data, blocks))
     expected = forecast(engine, mixture.batch(0), train)
     print(f"train: {expected}", file=sys.stderr, flush=True)
     context.progress(0, plan.tokens, "tokens", f"{text}; {expected}")
@@ -112,7 +113,17 @@ def read_mixture(
 
     training = [packed(s.name, "train", train.batch_sequences) for s in data.sources]
     held_out = [packed(s.name, "held_out", 1) for s in data.sources]
-    return Mixture(training, [s.weight for s in data.sources], train.batch_sequences, data.seed), held_out
+    general = {s.name for s in data.sources if not s.is_domain}
+    return Mixture(training, [s.weight for s in data.sources], train.batch_sequences, data.seed, general), held_out
+
+
+def anchor_of(train: Train, data: Data, blocks: Sequence[NewBlock]) -> Anchor | None:
+    """BadInput where there is no general text to hold on to."""
+    if train.anchor is None:
+        return None
+    if all(source.is_domain for source in data.sources):
+        raise BadInput("train.anchor: no general text in data.sources; add a source with is_domain: false")
+    return Anchor(train.anchor.kind, train.anchor.weight, tuple(block.index for block in blocks))
 
 
 def achieved_fractions(mixture: Mixture, data: Data, steps: int) -> dict[str, float]:

@@ -49,7 +49,8 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """What a step tells: `bits_per_byte` by held-out source, empty at steps that evaluate nothing."""
+    """What a step tells: `bits_per_byte` by held-out source, empty at steps that evaluate nothing; `drift` in the
+    anchor's unit a token of the batch."""
 
     step: int
     steps: int
@@ -58,6 +59,7 @@ class Moment:
     rate_factor: float
     gradient_norm: float
     bits_per_byte: dict[str, float]
+    drift: float = 0.0
 
 
 def run_loop(
@@ -106,7 +108,7 @@ def _steps(
             cursor.nats, cursor.labels = 0.0, 0
         if cursor.step % plan.checkpoint_every_steps == 0 and cursor.step < steps:
             checkpoints.write(cursor, engine.state())
-        report(Moment(cursor.step, steps, tokens, loss.mean, factor, norm, bits))
+        report(Moment(cursor.step, steps, tokens, loss.mean, factor, norm, bits, loss.drift / max(loss.labels, 1)))
 
 
 def _resumed(engine: Engine, checkpoints: Checkpoints) -> Cursor:

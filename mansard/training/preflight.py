@@ -51,6 +51,8 @@ class Costs:
     step_seconds: float
     micro_batches: int
     highest_so_far: int
+    anchor_seconds: float = 0.0
+    anchor_bytes: int = 0
 
     @property
     def gradient_bytes(self) -> int:
@@ -61,6 +63,7 @@ class Costs:
         held = 0
         for block, again in zip(self.blocks, recomputed, strict=True):
             held += block.has_graph * (self.states_bytes + (0 if again else block.kept_bytes))
+        held += self.anchor_bytes
         gradients = self.gradient_bytes if self.micro_batches > 1 else 0
         peak = max(self.highest_so_far, self.lasting_bytes + held + gradients + self.head_bytes)
         for block, again in zip(reversed(self.blocks), reversed(recomputed), strict=True):
@@ -77,7 +80,7 @@ class Costs:
             block.forward_seconds * (2 if again else 1) + block.backward_seconds
             for block, again in zip(self.blocks, recomputed, strict=True)
         )
-        return self.micro_batches * (passes + self.head_seconds) + self.step_seconds
+        return self.micro_batches * (passes + self.head_seconds + self.anchor_seconds) + self.step_seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +154,21 @@ def measure(engine: LocalEngine, batch: Batch) -> Costs:
         step.moved / _bytes_per_second(states_BTH),
         len(parts),
         peak_bytes(engine.device) if engine.device.type == "cpu" else 0,
+        *_anchor_cost(engine, batch, blocks, states_BTH, head_seconds),
     )
+
+
+def _anchor_cost(
+    engine: LocalEngine, batch: Batch, blocks: Sequence[BlockCost], states_BTH: torch.Tensor, head_seconds: float
+) -> tuple[float, int]:
+    """(seconds, bytes) a micro-batch of the base's pass over the general rows and of comparing with it: the base's last
+    states, the model's of the same rows, and their gradient."""
+    anchor = engine.objective.anchor
+    if anchor is None:
+        return 0.0, 0
+    share = len(batch.general_rows) / len(batch.tokens_BT)
+    forward = sum(cost.forward_seconds for i, cost in enumerate(blocks) if i not in anchor.new_blocks)
+    return share * (forward + head_seconds), int(3 * share * states_BTH.nbytes)
 
 
 def _block_costs(engine: LocalEngine, states_BTH: torch.Tensor, arguments: Mapping[str, Any]) -> tuple[BlockCost, ...]:

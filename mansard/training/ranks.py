@@ -68,6 +68,9 @@ def check_ranks(train: Train, config: Mapping[str, Any], world: int) -> None:
     if train.frozen == "fp8" and zero_level(config) == 3:
         raise BadInput("train.frozen: fp8 needs ZeRO 1 or 2 (its weights are buffers, which ZeRO 3 does not shard); "
                        "name another file under training.deepspeed, or frozen: bf16")  # fmt: skip
+    if train.anchor is not None and zero_level(config) == 3:
+        raise BadInput("train.anchor needs ZeRO 1 or 2: a rank without general text in a step would not gather the "
+                       "blocks that ZeRO 3 shards, and the others would wait")  # fmt: skip
     if (train.optimizer, train.master) != ("adamw", "fp32"):
         raise BadInput(f"optimizer: {train.optimizer} with master: {train.master} runs in one process; several ranks "
                        "take optimizer: adamw and master: fp32")  # fmt: skip

@@ -22,6 +22,7 @@ from mansard.models.probe import forward_logits
 from mansard.models.slots import view
 from mansard.records import SnapshotId
 from mansard.specs import Data, Train
+from mansard.training.anchor import Anchor
 from mansard.training.blocks import Names, checkpoint_names
 from mansard.training.data import Batch
 from mansard.training.engines import LocalEngine
@@ -75,7 +76,12 @@ def run(context: "StageContext") -> SnapshotId:
     return snapshot
 
 
-def local_engine(model: Any, groups: Sequence[Group], train: Train) -> LocalEngine:  # noqa: ANN401 - a transformers model
+def local_engine(
+    model: Any,  # noqa: ANN401 - a transformers model
+    groups: Sequence[Group],
+    train: Train,
+    anchor: Anchor | None,
+) -> LocalEngine:
     return LocalEngine(
         model,
         groups,
@@ -84,6 +90,7 @@ def local_engine(model: Any, groups: Sequence[Group], train: Train) -> LocalEngi
         optimizer=train.optimizer,
         master=train.master,
         micro_batch_sequences=train.micro_batch_sequences,
+        anchor=anchor,
     )
 
 
