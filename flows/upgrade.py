@@ -15,7 +15,7 @@ from mansard.store import Store
 from tasks.attempts import expected_attempt
 from tasks.derivation import recorded
 from tasks.evaluations import look_for_contamination
-from tasks.expansion import expand, prove
+from tasks.expansion import expand, measure_importance, prove
 from tasks.fusion import fuse
 from tasks.intake import check_power, read_order, terms_of
 from tasks.quantization import quantize
@@ -45,12 +45,16 @@ def upgrade(spec_path: str, site_path: str, as_person: str | None = None, model:
         base = take_base(work, order, version)
         sound, data = check_base(work, base.snapshot), take_data(work, spec.data)
         clean = look_for_contamination(work, spec.gate, suites, data)
-        expansion = expand(work, base.snapshot, spec.expand)
+        weighed = None
+        if spec.expand.positions == "importance":
+            weighed = measure_importance(work, base.snapshot, data, spec.data, spec.expand.probe)
+        expansion = expand(work, base.snapshot, spec.expand, weighed)
         proof = prove.submit(work, base.snapshot, expansion.snapshot, spec.prove)
         trained = train(work, expansion.snapshot, data, spec.data, spec.train)
         proven = proof.result()  # before any more work on an expansion that is not the base's function
         fused = fuse(work, expansion.snapshot, trained.snapshot, spec.fuse)
         artifact = quantize(work, fused.snapshot, data, spec.quantize)
-        made = (base.derivation, sound, clean, expansion, proven, trained, fused, artifact)
+        placed = (expansion,) if weighed is None else (weighed, expansion)
+        made = (base.derivation, sound, clean, *placed, proven, trained, fused, artifact)
         candidate = Candidate(fused.snapshot, artifact.snapshot, version, made)
         return recorded_outcome(work, terms, candidate) or judge_and_register(work, terms, candidate, against)

@@ -22,7 +22,7 @@ from mansard.errors import BadInput
 from mansard.launch import Request, recipe_with
 from mansard.records import SnapshotId
 from mansard.snapshot import check_model_tree
-from mansard.specs import Data, Expand, LearningRates, Placement, Source, Train
+from mansard.specs import Data, Expand, LearningRates, Placement, Probe, Source, Train
 from mansard.stages import declaration
 from mansard.store import Store
 from mansard.worker import derive_here
@@ -60,8 +60,12 @@ def expand(
     blocks: int,
     positions: Placement | list[int] = "even",
     workspace: str | Path = ".mansard-workspace",
+    texts: Sequence[Text] = (),
+    **settings: Any,  # noqa: ANN401 - further keys of specs.Expand
 ) -> Model:
     """`blocks` Pro blocks inserted into the Hugging Face folder `model`; proved to compute the same logits, bit by bit.
+    For positions "importance" `texts` holds general text (is_domain false), on which the blocks are weighed: by default
+    32 rows of 512 tokens; probe={"rows": 8, "tokens": 256} takes less.
 
     Raises BadInput for a folder or positions that cannot be expanded, StageFailed where the proof fails.
     """
@@ -69,8 +73,11 @@ def expand(
     check_model_tree(tree)
     store = Store(Path(workspace) / "store")
     base = store.snapshot(tree)
-    spec = _checked(Expand, {"blocks": blocks, "positions": positions})
-    expansion = _derive(store, "expand", {"model": base}, spec.model_dump(mode="json"))
+    spec = _checked(Expand, {"blocks": blocks, "positions": positions, **settings})
+    inputs = {"model": base}
+    if spec.positions == "importance":
+        inputs["importance"] = _importance(store, base, texts, spec.probe)
+    expansion = _derive(store, "expand", inputs, spec.model_dump(mode="json", exclude={"probe"}))
     _derive(store, "prove", {"base": base, "expansion": expansion}, {"probe_tokens": 64, "seed": 0, "form": "auto"})
     return Model(store, expansion, base)
 
@@ -121,6 +128,15 @@ def save(model: Model, folder: str | Path) -> Path:
     """Write the model as a Hugging Face folder; BadInput where `folder` is there and not empty."""
     model.store.restore(model.snapshot, Path(folder))
     return Path(folder)
+
+
+def _importance(store: Store, base: SnapshotId, texts: Sequence[Text], probe: Probe) -> SnapshotId:
+    """What each block is worth to the general ones of `texts`."""
+    general = [text for text in texts if not text.is_domain]
+    if not general:
+        raise BadInput("positions: importance needs general text: name texts with one of is_domain=False, or take even")
+    inputs = {f"data.{t.name}.train": store.put_files({"data.jsonl": _documents(t)[0]}) for t in general}
+    return _derive(store, "importance", {"model": base, **inputs}, probe.model_dump(mode="json"))
 
 
 def _derive(store: Store, stage: str, inputs: Mapping[str, SnapshotId], spec: Mapping[str, Any]) -> SnapshotId:

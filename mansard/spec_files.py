@@ -38,8 +38,9 @@ def load_suites(spec: Spec, spec_path: Path) -> list[Suite]:
 
 def _first_error(kind: type[Part], path: Path, error: ValidationError) -> str:
     errors = error.errors()
-    # A misspelt key is also a missing one, and a list that is no literal says more as a list: the plainest error first.
-    first = min(errors, key=lambda e: (e["type"] != "extra_forbidden", e["type"] == "literal_error"))
+    # A misspelt key is also a missing one; a list that is no literal says more as a list, a word as one of the known
+    # words: the plainest error first.
+    first = min(errors, key=lambda e: (e["type"] != "extra_forbidden", *_as_literal(e["type"], e["input"])))
     place = ".".join(str(p) for p in first["loc"] if "[" not in str(p)) or "spec"
     if first["type"] == "extra_forbidden":
         known = _known_keys(kind, first["loc"][:-1])
@@ -51,6 +52,10 @@ def _first_error(kind: type[Part], path: Path, error: ValidationError) -> str:
     message = first["msg"].removeprefix("Value error, ")
     value = "" if isinstance(first["input"], dict | Part) else f"{first['input']!r:.80}: "
     return f"{path}: {place}: {value}{message}" if first["loc"] else f"{path}: {message}"
+
+
+def _as_literal(kind: str, value: object) -> tuple[bool, bool]:
+    return kind == "literal_error" and not isinstance(value, str), kind != "literal_error"
 
 
 def _known_keys(kind: Any, place: tuple[Any, ...]) -> list[str]:  # noqa: ANN401 - any annotation

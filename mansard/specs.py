@@ -37,15 +37,31 @@ class Base(Part):
         return self
 
 
-Placement = Literal["even", "upper-half"]
+Placement = Literal["even", "upper-half", "importance"]
+
+
+NO_GENERAL_TEXT = (
+    "expand.positions: importance needs general text: add to data.sources one with is_domain: false, or take even"
+)
+
+
+class Probe(Part):
+    """General text on which `positions: importance` weighs the blocks: `rows` windows of `tokens` from each source
+    with is_domain: false, the lines of its training text in an order that `seed` draws."""
+
+    rows: Positive = 32
+    tokens: Annotated[int, Field(gt=1)] = 512
+    seed: int = 0
 
 
 class Expand(Part):
     """`blocks` new blocks, placed `even` (one after each equal group), so in the `upper-half` only (what lies below the
-    lowest new block needs no gradient), or after the listed 0-based source blocks."""
+    lowest new block needs no gradient), after the blocks whose `importance` to general text is least, or after the
+    listed 0-based source blocks."""
 
     blocks: Positive
     positions: Placement | list[Annotated[int, Field(ge=0)]] = "even"
+    probe: Probe = Probe()
 
     @model_validator(mode="after")
     def positions_match_blocks(self) -> Self:
@@ -375,6 +391,12 @@ class UpgradeSpec(QuantizedSpec):
     prove: Prove = Prove()
     train: Train
     fuse: Fuse = Fuse()
+
+    @model_validator(mode="after")
+    def importance_has_general_text(self) -> Self:
+        if self.expand.positions == "importance" and all(s.is_domain for s in self.data.sources):
+            raise ValueError(NO_GENERAL_TEXT)
+        return self
 
 
 class CustomizeSpec(Spec):

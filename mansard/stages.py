@@ -13,6 +13,7 @@ STAGES = {
     "corpus": "mansard.demo.corpus_stage",
     "pretrain": "mansard.demo.pretrain_stage",
     "check": "mansard.models.check_stage",
+    "importance": "mansard.models.importance_stage",
     "expand": "mansard.models.expand_stage",
     "prove": "mansard.models.prove_stage",
     "train": "mansard.training.stage",

@@ -10,6 +10,8 @@ from typing import Any
 
 from mansard.evaluation.contamination import check_shared
 from mansard.launch import Request
+from mansard.models.placement import IMPORTANCE_FILE
+from mansard.models.storeys import read_expansion
 from mansard.records import Derivation, SnapshotId
 from mansard.specs import Cost, Fingerprint, Gate, Serve, Suite
 from mansard.store import Store
@@ -131,6 +133,10 @@ def provenance(store: Store, background: Background) -> dict[str, Any]:
             for made in store.lineage(snapshot):
                 if made["recipe"] == recipe:
                     found["sources"], found["train"] = made["spec"]["data"]["sources"], made["spec"]["train"]
+        if stage == "importance":
+            found["importance"] = json.loads(store.read_file(snapshot, IMPORTANCE_FILE))
+            placed = next(s for name, _, s in background.stages if name == "expand")
+            found["importance"]["copied"] = [b.source for b in read_expansion(store, placed).new_blocks]
         if stage == "train-branch":
             curves = json.loads(store.read_file(snapshot, "branch.json"))
             found["alphas"] = {key: curves[key] for key in ("alphas", "trained_alpha", "parameters", "bytes")}

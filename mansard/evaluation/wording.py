@@ -167,6 +167,8 @@ def background_rows(background: Background) -> list[tuple[str, list[list[str]]]]
             for s in known["sources"]
         ]
         tables.append(("Data mixture", rows))
+    if known.get("importance"):
+        tables.append(_importance_rows(known["importance"]))
     if known.get("alphas"):
         tables.append(_alpha_rows(known["alphas"]))
     if known.get("stages"):
@@ -174,6 +176,15 @@ def background_rows(background: Background) -> list[tuple[str, list[list[str]]]]
         base = known.get("base_version")
         tables.append(("Lineage" + ("" if base is None else f" (built on version {base})"), rows))
     return tables
+
+
+def _importance_rows(measured: dict[str, Any]) -> tuple[str, list[list[str]]]:
+    """What the loss on general text gains without each of the base's blocks, and which were copied."""
+    rows = [["block of the base", "loss gained without it (nats a token)", "copied"]]
+    rows += [[str(i), f"{g:+.4f}", "yes" if i in measured["copied"] else "no"] for i, g in enumerate(measured["gains"])]
+    probe = measured["probe"]
+    text = f"{probe['rows']} rows of {probe['tokens']} tokens of general text, loss {measured['loss']:.4f}"
+    return f"Placement by importance ({text})", rows
 
 
 def _alpha_rows(branch: dict[str, Any]) -> tuple[str, list[list[str]]]:

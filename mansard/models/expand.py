@@ -5,6 +5,7 @@ values where its blocks reach the residual stream, and writes config.json, the i
 the result computes the base's function is proved by a stage of its own (`prove`).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from mansard.errors import BadInput
@@ -12,6 +13,7 @@ from mansard.models.checkpoint import check_once, check_tensors
 from mansard.models.constants import Constants
 from mansard.models.families import Config, Family, depth_of, family_of
 from mansard.models.model_files import model_config, pretty_json, rebuilt_index, weight_files
+from mansard.models.placement import copied_blocks
 from mansard.models.rebuilding import rebuilt_config
 from mansard.models.storeys import EXPANSION_FILE, Expansion, NewBlock, Storey, read_expansion
 from mansard.records import SnapshotId
@@ -41,27 +43,11 @@ class ExpansionPlan:
         return tuple(i for i in range(self.depth) if i not in new)
 
 
-def plan(config: Config, expand: Expand) -> ExpansionPlan:
-    """Where the new blocks go; BadInput for a family that is not supported or positions that the model does not have.
-
-    A copy of block p stands right after block p. `even`: copy j of k (from 1) of a model of n blocks stands after block
-    ceil(j n / k) - 1 (0-based), the end of the j-th of k groups whose sizes differ by one at most; the last copy is the
-    last block. For k that divides n these are the positions of LLaMA Pro (arXiv 2401.02415). `upper-half`: the same
-    among the blocks from floor(n / 2) on, so that training computes gradients through half of the model at most.
-    """
+def plan(config: Config, expand: Expand, gains: Sequence[float] | None = None) -> ExpansionPlan:
+    """Where the new blocks go, each right after the block that it copies; BadInput for a family that is not supported
+    or positions that the model does not have (`placement.copied_blocks`, which reads `gains`)."""
     family, depth = family_of(config), depth_of(config)
-    if not isinstance(expand.positions, list):
-        below = depth // 2 if expand.positions == "upper-half" else 0
-        copied = _even(expand, below, depth)
-    else:
-        copied = set(expand.positions)
-        if len(copied) != expand.blocks or len(expand.positions) != expand.blocks:
-            raise BadInput(f"expand.positions: {expand.positions}; {expand.blocks} different blocks are expected")
-        outside = sorted(p for p in copied if not 0 <= p < depth)
-        if outside:
-            raise BadInput(
-                f"expand.positions: {outside[0]} in a model of {depth} blocks; 0 to {depth - 1} are its blocks"
-            )
+    copied = copied_blocks(expand, depth, gains)
     sources: list[int] = []
     new_blocks: list[NewBlock] = []
     for block in range(depth):
@@ -70,16 +56,6 @@ def plan(config: Config, expand: Expand) -> ExpansionPlan:
             new_blocks.append(NewBlock(len(sources), block))
             sources.append(block)
     return ExpansionPlan(family, depth, tuple(sources), tuple(new_blocks))
-
-
-def _even(expand: Expand, begin: int, depth: int) -> set[int]:
-    """The last block of each of `expand.blocks` groups of almost one size that the blocks from `begin` on fall into."""
-    blocks = depth - begin
-    if expand.blocks > blocks:
-        raise BadInput(
-            f"expand.blocks: {expand.blocks} in a model of {depth} blocks; 1 to {blocks} can be {expand.positions}"
-        )
-    return {begin - (-j * blocks // expand.blocks) - 1 for j in range(1, expand.blocks + 1)}
 
 
 def apply(store: Store, base: SnapshotId, plan: ExpansionPlan) -> SnapshotId:

@@ -13,9 +13,15 @@ from mansard.errors import BadInput
 
 
 def first_windows(
-    tokenizer: PreTrainedTokenizerBase, jsonl: bytes, windows: int, window_tokens: int, name: str
+    tokenizer: PreTrainedTokenizerBase,
+    jsonl: bytes,
+    windows: int,
+    window_tokens: int,
+    name: str,
+    keys: str = "quantize.samples or quantize.sample_tokens",
 ) -> torch.Tensor:
-    """The first `windows` windows, int64 [windows, window_tokens]; `name` is what messages call the data.
+    """The first `windows` windows, int64 [windows, window_tokens]; messages call the data `name`, and `keys` what asks
+    for so much of it.
 
     Raises BadInput when the data is not UTF-8 JSONL with a "text" in each line, or holds too few tokens.
     """
@@ -29,7 +35,7 @@ def first_windows(
     if len(ids) < wanted:
         raise BadInput(
             f"{name}: {len(ids)} tokens, but {windows} windows of {window_tokens} tokens ({wanted}) are asked for; "
-            "give more text or lower quantize.samples or quantize.sample_tokens"
+            f"give more text or lower {keys}"
         )
     return torch.tensor(ids[:wanted], dtype=torch.int64).reshape(windows, window_tokens)
 

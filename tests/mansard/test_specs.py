@@ -22,6 +22,8 @@ SITE = (ROOT / "configs/site/local.yaml").read_text()
         ("positions: even", "positions: [0, 1, 1, 2]", "names a block twice"),
         ("positions: even", "positions: [0, 1]", "positions lists 2 blocks, but blocks is 4"),
         ("positions: even", "positions: [0, 1, 2, -1]", "Input should be greater than or equal to 0"),
+        ("positions: even", "positions: evn", "expand.positions: 'evn': Input should be 'even', 'upper-half' or"),
+        ("tokens: 256, seed: 0}", "tokens: 1, seed: 0}", "expand.probe.tokens: 1: Input should be greater than 1"),
         ("  frozen: bf16", "  frozen: fp8", "train: frozen: fp8 needs precision: bf16, not fp32"),
         ("master: fp32", "master: stochastic_rounding", "master: stochastic_rounding needs precision: bf16, not fp32"),
         ("micro_batch_sequences: null", "micro_batch_sequences: 3", "batch_sequences 4 is no multiple of"),
@@ -42,6 +44,15 @@ def test_wrong_spec_is_refused_in_one_line(tmp_path: Path, old: str, new: str, m
     assert message in str(refused.value)
     assert str(path) in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_placement_by_importance_asks_for_general_text(tmp_path: Path) -> None:
+    path = tmp_path / "spec.yaml"
+    path.write_text(UPGRADE.replace("positions: even", "positions: importance"))
+    assert load_spec(UpgradeSpec, path).expand.positions == "importance"
+    path.write_text(path.read_text().replace("is_domain: false", "is_domain: true"))
+    with pytest.raises(BadInput, match=r"add to data\.sources one with is_domain: false, or take even"):
+        load_spec(UpgradeSpec, path)
 
 
 @pytest.mark.parametrize(

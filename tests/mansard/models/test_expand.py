@@ -177,6 +177,30 @@ def test_storeys_stack(store: Store, make_checkpoint: MakeCheckpoint) -> None:
     assert read_expansion(store, second).to_bytes() == store.read_file(second, EXPANSION_FILE)
 
 
+@given(st.lists(st.sampled_from([-0.5, 0.0, 0.1, 2.0]), min_size=1, max_size=12), st.data())
+def test_importance_copies_the_blocks_that_matter_least(gains: list[float], data: st.DataObject) -> None:
+    blocks = data.draw(st.integers(1, len(gains)))
+    made = plan(llama(len(gains)), Expand(blocks=blocks, positions="importance"), gains)
+    copied = [b.source for b in made.new_blocks]
+    assert len(copied) == blocks
+    for block in set(range(len(gains))) - set(copied):  # every other one matters more, or as much and stands higher
+        assert all((gains[block], block) > (gains[c], c) for c in copied)
+
+
+@pytest.mark.parametrize(
+    ("gains", "complaint"),
+    [
+        (None, "no importance was measured"),
+        ([0.1], "1 gains, a finite number for each of 2 blocks"),
+        ([0.1, float("nan")], "a finite number for each of 2 blocks"),
+        ([0.1, 0.2], r"expand\.blocks: 3 in a model of 2 blocks; 1 to 2 can be importance"),
+    ],
+)
+def test_importance_that_is_none_of_the_model_is_refused(gains: list[float] | None, complaint: str) -> None:
+    with pytest.raises(BadInput, match=complaint):
+        plan(llama(2), Expand(blocks=3 if gains == [0.1, 0.2] else 1, positions="importance"), gains)
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [

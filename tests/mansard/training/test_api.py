@@ -1,5 +1,6 @@
 """The Python API does what the README shows, on a very small model."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 from mansard import Text, expand, fuse, train
 from mansard.errors import BadInput
+from mansard.models.storeys import read_expansion
 from tests.mansard.training.conftest import jsonl, texts
 
 pytestmark = pytest.mark.slow
@@ -36,6 +38,17 @@ def test_the_readme_text_makes_a_deeper_model_that_transformers_loads(folder: Pa
     exec(compile(code.replace("models/upgraded", "models/again"), "README.md", "exec"), {})
     made = [(folder / f"models/{n}/model.safetensors").read_bytes() for n in ("upgraded", "again")]
     assert made[0] == made[1]
+
+
+def test_blocks_are_placed_where_general_text_misses_them_least(folder: Path) -> None:
+    general = Text("general", "general.jsonl")
+    probe = {"rows": 4, "tokens": 48}
+    model = expand("models/base", blocks=1, positions="importance", texts=[general], probe=probe)
+    measured = model.store.lineage(model.snapshot)[0]["inputs"]["importance"]
+    gains = json.loads(model.store.read_file(measured, "importance.json"))["gains"]
+    assert [b.source for b in read_expansion(model.store, model.snapshot).new_blocks] == [gains.index(min(gains))]
+    with pytest.raises(BadInput, match="importance needs general text"):
+        expand("models/base", blocks=1, positions="importance", texts=[Text("law", "law.jsonl", is_domain=True)])
 
 
 def test_what_cannot_be_used_is_refused_in_one_line(folder: Path) -> None:
