@@ -131,6 +131,18 @@ class Anchor(Part):
     weight: Annotated[float, Field(gt=0)]
 
 
+class Adapter(Part):
+    """What trains of a new block's linears: W + alpha / rank * B A (`lora`), its rows' lengths too (`dora`), or `lora`
+    over a base in 4 bits (`qlora`). `modules` are exact names of linears within a block (none: all of them). Vectors
+    (norms, biases) train as they are; so do the zeroed projections with `dora`, which divides by their lengths. What is
+    fused is the merged weight."""
+
+    method: Literal["lora", "dora", "qlora"]
+    rank: Positive
+    alpha: Annotated[float, Field(gt=0)]
+    modules: Annotated[list[str], Field(min_length=1)] | None = None
+
+
 class Train(Part):
     """The training loop. `tokens` counts packed tokens; a step takes batch_sequences * sequence_tokens of them, in
     pieces of `micro_batch_sequences` (none: whole).
@@ -138,7 +150,8 @@ class Train(Part):
     `frozen` and `new_blocks`: the type of the linears' products; bf16 leaves them in `precision`. fp8 for `frozen`
     holds frozen weights in FP8; for `new_blocks` it is their forward pass and input gradient. `max_forward_kl`: how far
     the trainer's forward pass may be from the fused model's on the probe (nats a token). `memory_gib`: what training
-    may take; blocks are recomputed in backward until it fits (none: what the device has).
+    may take; blocks are recomputed in backward until it fits (none: what the device has). `adapter`: low-rank
+    matrices in the new blocks train in the place of whole weights (none: whole weights).
     """
 
     tokens: Positive
@@ -154,6 +167,7 @@ class Train(Part):
     master: Literal["fp32", "stochastic_rounding"] = "fp32"
     micro_batch_sequences: Positive | None = None
     memory_gib: Annotated[float, Field(gt=0)] | None = None
+    adapter: Adapter | None = None
     max_forward_kl: Annotated[float, Field(gt=0)] = 0.05
     anchor: Anchor | None = None
     evaluate_every_steps: Positive = 50
@@ -178,6 +192,19 @@ class Train(Part):
                 f"batch_sequences {self.batch_sequences} is no multiple of micro_batch_sequences "
                 f"{self.micro_batch_sequences}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def adapter_goes_with_the_rest(self) -> Self:
+        method = self.adapter.method if self.adapter else None
+        if method and self.learning_rates.base > 0.0:
+            raise ValueError("adapter needs learning_rates.base 0: adapters train in new blocks only")
+        if method and self.new_blocks == "fp8":
+            raise ValueError("adapter needs new_blocks: bf16: their own weights are frozen, frozen: fp8 holds those")
+        if self.frozen == "fp8" and method == "qlora":
+            raise ValueError("adapter: qlora needs frozen: bf16: it holds frozen linears in 4 bits, fp8 does in 8")
+        if self.frozen == "fp8" and method == "dora":
+            raise ValueError("adapter: dora needs frozen: bf16: it reads its frozen weights' lengths at every step")
         return self
 
 

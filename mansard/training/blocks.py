@@ -15,7 +15,7 @@ from mansard.models.storeys import NewBlock, newest_tensors
 from mansard.records import SnapshotId
 from mansard.specs import LearningRates, Train
 from mansard.store import Store
-from mansard.training.frozen_linear import FP8, require_fp8
+from mansard.training.frozen_linear import require_fp8
 from mansard.training.optimizer import Group
 from mansard.training.quantized_blocks import quantize_linears
 
@@ -46,12 +46,14 @@ class Frozen:
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """The checkpoint's tensors: where transformers holds each, which are the newest storey's, and which of those are
-    post-norms that start at a scale of 0."""
+    """The checkpoint's tensors: where transformers holds each, which are the newest storey's, and of those which are
+    post-norms that start at a scale of 0, and which silence their block; `linears`: name -> name in its block."""
 
     slots: Mapping[str, Slot]
     new: frozenset[str]
     post_norms: frozenset[str]
+    silent: frozenset[str]
+    linears: Mapping[str, str]
 
     def parameters(self, names: Set[str]) -> list[str]:
         """The parameters that hold these tensors."""
@@ -65,9 +67,16 @@ def checkpoint_names(store: Store, expansion: SnapshotId) -> Names:
     every = [*family.outer_tensors(config)]
     every += [family.block_tensor(b, n) for b in blocks for n in family.block_tensors(config, b)]
     new = frozenset(newest_tensors(store, expansion))
-    places = {name: family.split(name) for name in new}
-    post_norms = {n for n, place in places.items() if place and family.silent_value(place[1]) not in (None, 0.0)}
-    return Names({name: family.slot(name) for name in every}, new, frozenset(post_norms))
+    places = {name: place for name in new if (place := family.split(name)) is not None}
+    silent = {n: value for n, (_, inner) in places.items() if (value := family.silent_value(inner)) is not None}
+    linears = {n: inner for n, (b, inner) in places.items() if len(family.block_shapes(config, b)[inner]) == 2}
+    return Names(
+        {name: family.slot(name) for name in every},
+        new,
+        frozenset(name for name, value in silent.items() if value != 0.0),
+        frozenset(silent),
+        {n.removesuffix(".weight"): inner.removesuffix(".weight") for n, inner in linears.items()},
+    )
 
 
 def train_only(
@@ -79,17 +88,9 @@ def train_only(
 ) -> tuple[list[Group], Frozen]:
     """Freeze all but the groups with a rate above 0, `frozen` and `new_blocks` as in `specs.Train`; returns the groups
     and the digests of what is frozen, as it stands in memory."""
-    if rates.new_blocks == 0.0:
-        raise BadInput("train.learning_rates.new_blocks is 0, so no storey would be trained; set it above 0")
-    if rates.post_norms is not None and not names.post_norms:
-        raise BadInput("train.learning_rates.post_norms: this family's new blocks have none; remove the key")
     parameters = dict(model.named_parameters())
-    new, post_norms = names.parameters(names.new), names.parameters(names.post_norms)
-    blocks = {n: parameters[n] for n in new if n not in post_norms}
-    groups = [Group("new_blocks", rates.new_blocks, blocks)]
-    if post_norms:
-        rate = rates.post_norms or POST_NORM_FACTOR * rates.new_blocks
-        groups.append(Group("post_norms", rate, {n: parameters[n] for n in post_norms}))
+    new = names.parameters(names.new)
+    groups = groups_of({n: parameters[n] for n in new}, names, rates)
     if rates.base > 0.0:
         groups.append(Group("base", rates.base, {n: p for n, p in parameters.items() if n not in new}))
     trained = {name for group in groups for name in group.parameters}
@@ -102,6 +103,21 @@ def train_only(
     return groups, Frozen({} if rates.base > 0.0 else digest_tensors(model, still))
 
 
+def groups_of(trained: Mapping[str, Any], names: Names, rates: LearningRates) -> list[Group]:
+    """The new blocks' parameters in groups: their post-norms have a rate of their own. BadInput for rates that fit no
+    new block."""
+    if rates.new_blocks == 0.0:
+        raise BadInput("train.learning_rates.new_blocks is 0, so no storey would be trained; set it above 0")
+    if rates.post_norms is not None and not names.post_norms:
+        raise BadInput("train.learning_rates.post_norms: this family's new blocks have none; remove the key")
+    post_norms = names.parameters(names.post_norms)
+    groups = [Group("new_blocks", rates.new_blocks, {n: p for n, p in trained.items() if n not in post_norms})]
+    if post_norms:
+        rate = rates.post_norms or POST_NORM_FACTOR * rates.new_blocks
+        groups.append(Group("post_norms", rate, {n: trained[n] for n in post_norms}))
+    return groups
+
+
 def announcement(
     model: Any,  # noqa: ANN401 - a transformers model
     blocks: Sequence[NewBlock],
@@ -111,9 +127,13 @@ def announcement(
     """One line: which blocks train, how many parameters, in which types."""
     copies = ", ".join(f"{block.index} (copy of {block.source})" for block in blocks)
     count = {group.name: sum(p.numel() for p in group.parameters.values()) for group in groups}
-    total = sum(p.numel() for p in model.parameters()) + sum(b.numel() for b in model.buffers() if b.dtype == FP8)
+    total = sum(p.numel() for p in model.parameters()) + sum(
+        getattr(module, "quantized_values", 0) for module in model.modules()
+    )
     what = " and ".join(f"{name} {parameters:,}" for name, parameters in count.items())
-    kept = train.precision if train.frozen == "bf16" else train.frozen
+    kept: str = train.precision if train.frozen == "bf16" else train.frozen
+    if train.adapter is not None and train.adapter.method == "qlora":
+        kept = "4 bits"
     base = f"the base is frozen, in {kept}"
     if "base" in count:
         base = "the base trains too and is not frozen"

@@ -140,6 +140,7 @@ class FrozenLinear(nn.Module):
         values_NK, scale_N1 = quantize_rows(linear.weight.detach())
         self.register_buffer("weight_fp8", values_NK)
         self.register_buffer("weight_scale", scale_N1)
+        self.quantized_values: int = values_NK.numel()
         self.bias = linear.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,8 @@ from mansard.errors import BadInput
 from mansard.models.loading import choose_device, load_model, load_tokenizer
 from mansard.models.storeys import NewBlock, read_expansion
 from mansard.specs import Data, Train
+from mansard.training.adapters import plan as plan_adapters
+from mansard.training.adapters import train_adapters
 from mansard.training.anchor import Anchor
 from mansard.training.blocks import announcement, checkpoint_names, train_only
 from mansard.training.data import Batch, Mixture, Packed, pack_texts, read_texts, require_rows
@@ -77,10 +79,17 @@ def learn(
         names = checkpoint_names(context.store, context.inputs["expansion"])
         mixture, held_out = read_mixture(context, data, train, load_tokenizer(expansion))
         fractions = achieved_fractions(mixture, data, plan.schedule.steps)
-        model = load_model(expansion, DTYPES[train.precision], device=choose_device())
+        if train.adapter is not None:
+            plan_adapters(names, train.adapter)
+        device = choose_device()
+        is_small_there = train.adapter is not None and train.adapter.method == "qlora"
+        model = load_model(expansion, DTYPES[train.precision], device=None if is_small_there else device)
     highest = max(int(packed.tokens_RT.max()) for packed in (*mixture.sources, *held_out))
     check_fits(model.config, data.sequence_tokens, highest)
-    groups, frozen = train_only(model, names, train.learning_rates, train.frozen, train.new_blocks)
+    if train.adapter is None:
+        groups, frozen = train_only(model, names, train.learning_rates, train.frozen, train.new_blocks)
+    else:
+        groups, frozen = train_adapters(model, names, train, device)
     text = announcement(model, blocks, groups, train)
     print(f"train: {text}", file=sys.stderr, flush=True)
     engine = make_engine(model, groups, train, anchor_of(train, data, blocks))

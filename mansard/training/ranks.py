@@ -71,6 +71,12 @@ def check_ranks(train: Train, config: Mapping[str, Any], world: int) -> None:
     if train.anchor is not None and zero_level(config) == 3:
         raise BadInput("train.anchor needs ZeRO 1 or 2: a rank without general text in a step would not gather the "
                        "blocks that ZeRO 3 shards, and the others would wait")  # fmt: skip
+    if train.adapter is not None and train.adapter.method != "lora" and zero_level(config) == 3:
+        reason = {"qlora": "its 4-bit weights are buffers, which ZeRO 3 does not shard",
+                  "dora": "it reads weights outside their module's pass, when ZeRO 3 has them in pieces"}  # fmt: skip
+        method = train.adapter.method
+        raise BadInput(f"train.adapter.method: {method} needs ZeRO 1 or 2 ({reason[method]}); name another file under "
+                       "training.deepspeed, or take lora")  # fmt: skip
     if (train.optimizer, train.master) != ("adamw", "fp32"):
         raise BadInput(f"optimizer: {train.optimizer} with master: {train.master} runs in one process; several ranks "
                        "take optimizer: adamw and master: fp32")  # fmt: skip

@@ -8,7 +8,7 @@ trains too, what changed of it is listed, and nothing is called frozen.
 """
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +21,13 @@ from mansard.models.loading import choose_device, load_model
 from mansard.models.probe import forward_logits
 from mansard.models.slots import view
 from mansard.records import SnapshotId
-from mansard.specs import Data, Train
+from mansard.specs import Adapter, Data, Train
+from mansard.training.adapters import merged
 from mansard.training.anchor import Anchor
 from mansard.training.blocks import Names, checkpoint_names
 from mansard.training.data import Batch
 from mansard.training.engines import LocalEngine
-from mansard.training.learning import learn
+from mansard.training.learning import Learned, learn
 from mansard.training.loop import Plan
 from mansard.training.optimizer import Group
 from mansard.training.preflight import preflight
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from mansard.worker import StageContext
 
 CODE_VERSION = 7
-PACKAGES = ("numpy", "safetensors", "tokenizers", "torch", "transformers")
+PACKAGES = ("numpy", "peft", "safetensors", "tokenizers", "torch", "torchao", "transformers")
 
 
 def run(context: "StageContext") -> SnapshotId:
@@ -50,12 +51,15 @@ def run(context: "StageContext") -> SnapshotId:
     names = checkpoint_names(context.store, context.inputs["expansion"])
     output = context.work / "output"
     with context.store.using(context.inputs["expansion"]) as expansion:
-        changed, probe = write_tensors(expansion, names, learned.trained, learned.probe_BT, output)
+        changed, probe = write_tensors(expansion, names, learned, train.adapter, output)
     divergence = forward_kl(learned.seen_BTV, output)
     if divergence > train.max_forward_kl:
+        closer = "frozen: bf16, or new_blocks: bf16"
+        if train.adapter is not None and train.adapter.method == "qlora":
+            closer = "adapter.method: lora (qlora's forward pass is over a base in 4 bits), or allow more"
         raise StageFailed(
             f"the trainer's forward pass is {divergence:.4f} nats a token from the fused model's, "
-            f"train.max_forward_kl allows {train.max_forward_kl}; take frozen: bf16, or new_blocks: bf16"
+            f"train.max_forward_kl allows {train.max_forward_kl}; take {closer}"
         )
     plan = Plan.of(train, Data.model_validate(context.spec["data"]).sequence_tokens)
     report = {
@@ -101,16 +105,17 @@ def local_forecast(engine: LocalEngine, batch: Batch, train: Train) -> str:
 def write_tensors(
     expansion: Path,
     names: Names,
-    trained: Mapping[str, torch.Tensor],
-    probe_BT: torch.Tensor,
+    learned: Learned,
+    adapter: Adapter | None,
     output: Path,
 ) -> tuple[list[str], dict[str, Any]]:
-    """trained.safetensors and probe.safetensors, made from the checkpoint with the trained tensors put in; returns the
-    base's tensors that changed, and how the probe was computed."""
+    """trained.safetensors and probe.safetensors, made from the checkpoint with the trained tensors put in (adapters
+    merged, in float32); returns the base's tensors that changed, and how the probe was computed."""
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
     model = load_model(expansion, None, device=choose_device())
     parameters = dict(model.named_parameters())
+    trained = learned.trained if adapter is None else merged(learned.trained, parameters, names, adapter)
     wanted = {name: slot for name, slot in names.slots.items() if slot.parameter in trained}
     made, changed = {}, []
     with torch.no_grad():
@@ -123,8 +128,8 @@ def write_tensors(
             if name not in names.new and not torch.equal(before, tensor):
                 changed.append(name)
     save_file(made, output / "trained.safetensors")
-    logits_BTV = forward_logits(model, probe_BT)
-    save_file({"input_ids": probe_BT, "logits": logits_BTV}, output / "probe.safetensors")
+    logits_BTV = forward_logits(model, learned.probe_BT)
+    save_file({"input_ids": learned.probe_BT, "logits": logits_BTV}, output / "probe.safetensors")
     attention = model.config._attn_implementation
     return changed, {"dtype": str(logits_BTV.dtype).removeprefix("torch."), "attention": attention}
 

@@ -1,0 +1,296 @@
+"""Adapters train in the new blocks alone, and what is fused is what they made of the weights."""
+
+import json
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load
+from torch import nn
+
+from mansard.errors import BadInput, StageFailed
+from mansard.models import fuse_stage
+from mansard.models.expand import apply, plan
+from mansard.models.loading import load_model
+from mansard.models.model_files import model_config
+from mansard.models.storeys import newest_tensors
+from mansard.records import SnapshotId
+from mansard.specs import Adapter, Expand, Train
+from mansard.store import Store
+from mansard.training import adapters, stage
+from mansard.training.blocks import checkpoint_names
+from mansard.training.four_bit_linear import PARTS, FourBitLinear
+from mansard.training.ranks import check_ranks
+from mansard.training.state import Checkpoints
+from mansard.worker import Channel, StageContext
+from tests.mansard.models.conftest import MakeFamily, make_family  # noqa: F401 - a fixture
+from tests.mansard.training.conftest import jsonl, texts
+
+pytestmark = pytest.mark.slow
+
+Fill = Callable[[Store], dict[str, SnapshotId]]
+ROW_TOKENS, BATCH_ROWS = 32, 4
+METHODS = ("lora", "dora", "qlora")
+
+
+def adapter(method: str, **others: Any) -> dict[str, Any]:
+    return {"method": method, "rank": 4, "alpha": 8.0, "modules": None, **others}
+
+
+def slice_(steps: int, **train: Any) -> dict[str, Any]:
+    sources = [
+        {"name": name, "train": name, "held_out": name, "weight": 0.5, "is_domain": name == "code"}
+        for name in ("code", "prose")
+    ]
+    return {
+        "data": {"sources": sources, "sequence_tokens": ROW_TOKENS, "min_domain_fraction": 0.3, "seed": 0},
+        "train": {
+            "tokens": steps * ROW_TOKENS * BATCH_ROWS, "batch_sequences": BATCH_ROWS, "precision": "fp32",
+            "learning_rates": {"new_blocks": 1e-2}, "evaluate_every_steps": steps, "checkpoint_every_steps": 1, **train,
+        },
+    }  # fmt: skip
+
+
+def section(**train: Any) -> Train:
+    return Train.model_validate(slice_(1, **train)["train"])
+
+
+def expanded(store: Store, folder: Path) -> dict[str, SnapshotId]:
+    base = store.snapshot(folder)
+    inputs = {"expansion": apply(store, base, plan(model_config(store, base), Expand(blocks=2, positions=[0, 1])))}
+    for name in ("code", "prose"):
+        inputs[f"data.{name}.train"] = store.put_files({"data.jsonl": jsonl(texts(name, 30))})
+        inputs[f"data.{name}.held_out"] = store.put_files({"data.jsonl": jsonl(texts(name.upper(), 10))})
+    return inputs
+
+
+def context(store: Store, inputs: dict[str, SnapshotId], spec: dict[str, Any], recipe: str = "a" * 64) -> StageContext:
+    return StageContext(store, recipe, inputs, spec, {}, store.work(recipe), Channel(StringIO()))
+
+
+def report_of(store: Store, made: SnapshotId) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads(store.read_file(made, "training.json"))
+    return report
+
+
+def fused(store: Store, inputs: dict[str, SnapshotId], trained: SnapshotId) -> SnapshotId:
+    asked = {"expansion": inputs["expansion"], "trained": trained}
+    made: SnapshotId = fuse_stage.run(context(store, asked, {"method": "residual"}, "f" * 64))
+    return made
+
+
+def weights(store: Store, model: SnapshotId) -> dict[str, torch.Tensor]:
+    return {n: t.detach() for n, t in load_model(store.materialize(model), None).state_dict().items()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+def test_a_storey_of_adapters_is_trained_and_fused(
+    store: Store, make_family: MakeFamily, family: str, method: str  # noqa: F811 - the fixture
+) -> None:
+    inputs = expanded(store, make_family(family))
+    made = stage.run(context(store, inputs, slice_(12, adapter=adapter(method), max_forward_kl=1.0)))
+    report, trained = report_of(store, made), load(store.read_file(made, "trained.safetensors"))
+    assert trained.keys() == set(newest_tensors(store, inputs["expansion"]))
+    assert report["changed_base_tensors"] == []
+    assert report["curve"][-1]["bits_per_byte"]["code"] < report["curve"][0]["bits_per_byte"]["code"]
+    # What the trainer computed is what the checkpoint computes; qlora's base has 4 bits less than the checkpoint's.
+    assert report["forward_kl"] < (0.5 if method == "qlora" else 1e-6)
+    before, after = weights(store, inputs["expansion"]), weights(store, fused(store, inputs, made))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and changed <= trained.keys()
+    linears = {f"{name}.weight" for name in checkpoint_names(store, inputs["expansion"]).linears}
+    assert linears <= changed
+    assert all(tensor.isfinite().all() for tensor in after.values())
+    delta = after["model.layers.1.mlp.up_proj.weight"].double() - before["model.layers.1.mlp.up_proj.weight"].double()
+    assert method == "dora" or torch.linalg.matrix_rank(delta, rtol=1e-4) == 4
+
+
+def adapted(store: Store, folder: Path, blocks: int = 2, **train: Any) -> tuple[Any, Any, Train, list[Any], Any]:
+    """(model, names, section, groups, frozen) of an expansion with adapters in it."""
+    base = store.snapshot(folder)
+    made = apply(store, base, plan(model_config(store, base), Expand(blocks=blocks, positions=list(range(blocks)))))
+    names, wanted = checkpoint_names(store, made), section(**train)
+    torch.manual_seed(0)
+    model = load_model(store.materialize(made), torch.float32)
+    return model, names, wanted, *adapters.train_adapters(model, names, wanted, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_trains_is_what_was_asked_for_and_lies_in_new_blocks(
+    store: Store, make_family: MakeFamily, method: str  # noqa: F811
+) -> None:
+    # Three blocks of seven linears: above twenty names peft shortens its list to endings.
+    model, _, _, groups, _ = adapted(store, make_family("qwen3"), blocks=3, adapter=adapter(method))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {name for group in groups for name in group.parameters}
+    zeroed = ("self_attn.o_proj", "mlp.down_proj")
+    others = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+    norms = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
+    expected = {f"{name}.weight" for name in norms}
+    expected |= {f"{name}.lora_{side}.default.weight" for name in others for side in "AB"}
+    if method == "dora":
+        expected |= {f"{name}.lora_magnitude_vector.default.weight" for name in others}
+        expected |= {f"{name}.weight" for name in zeroed}
+    else:
+        expected |= {f"{name}.lora_{side}.default.weight" for name in zeroed for side in "AB"}
+    assert trained == {f"model.layers.{block}.{name}" for block in (1, 3, 5) for name in expected}
+
+
+def test_modules_are_taken_exactly(store: Store, make_family: MakeFamily) -> None:  # noqa: F811
+    modules = ["self_attn.v_proj", "self_attn.o_proj"]
+    model, _, _, _, _ = adapted(store, make_family("llama"), adapter=adapter("lora", modules=modules))
+    found = {name for name, _ in model.named_parameters() if "lora" in name}
+    assert found == {
+        f"model.layers.{b}.{m}.lora_{side}.default.weight" for b in (1, 3) for m in modules for side in "AB"
+    }
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_training_that_was_interrupted_ends_in_the_same_snapshot(store: Store, fill: Fill, method: str) -> None:
+    class Cut(StringIO):
+        def write(self, text: str) -> int:
+            if json.loads(text)["progress"]["done"] == 4 * ROW_TOKENS * BATCH_ROWS:
+                raise KeyboardInterrupt
+            return len(text)
+
+    inputs = fill(store)
+    spec = slice_(6, adapter=adapter(method), max_forward_kl=1.0, precision="bf16", checkpoint_every_steps=3)
+    whole = stage.run(context(store, inputs, spec))
+    work = store.work("b" * 64)
+    with pytest.raises(KeyboardInterrupt):
+        stage.run(StageContext(store, "b" * 64, inputs, spec, {}, work, Channel(Cut())))
+    found = Checkpoints(work).read()
+    assert found is not None and found[0].step == 3
+    kinds = ("master/", "exp_avg/", "exp_avg_sq/", "step/", "rng/cpu")
+    assert all(name.startswith(kinds) and "base_layer" not in name for name in found[1])
+    assert {name.split(".")[2] for name in found[1] if name.startswith("master/")} == {"1", "3"}
+    assert stage.run(context(store, inputs, spec, "b" * 64)) == whole
+
+
+def test_a_four_bit_linear_takes_torchaos_values_and_their_gradient() -> None:
+    from torchao.quantization import NF4Tensor
+
+    torch.manual_seed(0)
+    for dtype, shape, scales in ((torch.float32, (128, 256), 256), (torch.bfloat16, (96, 64), 32)):
+        linear = nn.Linear(shape[1], shape[0], dtype=dtype)
+        held = FourBitLinear(linear, torch.device("cpu"))
+        weight, whole = held.dequantized(), linear.weight.detach()
+        assert torch.equal(weight, NF4Tensor.from_tensor(whole, 64, scales).get_original_weight())
+        assert 0.05 < float((weight - whole).norm() / whole.norm()) < 0.12
+        x, y = (torch.randn(2, 5, shape[1], dtype=dtype, generator=torch.Generator().manual_seed(1)) for _ in range(2))
+        x.requires_grad_(), y.requires_grad_()
+        held(x).square().sum().backward()
+        nn.functional.linear(y, weight, linear.bias).square().sum().backward()
+        torch.testing.assert_close(x.grad, y.grad)
+    zeros = nn.Linear(64, 64)
+    nn.init.zeros_(zeros.weight)
+    assert not FourBitLinear(zeros, torch.device("cpu")).dequantized().any()
+
+
+def test_qlora_holds_every_frozen_linear_in_four_bits(store: Store, make_family: MakeFamily) -> None:  # noqa: F811
+    folder = make_family("llama", hidden_size=128, intermediate_size=256)
+    model, _, _, _, frozen = adapted(store, folder, adapter=adapter("qlora"))
+    held = [m for m in model.modules() if isinstance(m, FourBitLinear)]
+    assert len(held) == 7 * 5, "the base's three blocks and the two new ones"
+    assert not [n for n, m in model.model.layers.named_modules() if type(m) is nn.Linear and "lora" not in n]
+    taken = sum(getattr(m, f"weight_{part}").nbytes for m in held for part in PARTS)
+    values = sum(m.quantized_values for m in held)
+    assert 4.0 < 8 * taken / values < 4.4, "bits a value"
+    assert any(name.endswith("base_layer.weight_quantized_data") for name in frozen.digests)
+    from mansard.models.freeze import digest_tensors
+
+    frozen.check(digest_tensors(model, frozen.digests))
+    held[0].weight_quantized_data[0] ^= 1
+    with pytest.raises(StageFailed, match=r"1 frozen tensors changed .*layers\.0\.self_attn\.q_proj\.weight_quantized"):
+        frozen.check(digest_tensors(model, frozen.digests))
+
+
+def test_the_base_under_adapters_that_changes_fails_the_stage(store: Store, make_family: MakeFamily) -> None:  # noqa: F811
+    from mansard.models.freeze import digest_tensors
+
+    model, _, _, _, frozen = adapted(store, make_family("llama"), adapter=adapter("dora"))
+    assert "model.layers.0.self_attn.q_proj.weight" in frozen.digests
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.base_layer.weight[0, 0] += 1.0
+    with pytest.raises(StageFailed, match=r"model\.layers\.1\.self_attn\.q_proj\.base_layer\.weight"):
+        frozen.check(digest_tensors(model, frozen.digests))
+
+
+def test_a_forward_pass_too_far_from_the_fused_models_is_refused(store: Store, fill: Fill) -> None:
+    spec = slice_(2, adapter=adapter("qlora"), max_forward_kl=1e-9)
+    with pytest.raises(StageFailed, match=r"max_forward_kl allows 1e-09; take adapter\.method: lora"):
+        stage.run(context(store, fill(store), spec))
+
+
+@pytest.mark.parametrize(
+    ("modules", "told"),
+    [
+        (["q_proj", "self_attn.o_proj"], r"'q_proj' is no linear of the new blocks; exact names .* from mlp\.down"),
+        (["model.layers.0.self_attn.q_proj"], "is not of a new block, and the base stays frozen"),
+        (["model.layers.1.self_attn.q_proj"], "is one block's; exact names within a block"),
+        (["lm_head"], "'lm_head' is not of a new block"),
+        (["self_attn.q_proj"], "without mlp.down_proj or self_attn.o_proj a new block adds nothing"),
+        (["input_layernorm"], "'input_layernorm' is no linear"),
+    ],
+)
+def test_modules_that_are_not_the_new_blocks_are_refused(
+    store: Store, make_family: MakeFamily, modules: list[str], told: str  # noqa: F811
+) -> None:
+    inputs = expanded(store, make_family("llama"))
+    for method in METHODS:
+        with pytest.raises(BadInput, match=told) as refused:
+            stage.run(context(store, inputs, slice_(1, adapter=adapter(method, modules=modules))))
+        assert "\n" not in str(refused.value)
+
+
+def test_experts_are_refused(store: Store, make_family: MakeFamily) -> None:  # noqa: F811
+    inputs = expanded(store, make_family("mixtral"))
+    with pytest.raises(BadInput, match=r"train\.adapter: experts are one stack a block"):
+        adapters.plan(checkpoint_names(store, inputs["expansion"]), Adapter(method="lora", rank=4, alpha=8.0))
+
+
+def test_a_row_of_zeros_is_refused_by_dora_alone(store: Store, make_family: MakeFamily) -> None:  # noqa: F811
+    inputs = expanded(store, make_family("llama"))
+    names = checkpoint_names(store, inputs["expansion"])
+    for method in ("dora", "lora"):
+        model = load_model(store.materialize(inputs["expansion"]), torch.float32)
+        with torch.no_grad():
+            model.model.layers[3].mlp.up_proj.weight[5] = 0.0
+        asked = Adapter.model_validate(adapter(method))
+        if method == "lora":
+            adapters.inject(model, adapters.plan(names, asked), asked)
+            continue
+        with pytest.raises(BadInput, match=r"row 5 of model\.layers\.3\.mlp\.up_proj is zero; take lora"):
+            adapters.inject(model, adapters.plan(names, asked), asked)
+
+
+@pytest.mark.parametrize(
+    ("train", "told"),
+    [
+        ({"adapter": adapter("lora", rank=0)}, "rank"),
+        ({"adapter": adapter("lora", alpha=0.0)}, "alpha"),
+        ({"adapter": adapter("lora", modules=[])}, "modules"),
+        ({"adapter": adapter("ia3")}, "method"),
+        ({"adapter": adapter("lora"), "learning_rates": {"new_blocks": 1e-3, "base": 1e-5}}, "base 0"),
+        ({"adapter": adapter("qlora"), "frozen": "fp8", "precision": "bf16"}, "4 bits, fp8 does in 8"),
+        ({"adapter": adapter("dora"), "frozen": "fp8", "precision": "bf16"}, "lengths at every step"),
+        ({"adapter": adapter("lora"), "frozen": "fp8", "new_blocks": "fp8", "precision": "bf16"}, "new_blocks: bf16"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(train: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValidationError, match=told):
+        section(**train)
+
+
+def test_zero_3_takes_lora_alone() -> None:
+    config = {"zero_optimization": {"stage": 3}}
+    check_ranks(section(adapter=adapter("lora")), config, 2)
+    for method in ("dora", "qlora"):
+        check_ranks(section(adapter=adapter(method)), {"zero_optimization": {"stage": 2}}, 2)
+        with pytest.raises(BadInput, match=rf"train\.adapter\.method: {method} needs ZeRO 1 or 2"):
+            check_ranks(section(adapter=adapter(method)), config, 2)
