@@ -186,7 +186,8 @@ def test_a_four_bit_linear_takes_torchaos_values_and_their_gradient() -> None:
         x.requires_grad_(), y.requires_grad_()
         held(x).square().sum().backward()
         nn.functional.linear(y, weight, linear.bias).square().sum().backward()
-        torch.testing.assert_close(x.grad, y.grad)
+        rounding = 1e-5 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(x.grad, y.grad, atol=rounding, rtol=rounding)
     zeros = nn.Linear(64, 64)
     nn.init.zeros_(zeros.weight)
     assert not FourBitLinear(zeros, torch.device("cpu")).dequantized().any()
