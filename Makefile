@@ -4,7 +4,7 @@ PYTHON ?= python3.11
 MAIN := .venv/bin/python
 SERVE := .venv-serve/bin/python
 
-.PHONY: setup demo check test lint types bench-surgery bench-router bench-loss fuzz fuzz-router bench-gate bench-store bench-rollout bench-rollback bench-canary chaos clean up down stage-versions
+.PHONY: setup demo check test lint types bench-surgery bench-router bench-loss fuzz fuzz-router bench-gate bench-store bench-efficacy bench-rollout bench-rollback bench-canary chaos clean up down stage-versions
 
 setup: .venv/.ready .venv-serve/.ready
 
@@ -42,6 +42,9 @@ stage-versions: setup
 
 bench-surgery: setup
 	@$(MAIN) tests/benchmarks/bench_surgery.py
+
+bench-efficacy: setup
+	@$(MAIN) tests/benchmarks/efficacy.py --small
 
 bench-store: setup
 	@$(MAIN) tests/benchmarks/bench_store.py
