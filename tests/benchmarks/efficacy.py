@@ -4,8 +4,8 @@ A Llama is pre-trained on the Python files that are installed here (general), th
 them (domain) with a fifth of general text, five ways: plain LLaMA Pro (even, no anchor), ours (the best placement,
 anchored), LoRA on every linear, as many blocks of the base's own, full tuning; all but the last with equally many
 trained parameters. Rates, placement and anchor are chosen on a seed that is not counted. Reported, over three seeds:
-gain on held-out domain text and loss on held-out general text in bits per byte, with 95 % intervals (Student's t),
-seconds and peak memory. `--work` keeps what is done, so a run goes on; `--mlflow URI` records it; the last line is JSON.
+gain on held-out domain text, loss on held-out general text in bits per byte, with 95 % intervals (Student's t),
+seconds, peak memory. `--work` keeps what is done, so a run goes on; `--mlflow URI` records it; the last line is JSON.
 """
 
 import argparse
