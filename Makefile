@@ -82,6 +82,13 @@ chaos: setup
 bench-carry-on: setup
 	@$(MAIN) tests/benchmarks/bench_carry_on.py
 
+.PHONY: bench-carry-on-learning bench-carry-on-reasoning
+bench-carry-on-learning: setup
+	@$(MAIN) tests/benchmarks/carry_on_learning.py
+
+bench-carry-on-reasoning: setup
+	@$(MAIN) tests/benchmarks/carry_on_reasoning.py
+
 .PHONY: bench-training bench-training-gpu
 bench-training: setup
 	@$(MAIN) tests/benchmarks/bench_training.py

@@ -1,0 +1,154 @@
+"""Does a branch learn faster? Continued pre-training of a small base, beside LoRA and full tuning at equal tokens.
+
+The base (a Llama made here) learns the docstrings of this Python's library and of some packages; then each way learns
+the library's code from the same batches: a branch on the base's states, LoRA on every linear with as many parameters,
+and all weights. Each way's rate is the one with the lowest final loss on seed 0 of those tried, which are told. Loss is
+bits per byte of files held out. `area_*`: its mean over the run (tokens), and over the seconds that the fastest run
+took; `node_seconds` are without the base's forward passes, as where other nodes make the states. The claim (GPT
+Carry-On, arXiv 2504.07513: faster convergence) is confirmed where the branch's area is smaller than both others'. The
+curves go to --output as curves.json and curves.png. Prints one JSON line last.
+"""
+
+import argparse
+import json
+import random
+import sys
+import sysconfig
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from learning_curves import summary, write_curves
+from ways_of_learning import WAYS, choose_device, learn, learner, plan_of, pretrain, tell
+
+from mansard.demo.base import train_tokenizer, untrained_model
+from mansard.demo.corpus import Document, read_domains, without_near_duplicates
+from mansard.training.data import Mixture, Packed, pack_texts
+from mansard.training.engines import CPU_THREADS
+
+PACKAGES = ("numpy", "networkx", "sympy", "torch")
+SKIPPED = frozenset({"test", "tests", "site-packages", "dist-packages", "lib2to3", "_internal", "testing"})
+HELD_OUT_SHARE = 0.06
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """What differs between a GPU's form and the small one."""
+
+    model: Mapping[str, int]
+    files: int
+    row_tokens: int
+    base_rows: int
+    base_steps: int
+    base_rate: float
+    rows: int
+    steps: int
+    evaluations: int
+    parameters: int
+    rates: Mapping[str, Sequence[float]]
+    seeds: int
+
+
+LARGE = Size(
+    model={"vocabulary": 4096, "hidden": 512, "intermediate": 1408, "blocks": 8, "heads": 8, "max_tokens": 512},
+    files=0, row_tokens=512, base_rows=64, base_steps=1200, base_rate=1e-3, rows=16, steps=500, evaluations=25,
+    parameters=1_270_000, seeds=3,
+    rates={"branch": (1e-3, 2e-3, 4e-3), "lora": (1e-3, 2e-3, 4e-3), "full": (1e-4, 3e-4, 1e-3)},
+)  # fmt: skip
+SMALL = Size(
+    model={"vocabulary": 512, "hidden": 64, "intermediate": 128, "blocks": 2, "heads": 2, "max_tokens": 128},
+    files=120, row_tokens=64, base_rows=8, base_steps=20, base_rate=3e-3, rows=8, steps=10, evaluations=2,
+    parameters=40_000, seeds=2, rates={"branch": (3e-3, 1e-2), "lora": (3e-3, 1e-2), "full": (1e-3, 3e-3)},
+)  # fmt: skip
+
+
+def read_text(files: int) -> tuple[list[Document], list[Document]]:
+    """(docstrings, code): of so many of the library's files and no package's, or (0) of everything there is."""
+    docstrings, code = [], []
+    library = Path(sysconfig.get_path("stdlib"))
+    places = [library] if files else [library, *(Path(sysconfig.get_path("purelib"), p) for p in PACKAGES)]
+    for place in places:
+        names = [p.relative_to(place) for p in sorted(place.rglob("*.py"))]
+        names = [n for n in names if not SKIPPED & set(n.parts)][: files or None]
+        domains = read_domains(place, [n.as_posix() for n in names])
+        docstrings += [Document(f"{place.name}/{d.file}", d.text) for d in domains["docstrings"]]
+        code += domains["code"] if place is library else []
+    return docstrings, code
+
+
+def split(documents: Sequence[Document]) -> tuple[list[Document], list[Document]]:
+    """(training, held out), by file; training text near to what is held out is left out."""
+    order = random.Random(0).sample(range(len(documents)), len(documents))
+    count = max(round(len(documents) * HELD_OUT_SHARE), 1)
+    held_out = [documents[i] for i in order[:count]]
+    return without_near_duplicates([documents[i] for i in order[count:]], held_out), held_out
+
+
+def make_base(size: Size, device: torch.device, dtype: torch.dtype) -> tuple[Any, Packed, list[Packed], dict[str, Any]]:
+    """(the base, code to learn, held-out text of both kinds, what it is)."""
+    docstrings, code = read_text(size.files)
+    tell(f"text: {len(docstrings)} files of docstrings, {len(code)} of code")
+    (known, known_held_out), (new, new_held_out) = split(docstrings), split(code)
+    tokenizer = train_tokenizer([d.text for d in known], size.model["vocabulary"], size.model["max_tokens"])
+
+    def packed(name: str, documents: Sequence[Document]) -> Packed:
+        return pack_texts(name, [d.text for d in documents], tokenizer, size.row_tokens, 0)
+
+    held_out = [packed("docstrings", known_held_out), packed("code", new_held_out)]
+    training, domain = packed("docstrings", known), packed("code", new)
+    model = untrained_model(dict(size.model), 0).to(device, dtype)
+    plan = plan_of(size.base_steps, size.base_rows * size.row_tokens, 5)
+    bits = pretrain(model, Mixture([training], [1.0], size.base_rows, 0), held_out, plan, size.base_rate)
+    facts = {
+        "parameters": sum(p.numel() for p in model.parameters()), "tokens": plan.tokens, "bits_per_byte": bits,
+        "text_tokens": {"docstrings": int(training.tokens_RT.size), "code": int(domain.tokens_RT.size)},
+    }  # fmt: skip
+    return model, domain, held_out, facts
+
+
+def one(base: Any, way: str, rate: float, seed: int, domain: Packed, held_out: Sequence[Packed], size: Size) -> Any:
+    """(curve, trained parameters) of one run."""
+    made = learner(way, base, size.parameters, rate, seed)
+    plan = plan_of(size.steps, size.rows * size.row_tokens, size.evaluations)
+    mixture = Mixture([domain], [1.0], size.rows, seed)
+    return learn(made, mixture, held_out, plan, f"{way}, rate {rate:g}, seed {seed}"), made.parameters
+
+
+def all_runs(base: Any, domain: Packed, held_out: Sequence[Packed], size: Size) -> dict[str, dict[str, Any]]:
+    """Of every way: final losses of the rates tried, the one taken, the seeds' curves at it."""
+    found = {}
+    for way in WAYS:
+        tried = {rate: one(base, way, rate, 0, domain, held_out, size) for rate in size.rates[way]}
+        final = {rate: curve[-1].bits_per_byte["code"] for rate, (curve, _) in tried.items()}
+        rate = min(final, key=lambda r: final[r])
+        curves = [tried[rate][0]]
+        curves += [one(base, way, rate, seed, domain, held_out, size)[0] for seed in range(1, size.seeds)]
+        found[way] = {
+            "parameters": tried[rate][1], "rates_tried": final, "rate": rate,
+            "is_rate_at_edge": rate in (min(final), max(final)), "curves": curves,
+        }  # fmt: skip
+    return found
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--small", action="store_true", help="some seconds on a CPU: that it runs, not what is true")
+    parser.add_argument("--output", type=Path, default=Path("carry-on-learning"))
+    chosen = parser.parse_args(arguments)
+    device, dtype = choose_device(chosen.device)
+    size = SMALL if chosen.small else LARGE
+    torch.set_num_threads(CPU_THREADS)
+    base, domain, held_out, facts = make_base(size, device, dtype)
+    runs = all_runs(base, domain, held_out, size)
+    write_curves(runs, chosen.output)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    told = {"device": name, "torch": torch.__version__, "base": facts, "seeds": size.seeds}
+    print(json.dumps(told | {"tokens": runs["full"]["curves"][0][-1].tokens} | summary(runs)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
