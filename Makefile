@@ -96,6 +96,10 @@ bench-training: setup
 bench-training-gpu: setup
 	@$(MAIN) tests/benchmarks/bench_training_gpu.py
 
+.PHONY: bench-adapters
+bench-adapters: setup
+	@$(MAIN) tests/benchmarks/bench_adapters.py
+
 .PHONY: bench-serving-gpu
 bench-serving-gpu: setup
 	@$(MAIN) tests/benchmarks/bench_serving_gpu.py

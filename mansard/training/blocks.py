@@ -3,12 +3,12 @@
 New tensors are named exactly, by the family's adapter, never by a substring that an original block shares.
 """
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
 from mansard.errors import BadInput, StageFailed
-from mansard.models.families import Slot, depth_of, family_of
+from mansard.models.families import Config, Slot, depth_of, family_of
 from mansard.models.freeze import compare, digest_tensors, freeze_except
 from mansard.models.model_files import model_config
 from mansard.models.storeys import NewBlock, newest_tensors
@@ -61,12 +61,16 @@ class Names:
 
 
 def checkpoint_names(store: Store, expansion: SnapshotId) -> Names:
-    config = model_config(store, expansion)
+    return names_in(model_config(store, expansion), newest_tensors(store, expansion))
+
+
+def names_in(config: Config, newest: Iterable[str]) -> Names:
+    """Of a model with this config.json, whose newest storey's tensors are given."""
     family = family_of(config)
     blocks = range(depth_of(config))
     every = [*family.outer_tensors(config)]
     every += [family.block_tensor(b, n) for b in blocks for n in family.block_tensors(config, b)]
-    new = frozenset(newest_tensors(store, expansion))
+    new = frozenset(newest)
     places = {name: place for name in new if (place := family.split(name)) is not None}
     silent = {n: value for n, (_, inner) in places.items() if (value := family.silent_value(inner)) is not None}
     linears = {n: inner for n, (b, inner) in places.items() if len(family.block_shapes(config, b)[inner]) == 2}

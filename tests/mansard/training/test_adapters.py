@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from safetensors.torch import load
 from torch import nn
 
+import mansard
 from mansard.errors import BadInput, StageFailed
 from mansard.models import fuse_stage
 from mansard.models.expand import apply, plan
@@ -295,3 +296,23 @@ def test_zero_3_takes_lora_alone() -> None:
         check_ranks(section(adapter=adapter(method)), {"zero_optimization": {"stage": 2}}, 2)
         with pytest.raises(BadInput, match=rf"train\.adapter\.method: {method} needs ZeRO 1 or 2"):
             check_ranks(section(adapter=adapter(method)), config, 2)
+
+
+@pytest.mark.parametrize(("method", "level"), [("qlora", 2), ("lora", 3)])
+def test_two_ranks_train_adapters_as_one_process_does(
+    store: Store, fill: Fill, method: str, level: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Path(mansard.__file__).resolve().parent.parent
+    monkeypatch.setenv("PYTHONPATH", str(root))
+    config = json.loads((root / f"configs/deepspeed/zero{level}.json").read_text())
+    inputs, spec = fill(store), slice_(6, adapter=adapter(method), max_forward_kl=1.0)
+    alone = stage.run(context(store, inputs, spec))
+    where = {"ranks": {"processes": 2, "config": config, "hang_seconds": 600.0}}
+    together = stage.run(
+        StageContext(store, "b" * 64, inputs, spec, where, store.work("b" * 64), Channel(StringIO()))
+    )
+    assert report_of(store, alone)["frozen"] == report_of(store, together)["frozen"]
+    ours, theirs = (load(store.read_file(made, "trained.safetensors")) for made in (alone, together))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(theirs[name], tensor, atol=1e-3, rtol=1e-3, msg=name)
