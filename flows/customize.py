@@ -35,7 +35,7 @@ def customize(spec_path: str, site_path: str, as_person: str | None = None, mode
     with recorded(order.site, order.model_name, f"customize {spec.name}", key, tags) as work:
         data = take_data(work, spec.data)
         clean = look_for_contamination(work, spec.gate, suites, data)
-        captured = capture(work, base, data, spec.data, spec.capture, spec.serve)
+        captured = capture(work, base, data, spec)
         branch = train_branch(work, base, captured.snapshot, spec)
         alpha = choose_alpha(work, branch.snapshot, spec)
         artifact = compose(work, base, branch.snapshot, alpha)

@@ -209,11 +209,19 @@ class Train(Part):
 
 
 class Branch(Part):
-    """The branch of a carry-on: `blocks` decoder blocks, of a `width` or of at most so many `parameters`."""
+    """The branch of a carry-on: `blocks` decoder blocks, of a `width` or of at most so many `parameters`. `taps`:
+    layers of the base whose states it reads beside the final one (tap i: after i layers)."""
 
     blocks: Positive = 2
     width: Annotated[int, Field(ge=8, multiple_of=8)] | None = None
     parameters: Positive | None = None
+    taps: list[Positive] = []
+
+    @model_validator(mode="after")
+    def taps_are_in_order(self) -> Self:
+        if self.taps != sorted(set(self.taps)):
+            raise ValueError(f"taps {self.taps}: name each layer once, in ascending order")
+        return self
 
     @model_validator(mode="after")
     def one_size(self) -> Self:

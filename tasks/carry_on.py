@@ -12,7 +12,7 @@ from mansard.records import Derivation, SnapshotId
 from mansard.release.journal import Journal
 from mansard.serving.engine_command import variables
 from mansard.site import Site
-from mansard.specs import Capture, ChooseAlpha, CustomizeSpec, Data, Serve
+from mansard.specs import Capture, ChooseAlpha, CustomizeSpec, Data
 from mansard.store import Store
 from tasks import policy
 from tasks.derivation import Asked, Work, derive_one, recipe
@@ -42,16 +42,17 @@ def carry_on_base(order: Order[CustomizeSpec], version: int | None) -> CarryOnBa
 
 @policy.derivation
 def capture(
-    work: Work, base: CarryOnBase, data: tuple[TakenData, ...], mixture: Data, spec: Capture, serve: Serve
+    work: Work, base: CarryOnBase, data: tuple[TakenData, ...], spec: CustomizeSpec
 ) -> Derivation:
     """The base's states of the training and held-out text; a damaged cache is mended first."""
     files = {f"data.{d.name}.train": d.train for d in data} | {f"data.{d.name}.held_out": d.held_out for d in data}
     slices = {
-        "data": mixture.model_dump(mode="json"),
-        "scheme": spec.scheme,
-        "rows": rows_of(mixture, spec),
-        "serve": serve.model_dump(mode="json"),
+        "data": spec.data.model_dump(mode="json"),
+        "scheme": spec.capture.scheme,
+        "rows": rows_of(spec.data, spec.capture),
+        "serve": spec.serve.model_dump(mode="json"),
         "engine": engine_release(work.site),
+        **({"taps": spec.branch.taps} if spec.branch.taps else {}),
     }
     request = Request("capture", {"artifact": base.artifact, **files}, slices)
     where: dict[str, Any] = {"nodes": [asdict(node) for node in work.site.nodes], "start": start_of(work.site)}
@@ -67,7 +68,7 @@ def train_branch(work: Work, base: CarryOnBase, captured: SnapshotId, spec: Cust
     """The branch and its held-out curves over alpha. A killed one goes on from its checkpoint."""
     slices = {
         "data": spec.data.model_dump(mode="json"),
-        "branch": spec.branch.model_dump(mode="json"),
+        "branch": spec.branch.model_dump(mode="json", exclude=None if spec.branch.taps else {"taps"}),
         "train": spec.train.model_dump(mode="json"),
         "alphas": spec.alpha.tried,
     }

@@ -14,6 +14,8 @@ WORKSPACE_BYTES = 34_000_000
 """cuBLAS's workspace on Hopper (32 MiB, measured 2026-11) and what the allocator rounds up."""
 OUTPUT_VALUES = 7
 """D-wide values a token that a micro-batch's backward holds: x, f, g, g f, and the gradients of the last three."""
+TAP_VALUES = 3
+"""The same for every state that is tapped: as it came, normed, weighted."""
 BLOCK_VALUES = 12
 """Values a token in units of the branch's width that one block holds while its inside is computed again."""
 
@@ -44,6 +46,7 @@ def account(
     """`value_bytes` of a weight (2: bf16, 4: float32, no masters), `moment_bytes` of both moments of a parameter."""
     parameters, width = shape.parameters, shape.base_width
     chunk, block = min(CHUNK_ROWS, vocabulary), min(BLOCK_TOKENS, step_tokens)
+    read = sum(shape.widths[1:]) + (TAP_VALUES - 1) * width * (1 + len(shape.taps)) * bool(shape.taps)
     lent = max(parameters * value_bytes, 4 * step_tokens * width)
     always = (
         ("branch's weights", parameters * value_bytes),
@@ -64,7 +67,7 @@ def account(
         *always,
         ("dL/dy", step_tokens * width * value_bytes),
         buffers,
-        ("micro-batch, base width", micro_tokens * width * OUTPUT_VALUES * value_bytes),
+        ("micro-batch, base width", micro_tokens * (width * OUTPUT_VALUES + read) * value_bytes),
         ("micro-batch, branch width", micro_tokens * shape.width * (BLOCK_VALUES + shape.blocks) * value_bytes),
         workspace,
     )

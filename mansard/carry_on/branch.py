@@ -2,11 +2,13 @@
 
 Only f's output projection starts at zero: then f = 0 and y = x whatever alpha is, and gradients reach f's projection at
 the first step and the rest from the second on (were the mixer's zero as well, g would be 1/2 everywhere and still move;
-were f and the mixer's product cut at both ends, nothing would). Legend: B rows, T tokens, D base width, d branch
-width, H heads, K head width, S keys.
+were f and the mixer's product cut at both ends, nothing would). Taps are normed each with a norm of its own, weighted
+by a softmax and summed before the projection; the bases of a mixture have a projection each, weighted and summed after
+it. Legend: B rows, T tokens, D base width, W all states' width (x first), d branch width, H heads, K head width, S
+keys.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -55,7 +57,7 @@ class Block(nn.Module):  # type: ignore[misc]
 
 
 class Branch(nn.Module):  # type: ignore[misc]
-    """x -> g * f, D wide."""
+    """States W wide, x first -> g * f, D wide."""
 
     def __init__(self, shape: BranchShape) -> None:
         super().__init__()
@@ -65,9 +67,16 @@ class Branch(nn.Module):  # type: ignore[misc]
         self.norm = nn.Parameter(torch.ones(shape.width))
         self.output = nn.Parameter(torch.zeros(shape.base_width, shape.width))
         self.mixer = _matrix(shape.base_width, shape.width)
+        if shape.taps:
+            self.tap_weights = nn.Parameter(torch.ones(1 + len(shape.taps)))
+            self.tap_norms = nn.ParameterList(torch.ones(shape.base_width) for _ in range(1 + len(shape.taps)))
+        if shape.others:
+            self.base_weights = nn.Parameter(torch.ones(1 + len(shape.others)))
+            self.other_projects = nn.ParameterList(_matrix(shape.width, width) for width in shape.others)
 
     def start(self, seed: int) -> None:
-        """Random weights of deviation 0.02 (blocks' outputs divided by the depth's root, as GPT-2), f's output zero."""
+        """Random weights of deviation 0.02 (blocks' outputs divided by the depth's root, as GPT-2), f's output zero;
+        taps and bases of even weights."""
         generator = torch.Generator().manual_seed(seed)
         depth = (2 * self.shape.blocks) ** 0.5
         with torch.no_grad():
@@ -78,20 +87,38 @@ class Branch(nn.Module):  # type: ignore[misc]
                     parameter.zero_()
                 else:
                     last = name.endswith(("attention_output", "down"))
-                    deviation = parameter.shape[1] ** -0.5 if name == "project" else 0.02 / (depth if last else 1.0)
+                    reads = name == "project" or name.startswith("other_projects")
+                    deviation = parameter.shape[1] ** -0.5 if reads else 0.02 / (depth if last else 1.0)
                     values = torch.randn(parameter.shape, generator=generator) * deviation
                     parameter.copy_(values)
 
     def forward(
-        self, x_BTD: torch.Tensor, positions_BT: torch.Tensor, mask: torch.Tensor, keep: Keep | None = None
+        self, states_BTW: torch.Tensor, positions_BT: torch.Tensor, mask: torch.Tensor, keep: Keep | None = None
     ) -> torch.Tensor:
-        """g * f of `x_BTD` in the branch's type. `mask` [B, 1, T, S] is true where a token sees a key."""
-        h_BTd = linear(x_BTD.to(self.project.dtype), self.project)
+        """g * f of the states in the branch's type. `mask` [B, 1, T, S] is true where a token sees a key."""
+        h_BTd = self.read(states_BTW.to(self.project.dtype))
         rotation = rotation_of(self.shape, positions_BT, h_BTd.dtype)
         for number, block in enumerate(self.blocks):
             h_BTd = self.run_block(block, h_BTd, rotation, mask, keep, number)
         last_BTd = _norm(h_BTd, self.norm, self.shape)
         return torch.sigmoid(linear(last_BTd, self.mixer)) * linear(last_BTd, self.output)
+
+    def read(self, states_BTW: torch.Tensor) -> torch.Tensor:
+        """What the blocks begin with, d wide."""
+        shape = self.shape
+        if not (shape.taps or shape.others):
+            return linear(states_BTW, self.project)
+        parts = states_BTW.split(shape.widths, dim=-1)
+        read_BTD = parts[0]
+        if shape.taps:
+            taps = zip(parts[: 1 + len(shape.taps)], self.tap_norms, strict=True)
+            normed = [rms_norm(p, p.shape[-1:], w, shape.norm_epsilon) for p, w in taps]
+            read_BTD = _weighted(self.tap_weights, normed)
+        h_BTd = linear(read_BTD, self.project)
+        if not shape.others:
+            return h_BTd
+        others = zip(parts[-len(shape.others) :], self.other_projects, strict=True)
+        return _weighted(self.base_weights, [h_BTd, *(linear(x, project) for x, project in others)])
 
     def run_block(self, block: nn.Module, *arguments: Any) -> torch.Tensor:  # noqa: ANN401 - the block's own
         """One block; with gradients its inside is computed again in backward, so that only its input is kept."""
@@ -144,6 +171,12 @@ def problems_of(shape: BranchShape, found: Iterable[tuple[str, tuple[int, ...]]]
         *(f"{n} is not a tensor of this branch" for n in there if n not in wanted),
         *(f"{n} has shape {list(there[n])}, not {list(s)}" for n, s in wanted.items() if n in there and there[n] != s),
     ]
+
+
+def _weighted(weights_K: torch.Tensor, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The parts' sum, each times its share of the weights' softmax."""
+    shares_K = weights_K.float().softmax(0).to(parts[0].dtype)
+    return torch.stack([share * part for share, part in zip(shares_K, parts, strict=True)]).sum(0)
 
 
 def _norm(h_BTd: torch.Tensor, weight: torch.Tensor, shape: BranchShape) -> torch.Tensor:

@@ -48,6 +48,11 @@ class CachedStates:
     def width(self) -> int:
         return int(self.facts["width"])
 
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """The layers whose states follow the final one's in a token's row."""
+        return tuple(self.facts.get("taps", ()))
+
     def of(self, batch: Batch) -> tuple[Coded, list[int]]:
         """The states of a batch's rows, coded [N, D] as they are kept, and the rows that `first_SD` replaces.
 
@@ -67,11 +72,15 @@ class CachedStates:
             return Coded(states_ND), first_rows
         scales_N = torch.cat([s.tensors["scales"][a : a + n] for s, a, n, _ in parts])
         first_SD = torch.stack([s.tensors["first"][number] for s, _, _, number in parts])
-        return Coded(states_ND, scales_N, first_SD), first_rows
+        return Coded(states_ND, scales_N, first_SD, self._widths), first_rows
 
     def texts(self, part: str) -> list[Packed]:
         """The packed rows of every source's `train` or `held_out` text, as they were captured."""
         return [_packed(self.store, self.snapshot, name, part, facts) for name, facts in self.facts["sources"].items()]
+
+    @property
+    def _widths(self) -> tuple[int, ...]:
+        return (self.width,) * (1 + len(self.taps)) if self.taps else ()
 
     def _place(self, key: Key) -> tuple[str, int, int]:
         try:

@@ -1,13 +1,15 @@
 """Stage `capture`: the states of a base as served, of every sequence of the training and held-out text, once.
 
 Inputs: `artifact` (the base), `data.NAME.train`, `data.NAME.held_out`. Spec: {"data", "scheme", "serve", "engine",
-"rows": {NAME: {"train", "held_out"}}} (how many packed rows of each text are taken, from its beginning).
+"rows": {NAME: {"train", "held_out"}}} (how many packed rows of each text are taken, from its beginning), and "taps"
+where the states after some layers are taken beside the final one.
 Where: {"nodes": [{"endpoint", "served_name"}]} or {"start": ...} (see pooling_engine), and {"salvage": snapshot} of an
 earlier capture of the same recipe that was damaged. Makes shards, the packed rows, and capture.json. A killed capture
 goes on with the shards that are whole.
 """
 
 import contextlib
+import json
 import shutil
 import sys
 from collections.abc import Iterator
@@ -25,8 +27,10 @@ from mansard.carry_on.pooling_engine import pooling_engine
 from mansard.carry_on.sequences import distinct, groups
 from mansard.carry_on.shards import Shard, check_room, expected_bytes, plan_shards, write_shard
 from mansard.carry_on.wire import check_scheme
+from mansard.composition.tapping import check_taps, tapped_config
 from mansard.errors import BadInput, Corrupt
 from mansard.models.loading import load_tokenizer
+from mansard.models.model_files import model_config
 from mansard.records import SnapshotId
 from mansard.specs import Data
 from mansard.training.data import Packed, pack_texts, read_texts, require_rows
@@ -55,10 +59,11 @@ def run(context: "StageContext") -> SnapshotId:
         shards = plan_shards(sequences)
         _salvage(context, folder, shards)
         missing = [shard for shard in shards if not shard.is_whole(folder)]
-        width = _width(context)
-        size_bytes = expected_bytes(shards, spec["scheme"], width)
-        print(_preflight(shards, spec["scheme"], width, size_bytes), file=sys.stderr, flush=True)
-        check_room(expected_bytes(missing, spec["scheme"], width), folder)
+        taps, width = spec.get("taps", []), _width(context)
+        check_taps(taps, model_config(context.store, context.inputs["artifact"]))
+        size_bytes = expected_bytes(shards, spec["scheme"], width, 1 + len(taps))
+        print(_preflight(shards, spec["scheme"], width * (1 + len(taps)), size_bytes), file=sys.stderr, flush=True)
+        check_room(expected_bytes(missing, spec["scheme"], width, 1 + len(taps)), folder)
         if missing:
             with _nodes(context, tree) as nodes:
                 _capture(context, nodes, folder, shards, missing, width)
@@ -68,6 +73,7 @@ def run(context: "StageContext") -> SnapshotId:
         "base": context.inputs["artifact"],
         "scheme": spec["scheme"],
         "width": width,
+        **({"taps": taps} if taps else {}),
         "sequences": len(sequences),
         "tokens": sum(shard.tokens for shard in shards),
         "bytes": size_bytes,
@@ -107,7 +113,8 @@ def _nodes(context: "StageContext", tree: Path) -> Iterator[list[Node]]:
         return
     context.progress(0, 1, "tokens", "starting an engine in pooling mode (a minute or two on a CPU)")
     log = Path(context.where["start"]["logs"]) / f"capture-{context.recipe[:12]}.log"
-    with pooling_engine(tree, context.where["start"], context.spec["serve"], log) as node:
+    overrides = tapped_config(context.store, context.inputs["artifact"], context.spec.get("taps", []))
+    with pooling_engine(tree, context.where["start"], context.spec["serve"], log, overrides) as node:
         yield [node]
 
 
@@ -118,17 +125,21 @@ def _capture(
     longest = max(len(s.tokens) for shard in missing for s in shard.sequences)
     for node in nodes:
         node.check(context.inputs["artifact"], longest)
+    taps = context.spec.get("taps", [])
     found = check_agreement(nodes, max(missing[0].sequences, key=lambda s: len(s.tokens)))
-    if found != width:
+    if found != width * (1 + len(taps)):
+        overrides = tapped_config(context.store, context.inputs["artifact"], taps)
         raise BadInput(
-            f"{nodes[0].endpoint} gives states of width {found}, the base has {width}; name nodes of the base"
+            f"{nodes[0].endpoint} gives states of width {found}, the base has {width}"
+            + (f" and {len(taps)} taps; start nodes with --hf-overrides '{json.dumps(overrides)}'" if taps else "")
+            + ("" if taps else "; name nodes of the base")
         )
     wanted = [s for shard in missing for s in shard.sequences]
     states = _one_by_one(fetch(nodes, groups(wanted, REQUEST_TOKENS, REQUEST_SEQUENCES), PREFETCH))
     total = sum(shard.tokens for shard in shards)
     done = total - sum(shard.tokens for shard in missing)
     for shard in missing:
-        write_shard(folder, shard, [next(states) for _ in shard.sequences], context.spec["scheme"])
+        write_shard(folder, shard, [next(states) for _ in shard.sequences], context.spec["scheme"], 1 + len(taps))
         done += shard.tokens
         context.progress(done, total, "tokens", f"{len(nodes)} nodes")
 
@@ -139,8 +150,6 @@ def _one_by_one(answers: Iterator[list[torch.Tensor]]) -> Iterator[torch.Tensor]
 
 
 def _width(context: "StageContext") -> int:
-    from mansard.models.model_files import model_config  # beside the family code, which the fetching does not need
-
     return int(model_config(context.store, context.inputs["artifact"])["hidden_size"])
 
 

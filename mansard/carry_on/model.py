@@ -1,10 +1,12 @@
 """Base and branch as one Hugging Face model: for evaluation and `generate`, with the branch's own KV cache.
 
 The branch's keys and values live in the base's cache object, in layers behind the base's. alpha is a plain attribute
-and may be changed between calls; at 0 the base's logits come out bit for bit. Does not cover static caches, sliding
-windows in the branch, or bases that change the head's logits (Gemma's softcap is refused).
+and may be changed between calls; at 0 the base's logits come out bit for bit. Tapped layers' states are taken by hooks
+while the base runs. Does not cover static caches, sliding windows in the branch, or bases that change the head's logits
+(Gemma's softcap is refused). Legend: B rows, T tokens, D base width, W all states' width, S keys.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +59,18 @@ class CarryOnForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         if position_ids is None:
             position_ids = _positions(input_ids, attention_mask, seen)
-        x_BTD = self.base.get_decoder()(
+        states_BTW = tapped_states(
+            self.base.get_decoder(),
+            self.branch.shape.taps,
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=use_cache,
-        ).last_hidden_state
+        )
+        x_BTD = states_BTW[..., : self.branch.shape.base_width]
         mask = _mask(input_ids, attention_mask, seen)
-        delta_BTD = self.branch(x_BTD, position_ids.expand(len(input_ids), -1), mask, self._keep(past_key_values))
+        delta_BTD = self.branch(states_BTW, position_ids.expand(len(input_ids), -1), mask, self._keep(past_key_values))
         y_BTD = joined(x_BTD, delta_BTD, self.alpha)[:, -logits_to_keep:]
         return CausalLMOutputWithPast(logits=self.base.get_output_embeddings()(y_BTD), past_key_values=past_key_values)
 
@@ -81,6 +86,25 @@ class CarryOnForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
             return kept
 
         return keep
+
+
+def tapped_states(decoder: Any, taps: Sequence[int], **inputs: Any) -> torch.Tensor:  # noqa: ANN401 - the decoder's
+    """[B, T, W]: the decoder's final state and its state after each tapped layer, side by side."""
+    found: dict[int, torch.Tensor] = {}
+
+    def keeps(tap: int) -> Any:  # noqa: ANN401 - a forward hook
+        def hook(_module: object, _inputs: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
+            found[tap] = output if isinstance(output, torch.Tensor) else output[0]
+
+        return hook
+
+    handles = [decoder.layers[tap - 1].register_forward_hook(keeps(tap)) for tap in taps]
+    try:
+        x_BTD: torch.Tensor = decoder(**inputs).last_hidden_state
+    finally:
+        for handle in handles:
+            handle.remove()
+    return torch.cat([x_BTD, *(found[tap] for tap in taps)], dim=-1) if taps else x_BTD
 
 
 def load_carry_on(

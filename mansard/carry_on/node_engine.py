@@ -5,7 +5,8 @@
 3. The branch runs again, micro-batch by micro-batch, each block's inside computed again in backward, and takes dL/dy.
 
 The base is never here: its states come from the cache, its head's rows from the store. To the training loop this is an
-engine like the one that trains Pro blocks. Legend: B rows, T tokens of a row, N = B * T, D base width.
+engine like the one that trains Pro blocks. Legend: B rows, T tokens of a row, N = B * T, D base width, W all
+states' width.
 """
 
 from collections.abc import Mapping, Sequence
@@ -84,9 +85,9 @@ class BranchEngine:
         found = head_loss(self._head, y_ND, batch.labels_BT.flatten(), self._sums(y_ND))
         self._weights.lend(self._lent)
         for part in parts:
-            x_BTD, positions_BT, mask = self._inputs(part)
-            delta_BTD = self._branch(x_BTD, positions_BT, mask)
-            pulled_BTD = y_ND[part.rows].view(x_BTD.shape).mul_(self._alpha)  # the gradient took y's place
+            states_BTW, positions_BT, mask = self._inputs(part)
+            delta_BTD = self._branch(states_BTW, positions_BT, mask)
+            pulled_BTD = y_ND[part.rows].view(delta_BTD.shape).mul_(self._alpha)  # the gradient took y's place
             delta_BTD.backward(pulled_BTD.to(delta_BTD.dtype))
         return Loss(float(found.nats_N.sum()), found.labels)
 
@@ -124,23 +125,26 @@ class BranchEngine:
         y_ND: torch.Tensor | None = None
         with torch.no_grad():
             for part in parts:
-                x_BTD, positions_BT, mask = self._inputs(part)
+                states_BTW, positions_BT, mask = self._inputs(part)
+                x_BTD = states_BTW[..., : self._branch.shape.base_width]
                 if y_ND is None:
                     wanted = (tokens, x_BTD.shape[-1])
                     fits = into_ND is not None and into_ND.shape == wanted
                     y_ND = into_ND if fits else torch.empty(wanted, dtype=x_BTD.dtype, device=x_BTD.device)
                 assert y_ND is not None, "made for the first part"
-                made = x_BTD if alpha == 0.0 else joined(x_BTD, self._branch(x_BTD, positions_BT, mask), alpha)
+                made = x_BTD
+                if alpha != 0.0:
+                    made = joined(x_BTD, self._branch(states_BTW, positions_BT, mask), alpha)
                 y_ND[part.rows] = made.flatten(0, 1)
         assert y_ND is not None, "a batch has rows"
         return y_ND
 
     def _inputs(self, part: Part) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x [b, T, D] in the branch's type, positions and mask of a micro-batch, on the branch's device."""
+        """States [b, T, W], x first, in the branch's type, positions and mask of a micro-batch, on its device."""
         coded = moved(part.coded, self.device)
-        x_ND = decode(coded, part.first_rows.to(self.device, non_blocking=True), self._branch.project.dtype)
+        states_NW = decode(coded, part.first_rows.to(self.device, non_blocking=True), self._branch.project.dtype)
         positions_BT = part.positions_BT.to(self.device, non_blocking=True)
-        return x_ND.view(*positions_BT.shape, -1), positions_BT, packed_mask(positions_BT)
+        return states_NW.view(*positions_BT.shape, -1), positions_BT, packed_mask(positions_BT)
 
     def _sums(self, y_ND: torch.Tensor) -> torch.Tensor:
         """Float32 like y, in the memory that holds the gradients in phase 3: the two are never there together."""

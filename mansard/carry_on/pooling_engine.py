@@ -5,6 +5,7 @@ names nodes, none is started.
 """
 
 import contextlib
+import json
 import os
 import subprocess
 import time
@@ -23,14 +24,17 @@ SERVED_NAME = "base"
 
 
 @contextlib.contextmanager
-def pooling_engine(tree: Path, start: Mapping[str, Any], serve: Mapping[str, Any], log: Path) -> Iterator[Node]:
+def pooling_engine(
+    tree: Path, start: Mapping[str, Any], serve: Mapping[str, Any], log: Path, overrides: Mapping[str, Any]
+) -> Iterator[Node]:
     """A node on `tree`. `start`: {"python", "variables", "arguments", "first_port", "timeout_seconds"}; `serve` as
-    specs.Serve. StageFailed with the engine's last words where it does not come up."""
+    specs.Serve; `overrides`: what config.json says otherwise. StageFailed with the engine's last words where it does
+    not come up."""
     port = free_port(start["first_port"], ())
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as log_file:
         process = subprocess.Popen(
-            command(tree, port, start, serve),
+            command(tree, port, start, serve, overrides),
             stdin=subprocess.DEVNULL,
             stdout=log_file,
             stderr=subprocess.STDOUT,
@@ -50,7 +54,9 @@ def pooling_engine(tree: Path, start: Mapping[str, Any], serve: Mapping[str, Any
             process.wait()
 
 
-def command(tree: Path, port: int, start: Mapping[str, Any], serve: Mapping[str, Any]) -> list[str]:
+def command(
+    tree: Path, port: int, start: Mapping[str, Any], serve: Mapping[str, Any], overrides: Mapping[str, Any]
+) -> list[str]:
     """vLLM's API server in pooling mode; prefix caching is off, because a cached token has no state to give."""
     return [
         str(start["python"]),
@@ -66,6 +72,7 @@ def command(tree: Path, port: int, start: Mapping[str, Any], serve: Mapping[str,
         f"--dtype={serve['dtype']}",
         f"--max-model-len={serve['max_model_len']}",
         f"--tensor-parallel-size={serve['tensor_parallel']}",
+        *([f"--hf-overrides={json.dumps(dict(overrides))}"] if overrides else []),
         *(["--enforce-eager"] if serve["enforce_eager"] else []),
         "--seed=0",
         "--no-enable-log-requests",

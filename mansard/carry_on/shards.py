@@ -63,11 +63,11 @@ def plan_shards(sequences: Sequence[TokenSequence], shard_tokens: int = SHARD_TO
     return shards
 
 
-def expected_bytes(shards: Sequence[Shard], scheme: Scheme, width: int) -> int:
-    """What the whole cache takes."""
+def expected_bytes(shards: Sequence[Shard], scheme: Scheme, width: int, states: int = 1) -> int:
+    """What the whole cache takes, with so many `states` of `width` a token."""
     tokens = sum(shard.tokens for shard in shards)
     count = sum(len(shard.sequences) for shard in shards)
-    return round(tokens * bytes_per_token(scheme, width, tokens / max(count, 1)))
+    return round(tokens * bytes_per_token(scheme, width * states, tokens / max(count, 1), states))
 
 
 def check_room(expected: int, folder: Path, room: int | None = None) -> None:
@@ -82,12 +82,14 @@ def check_room(expected: int, folder: Path, room: int | None = None) -> None:
         )
 
 
-def write_shard(folder: Path, shard: Shard, states: Sequence[torch.Tensor], scheme: Scheme) -> None:
-    """Write the shard and its digest; `states` are [tokens, D], one a sequence."""
+def write_shard(
+    folder: Path, shard: Shard, states: Sequence[torch.Tensor], scheme: Scheme, states_per_token: int = 1
+) -> None:
+    """Write the shard and its digest; `states` are [tokens, D], one a sequence (D of all states of a token)."""
     assert [len(s) for s in states] == [len(s.tokens) for s in shard.sequences], "a state for every token"
     lengths = torch.tensor([len(s.tokens) for s in shard.sequences], dtype=torch.int64)
     starts = (lengths.cumsum(0) - lengths).tolist()
-    coded = encode(torch.cat(list(states)), starts, scheme)
+    coded = encode(torch.cat(list(states)), starts, scheme, states_per_token)
     keys = numpy.frombuffer(b"".join(s.key for s in shard.sequences), dtype=numpy.uint8).reshape(len(lengths), -1)
     tensors = {"states": coded.states_ND, "lengths": lengths, "keys": torch.from_numpy(keys.copy())}
     if coded.scales_N is not None and coded.first_SD is not None:

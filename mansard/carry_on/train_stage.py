@@ -56,7 +56,12 @@ def run(context: "StageContext") -> SnapshotId:
             f"the states are of base {cache.facts['base'][:12]}, the branch is for {context.inputs['artifact'][:12]}; "
             "capture from the base that the branch will stand on"
         )
-    shape = shape_for(BranchSpec.model_validate(context.spec["branch"]), cache.width)
+    branch_spec = BranchSpec.model_validate(context.spec["branch"])
+    if tuple(branch_spec.taps) != cache.taps:
+        raise BadInput(
+            f"the states were captured with taps {list(cache.taps)}, branch.taps is {branch_spec.taps}; capture again"
+        )
+    shape = shape_for(branch_spec, cache.width)
     mixture, held_out = _texts(cache, data, train)
     plan = plan_of(train, data.sequence_tokens)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -94,9 +99,9 @@ def run(context: "StageContext") -> SnapshotId:
 def shape_for(spec: BranchSpec, base_width: int) -> BranchShape:
     """The shape that the spec asks for: a width, or a number of parameters."""
     if spec.width is not None:
-        return shape_of(base_width, spec.width, spec.blocks)
+        return shape_of(base_width, spec.width, spec.blocks, spec.taps)
     assert spec.parameters is not None, "the spec has one of the two"
-    return shape_of_size(base_width, spec.parameters, spec.blocks)
+    return shape_of_size(base_width, spec.parameters, spec.blocks, spec.taps)
 
 
 def plan_of(train: BranchTrain, sequence_tokens: int) -> Plan:
@@ -152,6 +157,7 @@ def _tell(context: "StageContext", shape: BranchShape, engine: BranchEngine, pla
     found = account(
         shape, engine.vocabulary, plan.tokens_per_step, max(MICRO_TOKENS, sequence_tokens), value_bytes, 8.0
     )
-    text = f"branch of {shape.parameters:,} parameters, {shape.blocks} blocks of width {shape.width}"
+    taps = f", reading layers {', '.join(map(str, shape.taps))} too" if shape.taps else ""
+    text = f"branch of {shape.parameters:,} parameters, {shape.blocks} blocks of width {shape.width}{taps}"
     print("\n".join([f"train-branch: {text}", *found.lines()]), file=sys.stderr, flush=True)
     context.progress(0, plan.tokens, "tokens", f"{text}; expected memory {found.peak / 1e6:.0f} MB beside libraries")

@@ -1,9 +1,11 @@
 """How states are kept: bf16, or 8 bits with a scale per token and the first token of every sequence in bf16.
 
 A scale per tensor is not offered: the first token's norm is about a hundred times the others', so one scale for all
-would round them to nothing. Legend: N tokens, D width, S sequences.
+would round them to nothing. Where a token has several states (taps, other bases), each has a scale of its own.
+Legend: N tokens, D width (of all states of a token), S sequences, K states of a token.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,11 +21,13 @@ _KINDS = {"fp8": (torch.float8_e4m3fn, 448.0), "int8": (torch.int8, 127.0)}
 
 @dataclass(frozen=True, slots=True)
 class Coded:
-    """States [N, D] of whole sequences in a row; `scales_N` (float32) and `first_SD` (bf16) go with 8 bits."""
+    """States [N, D] of whole sequences in a row; `scales_N` (float32; [N, K] where there are several `widths`) and
+    `first_SD` (bf16) go with 8 bits."""
 
     states_ND: torch.Tensor
     scales_N: torch.Tensor | None = None
     first_SD: torch.Tensor | None = None
+    widths: tuple[int, ...] = ()
 
 
 def check_scheme(scheme: str) -> None:
@@ -37,32 +41,40 @@ def check_scheme(scheme: str) -> None:
         raise BadInput(f"capture.scheme {scheme!r}: one of {', '.join(SCHEMES)} is expected")
 
 
-def bytes_per_token(scheme: Scheme, width: int, tokens_per_sequence: float) -> float:
-    """What a token takes on disk, scales and first tokens counted in."""
+def bytes_per_token(scheme: Scheme, width: int, tokens_per_sequence: float, scales: int = 1) -> float:
+    """What a token takes on disk, scales and first tokens counted in; `width` is of all its states."""
     if scheme == "bf16":
         return 2.0 * width
-    return width + 4 + 2.0 * width / tokens_per_sequence
+    return width + 4 * scales + 2.0 * width / tokens_per_sequence
 
 
-def encode(states_ND: torch.Tensor, starts: list[int], scheme: Scheme) -> Coded:
-    """`starts` are the rows at which sequences begin. BadInput where a state is not finite."""
+def encode(states_ND: torch.Tensor, starts: list[int], scheme: Scheme, states: int = 1) -> Coded:
+    """`starts` are the rows at which sequences begin; a token has so many `states` of one width. BadInput where a state
+    is not finite."""
     if not bool(torch.isfinite(states_ND).all()):
         raise BadInput("the states hold values that are not finite; look at the node's base")
     if scheme == "bf16":
         return Coded(states_ND.to(torch.bfloat16))
     kind, largest = _KINDS[scheme]
-    values = states_ND.float()
-    scales_N = values.abs().amax(-1).clamp(min=1e-12) / largest
-    scaled = values / scales_N[:, None]
+    values = states_ND.float().unflatten(-1, (states, -1))
+    scales_NK = values.abs().amax(-1).clamp(min=1e-12) / largest
+    scaled = (values / scales_NK[..., None]).flatten(-2)
     codes = scaled.round().to(kind) if kind == torch.int8 else scaled.to(kind)
-    return Coded(codes, scales_N, states_ND[starts].to(torch.bfloat16))
+    first_SD = states_ND[starts].to(torch.bfloat16)
+    if states == 1:
+        return Coded(codes, scales_NK[:, 0], first_SD)
+    return Coded(codes, scales_NK, first_SD, (values.shape[-1],) * states)
 
 
 def decode(coded: Coded, first_rows: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """States [N, D]; `first_rows` (int64) are the rows that `first_SD` replaces, in its order."""
     if coded.scales_N is None:
         return coded.states_ND.to(dtype)
-    values = (coded.states_ND.float() * coded.scales_N[:, None]).to(dtype)
+    if coded.widths:
+        parts = zip(coded.states_ND.split(coded.widths, dim=-1), coded.scales_N.split(1, dim=-1), strict=True)
+        values = torch.cat([(part.float() * scale).to(dtype) for part, scale in parts], dim=-1)
+    else:
+        values = (coded.states_ND.float() * coded.scales_N[:, None]).to(dtype)
     if coded.first_SD is not None:
         values.index_copy_(0, first_rows, coded.first_SD.to(dtype))
     return values
@@ -70,10 +82,15 @@ def decode(coded: Coded, first_rows: torch.Tensor, dtype: torch.dtype = torch.bf
 
 def pinned(coded: Coded) -> Coded:
     """The same in pinned host memory, from which a GPU copies beside its work."""
-    return Coded(*(None if t is None else t.pin_memory() for t in (coded.states_ND, coded.scales_N, coded.first_SD)))
+    return _each(coded, torch.Tensor.pin_memory)
 
 
 def moved(coded: Coded, device: torch.device) -> Coded:
     """The same on `device`."""
-    kept = (coded.states_ND, coded.scales_N, coded.first_SD)
-    return Coded(*(None if t is None else t.to(device, non_blocking=True) for t in kept))
+    return _each(coded, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def _each(coded: Coded, take: Callable[[torch.Tensor], torch.Tensor]) -> Coded:
+    scales_N = None if coded.scales_N is None else take(coded.scales_N)
+    first_SD = None if coded.first_SD is None else take(coded.first_SD)
+    return Coded(take(coded.states_ND), scales_N, first_SD, coded.widths)

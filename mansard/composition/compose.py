@@ -41,7 +41,11 @@ def compose(store: Store, base: SnapshotId, branch: SnapshotId, alpha: float) ->
     if not isinstance(file, TensorFile):
         raise BadInput(f"snapshot {branch[:12]}: no {FILE} in it; the snapshot of a branch is expected")
     where = f"snapshot {branch[:12]}: {FILE}"
-    check_base(described(header_metadata(file.header), where), base, where)
+    description = described(header_metadata(file.header), where)
+    check_base(description, base, where)
+    if description.shape.others:
+        bases = 1 + len(description.shape.others)
+        raise BadInput(f"{where}: a branch on {bases} bases is not served by vLLM yet; one on a single base is")
     section = {"format": 1, "base": base, "branch": branch, "alpha": alpha, "file": PLACE}
     return _with_section(store, base, config, section, {PLACE: file})
 

@@ -1,7 +1,8 @@
 """vLLM plugin (entry point `vllm.general_plugins`): base and carry-on branch served as one model.
 
 vLLM calls `register` in every process that it starts. The base's own model class does the base's work; a config.json
-whose architecture is CarryOn... and whose `carry_on` section names the branch takes the class below it.
+whose architecture is CarryOn... and whose `carry_on` section names the branch takes the class below it. CarryOnTaps...
+gives the states of several layers away.
 """
 
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -17,4 +18,5 @@ def register() -> None:
 
     use_branch_manager()
     for family in FAMILIES:
-        ModelRegistry.register_model(f"CarryOn{family}", f"mansard_vllm.models:CarryOn{family}")
+        for prefix in ("CarryOn", "CarryOnTaps"):
+            ModelRegistry.register_model(f"{prefix}{family}", f"mansard_vllm.models:{prefix}{family}")

@@ -1,7 +1,8 @@
 """The branch inside vLLM: the arithmetic of mansard.carry_on.branch, with vLLM's attention and KV cache.
 
 Weights are plain tensors on every rank: quantization and tensor parallelism are the base's, a branch is small.
-Legend: N tokens of a step, D base width, d branch width, H heads, K head width.
+Legend: N tokens of a step, D base width, W all states' width (x first, then the taps), d branch width, H heads, K head
+width.
 """
 
 import json
@@ -70,7 +71,7 @@ class Block(nn.Module):  # type: ignore[misc]
 
 
 class Branch(nn.Module):  # type: ignore[misc]
-    """x -> g * f, D wide. Every weight has a row a slot; a token whose slot holds nothing gets 0."""
+    """States W wide -> g * f, D wide. Every weight has a row a slot; a token whose slot holds nothing gets 0."""
 
     def __init__(self, shape: dict[str, Any], vllm_config: VllmConfig, slots: int = 1) -> None:
         super().__init__()
@@ -82,9 +83,13 @@ class Branch(nn.Module):  # type: ignore[misc]
         self.norm = _weights(slots, width)
         self.output = _weights(slots, base_width, width)
         self.mixer = _weights(slots, base_width, width)
+        self.taps = tuple(shape.get("taps", ()))
+        if self.taps:
+            self.tap_weights = _weights(slots, 1 + len(self.taps))
+            self.tap_norms = nn.ParameterList(_weights(slots, base_width) for _ in range(1 + len(self.taps)))
 
-    def forward(self, positions_N: torch.Tensor, x_ND: torch.Tensor, groups: Groups) -> torch.Tensor:
-        h_Nd = by_group(groups, lambda slot, x: linear(x, self.project[slot]), x_ND)
+    def forward(self, positions_N: torch.Tensor, states_NW: torch.Tensor, groups: Groups) -> torch.Tensor:
+        h_Nd = by_group(groups, self._read, states_NW)
         rotation = self._rotation(positions_N, h_Nd.dtype)
         for block in self.blocks:
             h_Nd = block(h_Nd, rotation, groups)
@@ -94,6 +99,16 @@ class Branch(nn.Module):  # type: ignore[misc]
             return torch.sigmoid(linear(last, self.mixer[slot])) * linear(last, self.output[slot])
 
         return by_group(groups, outputs, h_Nd)
+
+    def _read(self, slot: int, states_NW: torch.Tensor) -> torch.Tensor:
+        if not self.taps:
+            return linear(states_NW, self.project[slot])
+        shares = self.tap_weights[slot].float().softmax(0).to(states_NW.dtype)
+        parts = states_NW.chunk(1 + len(self.taps), dim=-1)
+        epsilon = self.shape["norm_epsilon"]
+        normed = [rms_norm(p, p.shape[-1:], w[slot], epsilon) for p, w in zip(parts, self.tap_norms, strict=True)]
+        read_ND = torch.stack([share * n for share, n in zip(shares, normed, strict=True)]).sum(0)
+        return linear(read_ND, self.project[slot])
 
     def load(self, path: Path, slot: int = 0) -> set[str]:
         """Fill a slot from the file; ValueError names what is missing, left over, misshapen or not finite, and then
@@ -157,6 +172,8 @@ def check_description(described: dict[str, Any], base: str, width: int, where: s
         raise ValueError(f"{where}: this branch belongs to base {described['base'][:12]}, the server's is {base[:12]}")
     if described["shape"]["base_width"] != width:
         raise ValueError(f"{where}: a branch for width {described['shape']['base_width']}, the base has {width}")
+    if described["shape"].get("others"):
+        raise ValueError(f"{where}: a branch on several bases; vLLM serves branches on one")
 
 
 def _rotate(heads_NHK: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:

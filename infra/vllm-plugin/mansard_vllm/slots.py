@@ -33,12 +33,13 @@ class Slots:
         self.index = torch.zeros(max_tokens, dtype=torch.long)
         self.num_tokens = 0
 
-    def joined(self, positions_N: torch.Tensor, x_ND: torch.Tensor) -> torch.Tensor:
+    def joined(self, positions_N: torch.Tensor, states_NW: torch.Tensor) -> torch.Tensor:
         """x + alpha g f, each token with its own branch; tokens without one, and padding, keep x."""
+        x_ND = states_NW[:, : self.branch.shape["base_width"]]
         groups = self._groups(len(x_ND))
         if not groups:
             return x_ND
-        delta_ND = self.branch(positions_N, x_ND, groups)
+        delta_ND = self.branch(positions_N, states_NW, groups)
         alpha_N = torch.zeros(len(x_ND), 1, dtype=x_ND.dtype, device=x_ND.device)
         for slot, rows in groups:
             alpha_N[rows] = self.alphas[slot]

@@ -82,6 +82,7 @@ class StatesServer:
     dies_after: int | None = None
     root: str = "/models/base"
     scale: float = 1.0
+    taps: tuple[int, ...] = ()
 
     def states(self, model: Any, body: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
         import torch
@@ -89,7 +90,9 @@ class StatesServer:
         data, items = b"", []
         for index, tokens in enumerate(body["input"]):
             with torch.no_grad():
-                found = model.model(input_ids=torch.tensor([tokens])).last_hidden_state[0] * self.scale
+                given = model.model(input_ids=torch.tensor([tokens]), output_hidden_states=True)
+            states = [given.last_hidden_state, *(given.hidden_states[tap] for tap in self.taps)]
+            found = torch.cat(states, dim=-1)[0] * self.scale
             raw = found.to(torch.bfloat16).view(torch.int16).numpy().astype("<i2").tobytes()
             items.append({"index": index, "start": len(data), "end": len(data) + len(raw), "shape": list(found.shape)})
             data += raw
@@ -101,11 +104,13 @@ ServeStates = Callable[..., StatesServer]
 
 @pytest.fixture
 def serve_states(base_model: Any) -> Iterator[ServeStates]:
-    """serve_states(dies_after=None, root=..., scale=1.0) -> a node that serves."""
+    """serve_states(dies_after=None, root=..., scale=1.0, taps=()) -> a node that serves."""
     running: list[ThreadingHTTPServer] = []
 
-    def start(dies_after: int | None = None, root: str = "/models/base", scale: float = 1.0) -> StatesServer:
-        made = StatesServer("", dies_after=dies_after, root=root, scale=scale)
+    def start(
+        dies_after: int | None = None, root: str = "/models/base", scale: float = 1.0, taps: tuple[int, ...] = ()
+    ) -> StatesServer:
+        made = StatesServer("", dies_after=dies_after, root=root, scale=scale, taps=taps)
         server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(base_model, made))
         made.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
         threading.Thread(target=server.serve_forever, daemon=True).start()
