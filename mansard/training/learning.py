@@ -82,8 +82,9 @@ def learn(
         if train.adapter is not None:
             plan_adapters(names, train.adapter)
         device = choose_device()
-        is_small_there = train.adapter is not None and train.adapter.method == "qlora"
-        model = load_model(expansion, DTYPES[train.precision], device=None if is_small_there else device)
+        # Whole on the CPU first, where it is to be small on the device.
+        waits = train.adapter is not None and train.adapter.method == "qlora"
+        model = load_model(expansion, DTYPES[train.precision], device=None if waits else device)
     highest = max(int(packed.tokens_RT.max()) for packed in (*mixture.sources, *held_out))
     check_fits(model.config, data.sequence_tokens, highest)
     if train.adapter is None:

@@ -316,3 +316,38 @@ def test_two_ranks_train_adapters_as_one_process_does(
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         torch.testing.assert_close(theirs[name], tensor, atol=1e-3, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_forecast_counts_what_adapters_train(store: Store, make_family: MakeFamily, method: str) -> None:  # noqa: F811
+    from mansard.training.data import as_batch
+    from mansard.training.engines import LocalEngine
+    from mansard.training.packing import pack
+    from mansard.training.preflight import measure
+
+    model, _, _, groups, _ = adapted(store, make_family("qwen3"), adapter=adapter(method))
+    engine = LocalEngine(model, groups, 0.0, 1.0)
+    torch.manual_seed(5)
+    drawn = torch.rand(3)
+    torch.manual_seed(5)
+    found = measure(engine, as_batch(*pack([[2 + (i * j) % 40 for j in range(1, 30)] for i in range(1, 5)], 16, 0)))
+    assert torch.equal(torch.rand(3), drawn), "no random number is drawn"
+    trained = sum(p.nbytes for group in groups for p in group.parameters.values())
+    assert found.gradient_bytes == trained
+    assert engine.optimizer_bytes().moments == 2 * trained
+    assert [block.gradient_bytes > 0 for block in found.blocks] == [False, True, False, True, False]
+
+
+def test_the_python_interface_takes_an_adapter(base_folder: Path, tmp_path: Path) -> None:
+    for name in ("law", "general"):
+        (tmp_path / f"{name}.jsonl").write_bytes(jsonl(texts(name, 40)))
+    law, general = (mansard.Text(n, tmp_path / f"{n}.jsonl", is_domain=n == "law") for n in ("law", "general"))
+    sources = [law, general]
+    model = mansard.expand(base_folder, blocks=1, workspace=tmp_path / "work")
+    trained = mansard.train(
+        model, sources, tokens=2_000, sequence_tokens=32, adapter={"method": "lora", "rank": 4, "alpha": 8}
+    )
+    folder = mansard.save(mansard.fuse(trained), tmp_path / "upgraded")
+    assert not [name for name in load_model(folder, None).state_dict() if "lora" in name]
+    with pytest.raises(BadInput, match="adapter"):
+        mansard.train(model, sources, tokens=2_000, adapter={"method": "lora", "rank": 4})
