@@ -10,13 +10,14 @@ from flows.failure import tell_of_failure
 from flows.judgement import Candidate, judge_and_register, recorded_outcome
 from flows.outcome import Outcome
 from mansard.digest import digest_json
+from mansard.records import Derivation
 from mansard.specs import UpgradeSpec
 from mansard.store import Store
 from tasks.attempts import expected_attempt
 from tasks.derivation import recorded
 from tasks.evaluations import look_for_contamination
 from tasks.expansion import expand, measure_importance, prove
-from tasks.fusion import fuse
+from tasks.fusion import Averaged, average, fuse, measure_kept_gain
 from tasks.intake import check_power, read_order, terms_of
 from tasks.quantization import quantize
 from tasks.registration import standing
@@ -52,9 +53,15 @@ def upgrade(spec_path: str, site_path: str, as_person: str | None = None, model:
         proof = prove.submit(work, base.snapshot, expansion.snapshot, spec.prove)
         trained = train(work, expansion.snapshot, data, spec.data, spec.train)
         proven = proof.result()  # before any more work on an expansion that is not the base's function
-        fused = fuse(work, expansion.snapshot, trained.snapshot, spec.fuse)
-        artifact = quantize(work, fused.snapshot, data, spec.quantize)
+        fused = made_model = fuse(work, expansion.snapshot, trained.snapshot)
+        fusion: tuple[Derivation, ...] = (fused,)
+        if spec.fuse.method == "average":
+            made_model = average(work, fused.snapshot, spec.fuse)
+            compared = Averaged(base.snapshot, fused.snapshot, made_model.snapshot)
+            kept = measure_kept_gain(work, compared, spec, data, order.suites, suites)
+            fusion = (fused, made_model, kept)
+        artifact = quantize(work, made_model.snapshot, data, spec.quantize)
         placed = (expansion,) if weighed is None else (weighed, expansion)
-        made = (base.derivation, sound, clean, *placed, proven, trained, fused, artifact)
-        candidate = Candidate(fused.snapshot, artifact.snapshot, version, made)
+        made = (base.derivation, sound, clean, *placed, proven, trained, *fusion, artifact)
+        candidate = Candidate(made_model.snapshot, artifact.snapshot, version, made)
         return recorded_outcome(work, terms, candidate) or judge_and_register(work, terms, candidate, against)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 from rich.console import Console
@@ -22,7 +22,7 @@ from mansard.errors import BadInput
 from mansard.launch import Request, recipe_with
 from mansard.records import SnapshotId
 from mansard.snapshot import check_model_tree
-from mansard.specs import Data, Expand, LearningRates, Placement, Probe, Source, Train
+from mansard.specs import Data, Expand, Fuse, LearningRates, Placement, Probe, Source, Train
 from mansard.stages import declaration
 from mansard.store import Store
 from mansard.worker import derive_here
@@ -115,12 +115,19 @@ def train(
     return Model(model.store, model.snapshot, model.base, trained)
 
 
-def fuse(model: Model) -> Model:
-    """The plain Hugging Face checkpoint of the expanded depth, compared with what was trained; BadInput without one."""
+def fuse(model: Model, method: Literal["residual", "average"] = "residual", weight: float | None = None) -> Model:
+    """The plain Hugging Face checkpoint of the expanded depth, compared with what was trained; BadInput without one.
+
+    Method "average" then averages each new block into the one that it copied, at the old depth (`weight` is the new
+    block's share, 0.5 by default). That changes the base, and keeps little of what was learned: see the README.
+    """
+    spec = _checked(Fuse, {"method": method, "weight": weight})
     if model.trained is None:
         raise BadInput("this model was not trained yet: fuse(train(expand(...), ...))")
     inputs = {"expansion": model.snapshot, "trained": model.trained}
     fused = _derive(model.store, "fuse", inputs, {"method": "residual"})
+    if spec.method == "average":
+        fused = _derive(model.store, "average", {"model": fused}, {"weight": spec.share})
     return Model(model.store, fused, model.base, model.trained)
 
 

@@ -267,9 +267,23 @@ class ChooseAlpha(Part):
 
 
 class Fuse(Part):
-    """`residual`: the plain checkpoint of the expanded depth."""
+    """`residual`: the plain checkpoint of the expanded depth. `average`: of the base's depth, each new block averaged
+    into the block that it copied, (1 - weight) * source + weight * new (0.5 by default). It changes the base, so
+    nothing of the result is called frozen."""
 
-    method: Literal["residual"] = "residual"
+    method: Literal["residual", "average"] = "residual"
+    weight: Annotated[float, Field(gt=0, le=1)] | None = None
+
+    @model_validator(mode="after")
+    def weight_is_the_averages(self) -> Self:
+        if self.weight is not None and self.method != "average":
+            raise ValueError(f"weight {self.weight} goes with method: average; {self.method} has none")
+        return self
+
+    @property
+    def share(self) -> float:
+        """The new blocks' weight in an average."""
+        return 0.5 if self.weight is None else self.weight
 
 
 class Quantize(Part):

@@ -19,6 +19,8 @@ STAGES = {
     "train": "mansard.training.stage",
     "remove-storey": "mansard.models.remove_storey_stage",
     "fuse": "mansard.models.fuse_stage",
+    "average": "mansard.models.average_stage",
+    "kept-gain": "mansard.training.kept_gain_stage",
     "quantize": "mansard.models.quantize_stage",
     "capture": "mansard.carry_on.capture_stage",
     "train-branch": "mansard.carry_on.train_stage",

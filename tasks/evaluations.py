@@ -32,6 +32,8 @@ class Subject:
 
 
 SuiteSnapshots = tuple[tuple[str, SnapshotId], ...]
+FUSION_FILE = "fusion.json"
+"""What stage `kept-gain` makes (its module loads torch)."""
 TOLD = ("contamination",)
 """Stages whose results the report shows. Cost is a measurement: a repeat would be another verdict record."""
 UNTOLD = ("judge", "cost")
@@ -137,6 +139,8 @@ def provenance(store: Store, background: Background) -> dict[str, Any]:
             found["importance"] = json.loads(store.read_file(snapshot, IMPORTANCE_FILE))
             placed = next(s for name, _, s in background.stages if name == "expand")
             found["importance"]["copied"] = [b.source for b in read_expansion(store, placed).new_blocks]
+        if stage == "kept-gain":
+            found["fusion"] = json.loads(store.read_file(snapshot, FUSION_FILE))
         if stage == "train-branch":
             curves = json.loads(store.read_file(snapshot, "branch.json"))
             found["alphas"] = {key: curves[key] for key in ("alphas", "trained_alpha", "parameters", "bytes")}

@@ -169,6 +169,8 @@ def background_rows(background: Background) -> list[tuple[str, list[list[str]]]]
         tables.append(("Data mixture", rows))
     if known.get("importance"):
         tables.append(_importance_rows(known["importance"]))
+    if known.get("fusion"):
+        tables.append(_fusion_rows(known["fusion"]))
     if known.get("alphas"):
         tables.append(_alpha_rows(known["alphas"]))
     if known.get("stages"):
@@ -185,6 +187,20 @@ def _importance_rows(measured: dict[str, Any]) -> tuple[str, list[list[str]]]:
     probe = measured["probe"]
     text = f"{probe['rows']} rows of {probe['tokens']} tokens of general text, loss {measured['loss']:.4f}"
     return f"Placement by importance ({text})", rows
+
+
+def _fusion_rows(fusion: dict[str, Any]) -> tuple[str, list[list[str]]]:
+    """What an average keeps of its storey's gain, and that the base is not what it was."""
+    rows = [["text (bits per byte, unquantized)", "base", "expanded", "averaged", "of the gain kept", "guard loss"]]
+    for name, text in fusion["texts"].items():
+        kept = text.get("kept_share")
+        told = ["nothing was gained" if kept is None else f"{100 * kept:.0f} %", "-"]
+        if "loss" in text:
+            told = ["-", f"{text['loss']:+.4f}"]
+        rows.append([name, *(f"{text[who]:.4f}" for who in ("base", "expanded", "averaged")), *told])
+    changed = len(fusion["changed_base_tensors"])
+    title = f"Fusion by average, the new blocks' weight {fusion['weight']:g}"
+    return f"{title}: {changed} tensors of the base changed, so nothing of this model is frozen", rows
 
 
 def _alpha_rows(branch: dict[str, Any]) -> tuple[str, list[list[str]]]:

@@ -23,6 +23,11 @@ from mansard.store import Store
 def remove_storey(store: Store, model: SnapshotId, storey: int) -> SnapshotId:
     """The model without its `storey` (1 is the oldest); BadInput says why one cannot be taken away."""
     check_removable(store, model, storey)
+    return store.put_manifest(without_storey(store, model, storey))
+
+
+def without_storey(store: Store, model: SnapshotId, storey: int) -> Manifest:
+    """The manifest of what is left, whatever was trained on the storey."""
     expansion, config = read_expansion(store, model), model_config(store, model)
     family = family_of(config)
     manifest = store.manifest(model)
@@ -45,7 +50,7 @@ def remove_storey(store: Store, model: SnapshotId, storey: int) -> SnapshotId:
     else:
         small[EXPANSION_FILE] = remaining.to_bytes()
     blobs = {path: Blob(store.put_bytes(data), len(data)) for path, data in small.items()}
-    return store.put_manifest(Manifest({**files, **blobs}))
+    return Manifest({**files, **blobs})
 
 
 def check_removable(store: Store, model: SnapshotId, storey: int) -> None:
@@ -62,6 +67,11 @@ def check_removable(store: Store, model: SnapshotId, storey: int) -> None:
             f"storey {storey} cannot be removed: its training changed tensors below it (a base learning rate above 0); "
             "roll back to the version before it instead"
         )
+    if removed.is_averaged_over:
+        raise BadInput(
+            f"storey {storey} cannot be removed: a later storey was averaged into this model; roll back to a version "
+            "before that instead"
+        )
     gone = {b.index for b in removed.new_blocks}
     digests = {n: d for f in files.values() for n, d in f.tensors.items()}
     entries = {e.name: e for f in files.values() for e in f.entries()}
@@ -71,7 +81,7 @@ def check_removable(store: Store, model: SnapshotId, storey: int) -> None:
             raise BadInput(
                 f"storey {storey} cannot be removed: storey {number} was trained on it; remove storey {number} first"
             )
-        present = _present_indices(expansion, number)
+        present = present_indices(expansion, number)
         copies = [b.index for b in above.new_blocks if present[b.source] in gone]
         if copies:
             raise BadInput(
@@ -98,7 +108,7 @@ def _is_silent(
     return True
 
 
-def _present_indices(expansion: Expansion, number: int) -> list[int]:
+def present_indices(expansion: Expansion, number: int) -> list[int]:
     """The present index of every block of the model that storey `number` was put on."""
     later = {b.index for s in expansion.storeys[number - 1 :] for b in s.new_blocks}
     return [i for i in range(expansion.depth) if i not in later]
@@ -115,7 +125,7 @@ def _remaining(expansion: Expansion, storey: int, kept: list[int]) -> Expansion 
         if number < storey:
             storeys.append(replace(each, new_blocks=blocks))
             continue
-        present = _present_indices(expansion, number)
+        present = present_indices(expansion, number)
         sources = {source: i for i, source in enumerate(s for s, p in enumerate(present) if p in moved)}
         blocks = tuple(NewBlock(b.index, sources[old.source]) for b, old in zip(blocks, each.new_blocks, strict=True))
         storeys.append(replace(each, depth_before=len(sources), new_blocks=blocks))

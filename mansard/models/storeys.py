@@ -31,6 +31,15 @@ class Storey:
     new_blocks: tuple[NewBlock, ...]
     has_trained_base: bool = False
     """Its training changed tensors below it too (a base learning rate above 0). Fusion says so."""
+    is_averaged_over: bool = False
+    """A later storey was averaged into the model that it is part of."""
+
+    def to_json(self) -> dict[str, Any]:
+        """What stands in the file; what is not so is left out where older files do not name it."""
+        told = asdict(self)
+        if not self.is_averaged_over:
+            del told["is_averaged_over"]
+        return told
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +54,9 @@ class Expansion:
         return self.storeys[-1].new_blocks
 
     def to_bytes(self) -> bytes:
+        storeys = [storey.to_json() for storey in self.storeys]
         new_blocks = [asdict(b) for b in self.new_blocks]
-        return canonical_json({"format": 1, **asdict(self), "new_blocks": new_blocks})
+        return canonical_json({"format": 1, "depth": self.depth, "storeys": storeys, "new_blocks": new_blocks})
 
     @staticmethod
     def from_bytes(data: bytes, where: str) -> "Expansion":
@@ -60,6 +70,7 @@ class Expansion:
                     _count(s["depth_before"]),
                     tuple(NewBlock(_count(b["index"], depth), _count(b["source"])) for b in s["new_blocks"]),
                     s.get("has_trained_base", False) is True,
+                    s.get("is_averaged_over", False) is True,
                 )
                 for s in tree["storeys"]
             )
@@ -102,6 +113,7 @@ def told_storeys(store: Store, model: SnapshotId) -> list[dict[str, Any]]:
             "blocks": [b.index for b in storey.new_blocks],
             "copies_of": [b.source for b in storey.new_blocks],
             "has_trained_base": storey.has_trained_base,
+            "is_averaged_over": storey.is_averaged_over,
             "tensors": digest_json([sorted(held.get(b.index, [])) for b in storey.new_blocks]),
         }
         for number, storey in enumerate(expansion.storeys, start=1)

@@ -216,6 +216,8 @@ def _suite_line(suite: dict[str, Any]) -> str:
 def _storey_line(storey: dict[str, Any]) -> str:
     blocks = ", ".join(str(b) for b in storey["blocks"])
     changed = ", trained together with tensors below it" if storey["has_trained_base"] else ""
+    if storey.get("is_averaged_over"):
+        changed += ", a later storey was averaged into the model"
     plural = "s" if len(storey["blocks"]) > 1 else ""
     return f"storey {storey['storey']}: block{plural} {blocks}, added by version {storey['added_by']}{changed}"
 

@@ -8,6 +8,7 @@ import pytest
 
 from mansard import Text, expand, fuse, train
 from mansard.errors import BadInput
+from mansard.models.model_files import model_config
 from mansard.models.storeys import read_expansion
 from tests.mansard.training.conftest import jsonl, texts
 
@@ -49,6 +50,16 @@ def test_blocks_are_placed_where_general_text_misses_them_least(folder: Path) ->
     assert [b.source for b in read_expansion(model.store, model.snapshot).new_blocks] == [gains.index(min(gains))]
     with pytest.raises(BadInput, match="importance needs general text"):
         expand("models/base", blocks=1, positions="importance", texts=[Text("law", "law.jsonl", is_domain=True)])
+
+
+def test_an_average_has_the_old_depth(folder: Path) -> None:
+    sizes = {"tokens": 512, "sequence_tokens": 32, "batch_sequences": 2}
+    model = train(expand("models/base", blocks=1), [Text("law", "law.jsonl", is_domain=True)], **sizes)
+    made = fuse(model, method="average", weight=0.25)
+    assert model_config(made.store, made.snapshot)["num_hidden_layers"] == 2
+    assert made.store.lineage(made.snapshot)[0]["spec"] == {"weight": 0.25}
+    with pytest.raises(BadInput, match=r"weight 0\.5 goes with method: average"):
+        fuse(model, weight=0.5)
 
 
 def test_what_cannot_be_used_is_refused_in_one_line(folder: Path) -> None:
