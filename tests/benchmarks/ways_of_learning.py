@@ -7,13 +7,14 @@ data are not in them. Legend: B rows, T tokens, N = B * T, D base width.
 """
 
 import copy
+import math
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -26,6 +27,7 @@ from mansard.carry_on.model import CarryOnForCausalLM
 from mansard.carry_on.node_engine import BranchEngine
 from mansard.carry_on.wire import Coded
 from mansard.composition.shape import shape_of_size
+from mansard.training.attention import segment_ends, whole_rows
 from mansard.training.data import Batch, Mixture, Packed
 from mansard.training.engines import LocalEngine, Loss, Objective
 from mansard.training.loop import Moment, Plan, run_loop
@@ -35,6 +37,7 @@ from mansard.training.state import Checkpoints
 WAYS = ("branch", "lora", "full")
 WARMUP = 0.05
 CLIP_NORM = 1.0
+RATE_STEP = 3.0
 WEIGHT_DECAY = 0.01
 """Of the base, which sees its text several times."""
 
@@ -125,11 +128,12 @@ def _inject_lora(model: Any, budget: int, seed: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """`seconds` of learning until here, `capture_seconds` of them the base's."""
+    """`seconds` of learning until here, `capture_seconds` of them the base's; `loss` of the last step, in nats."""
 
     tokens: int
     seconds: float
     capture_seconds: float
+    loss: float
     bits_per_byte: dict[str, float]
 
 
@@ -160,9 +164,10 @@ class Clocked:
         self._count(begun)
         return norm
 
-    def warm(self, batch: Batch) -> None:
+    def warm(self, batches: Sequence[Batch]) -> None:
         """What happens once a process (compilations, libraries' workspaces) happens now, and nothing else does."""
-        self._engine.gradients(batch)
+        for batch in batches:
+            self._engine.gradients(batch)
         for parameter in self._parameters():
             parameter.grad = None
         if self._states is not None:
@@ -188,18 +193,47 @@ def wait(device: torch.device) -> None:
 def learn(learner: Learner, mixture: Any, held_out: Sequence[Packed], plan: Plan, what: str) -> list[Point]:
     """The curve on held-out text (empty without any), from before the first step."""
     engine = Clocked(learner)
-    engine.warm(mixture.batch(0))
+    engine.warm(kinds(mixture, plan.schedule.steps))
     points: list[Point] = []
 
     def report(moment: Moment) -> None:
         if moment.bits_per_byte or moment.step % plan.evaluate_every_steps == 0:
-            points.append(Point(moment.tokens, engine.seconds, engine.capture_seconds, moment.bits_per_byte))
+            spent = (engine.seconds, engine.capture_seconds)
+            points.append(Point(moment.tokens, *spent, moment.loss, moment.bits_per_byte))
             bits = "".join(f", {name} {value:.4f} bits/byte" for name, value in moment.bits_per_byte.items())
             tell(f"{what}: step {moment.step} of {moment.steps}, {engine.seconds:.1f} s, loss {moment.loss:.4f}{bits}")
 
     with tempfile.TemporaryDirectory() as folder:
         cursor = run_loop(engine, mixture, held_out, plan, Checkpoints(Path(folder)), report)
-    return [Point(0, 0.0, 0.0, cursor.curve[0]["bits_per_byte"]), *points]
+    return [Point(0, 0.0, 0.0, math.nan, cursor.curve[0]["bits_per_byte"]), *points]
+
+
+def kinds(mixture: Any, steps: int) -> list[Batch]:
+    """A batch of every kind that compiled blocks tell apart (by how many segments there are, attention.py)."""
+    found: dict[tuple[bool, int], Batch] = {}
+    for step in range(steps):
+        batch = mixture.batch(step)
+        is_whole = whole_rows(batch.positions_BT) == len(batch.positions_BT)
+        found.setdefault((is_whole, len(segment_ends(batch.positions_BT))), batch)
+    return list(found.values())
+
+
+Result = TypeVar("Result")
+
+
+def choose_rate(
+    rates: Sequence[float], most: int, run: Callable[[float], tuple[float, Result]]
+) -> tuple[dict[float, float], float, Result]:
+    """(what each rate scored, the rate with the lowest score, its result). While that one is the highest or the lowest
+    of those tried, a next one is tried beyond it, up to `most` in all."""
+    results = {rate: run(rate) for rate in rates}
+    while True:
+        best = min(results, key=lambda rate: results[rate][0])
+        is_edge = best in (min(results), max(results))
+        if not is_edge or len(results) >= most:
+            return {rate: score for rate, (score, _) in sorted(results.items())}, best, results[best][1]
+        further = best / RATE_STEP if best == min(results) else best * RATE_STEP
+        results[further] = run(further)
 
 
 def plan_of(steps: int, tokens_per_step: int, evaluations: int) -> Plan:

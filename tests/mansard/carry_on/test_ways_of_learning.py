@@ -97,7 +97,7 @@ def test_a_curve_that_falls_sooner_has_the_smaller_area(load: Any) -> None:
     curves, ways = load("learning_curves"), load("ways_of_learning")
 
     def curve(losses: list[float]) -> list[Any]:
-        return [ways.Point(100 * i, 2.0 * i, 0.5 * i, {"code": loss}) for i, loss in enumerate(losses)]
+        return [ways.Point(100 * i, 2.0 * i, 0.5 * i, 0.0, {"code": loss}) for i, loss in enumerate(losses)]
 
     tokens, node = curves.AXES["tokens"], curves.AXES["node_seconds"]
     soon, late = curve([3.0, 1.0, 1.0]), curve([3.0, 3.0, 1.0])
@@ -119,3 +119,11 @@ def test_the_claim_follows_the_intervals(load: Any) -> None:
     assert claimed() == "confirmed"
     assert claimed(full=[0.5, 0.6, 0.54]) == "refuted: slower than full"
     assert claimed(lora=[0.5, 2.1, 1.0]) == "not decided"
+
+
+def test_a_best_rate_at_the_edge_is_looked_beyond(load: Any) -> None:
+    ways: ModuleType = load("ways_of_learning")
+    tried, best, result = ways.choose_rate((1e-3, 3e-3), 5, lambda rate: (abs(rate - 0.02), f"{rate:.3f}"))
+    assert list(tried) == pytest.approx([1e-3, 3e-3, 9e-3, 0.027, 0.081])
+    assert (best, result) == (pytest.approx(0.027), "0.027")
+    assert len(ways.choose_rate((1e-3, 3e-3), 3, lambda rate: (-rate, None))[0]) == 3
