@@ -108,6 +108,10 @@ bench-serving-gpu: setup
 bench-two-gpus: setup
 	@$(MAIN) tests/benchmarks/bench_two_gpus.py
 
+.PHONY: bench-average
+bench-average: setup
+	@$(MAIN) tests/benchmarks/bench_average.py
+
 clean:
 	@test ! -x .venv/bin/mansard || .venv/bin/mansard down
 	rm -rf .venv .venv-serve .mansard demo-summary.json
