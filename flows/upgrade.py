@@ -22,7 +22,7 @@ from tasks.intake import check_power, read_order, terms_of
 from tasks.quantization import quantize
 from tasks.registration import standing
 from tasks.snapshots import check_base, resolve_version, take_base, take_data, take_suites
-from tasks.training import train
+from tasks.training import tokenize, train
 
 
 @flow(
@@ -51,7 +51,8 @@ def upgrade(spec_path: str, site_path: str, as_person: str | None = None, model:
             weighed = measure_importance(work, base.snapshot, data, spec.data, spec.expand.probe)
         expansion = expand(work, base.snapshot, spec.expand, weighed)
         proof = prove.submit(work, base.snapshot, expansion.snapshot, spec.prove)
-        trained = train(work, expansion.snapshot, data, spec.data, spec.train)
+        texts = tokenize(work, base.snapshot, data, spec.data)
+        trained = train(work, expansion.snapshot, texts, spec.data, spec.train)
         proven = proof.result()  # before any more work on an expansion that is not the base's function
         fused = made_model = fuse(work, expansion.snapshot, trained.snapshot)
         fusion: tuple[Derivation, ...] = (fused,)
@@ -62,6 +63,6 @@ def upgrade(spec_path: str, site_path: str, as_person: str | None = None, model:
             fusion = (fused, made_model, kept)
         artifact = quantize(work, made_model.snapshot, data, spec.quantize)
         placed = (expansion,) if weighed is None else (weighed, expansion)
-        made = (base.derivation, sound, clean, *placed, proven, trained, *fusion, artifact)
-        candidate = Candidate(made_model.snapshot, artifact.snapshot, version, made)
+        begun = (base.derivation, sound, clean, *(text.made for text in texts), *placed, proven)
+        candidate = Candidate(made_model.snapshot, artifact.snapshot, version, (*begun, trained, *fusion, artifact))
         return recorded_outcome(work, terms, candidate) or judge_and_register(work, terms, candidate, against)

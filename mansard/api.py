@@ -20,11 +20,14 @@ from rich.progress import Progress, TaskID
 
 from mansard.errors import BadInput
 from mansard.launch import Request, recipe_with
+from mansard.models.tokenizer_files import take_tokenizer
 from mansard.records import SnapshotId
 from mansard.snapshot import check_model_tree
-from mansard.specs import Data, Expand, Fuse, LearningRates, Placement, Probe, Source, Train
+from mansard.specs import Data, Expand, Fuse, LearningRates, Placement, Probe, SourceText, Train
 from mansard.stages import declaration
 from mansard.store import Store
+from mansard.training.sources import TEXT_FILE, line_of, take_text
+from mansard.training.text_files import documents, files_of
 from mansard.worker import derive_here
 
 HELD_OUT_EVERY = 20
@@ -33,9 +36,10 @@ HELD_OUT_EVERY = 20
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """Training text: a JSONL file, one {"text": ...} a line. `weight` is its share of the tokens among all sources.
+    """Training text: a file (.jsonl, .parquet, .txt) or a folder of files of one kind; `column` holds the text.
 
-    `is_domain` marks what the new blocks should learn; the rest keeps what the model knows.
+    `weight` is its share of the tokens among all sources. `is_domain` marks what the new blocks should learn; the rest
+    keeps what the model knows. Without `held_out` the text is split in memory.
     """
 
     name: str
@@ -43,6 +47,7 @@ class Text:
     weight: float = 1.0
     is_domain: bool = False
     held_out: str | Path | None = None
+    column: str = "text"
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,21 +101,16 @@ def train(
     `settings` are further keys of `mansard.specs.Train` (precision="fp32", seed=1, ...). Raises BadInput for settings
     and texts that cannot be used, StageFailed where the loss is not finite; call it again to go on from the checkpoint.
     """
-    inputs = {"expansion": model.snapshot}
-    for text in texts:
-        learned, held_out = _documents(text)
-        inputs[f"data.{text.name}.train"] = model.store.put_files({"data.jsonl": learned})
-        inputs[f"data.{text.name}.held_out"] = model.store.put_files({"data.jsonl": held_out})
     sources = [
-        Source(
-            name=t.name, train=f"{t.name}.train", held_out=f"{t.name}.held_out", weight=t.weight, is_domain=t.is_domain
-        )
+        {"name": t.name, "train": f"{t.name}.train", "held_out": f"{t.name}.held_out", "weight": t.weight,
+         "is_domain": t.is_domain}
         for t in texts
     ]
     data = _checked(Data, {"sources": sources, "sequence_tokens": sequence_tokens})
     rates = LearningRates(new_blocks=learning_rate)
     wanted = {"tokens": tokens, "batch_sequences": batch_sequences, "learning_rates": rates, **settings}
     spec = {"data": data.model_dump(mode="json"), "train": _checked(Train, wanted).model_dump(mode="json")}
+    inputs = {"expansion": model.snapshot, **_tokenized(model, texts, data)}
     trained = _derive(model.store, "train", inputs, spec)
     return Model(model.store, model.snapshot, model.base, trained)
 
@@ -142,8 +142,20 @@ def _importance(store: Store, base: SnapshotId, texts: Sequence[Text], probe: Pr
     general = [text for text in texts if not text.is_domain]
     if not general:
         raise BadInput("positions: importance needs general text: name texts with one of is_domain=False, or take even")
-    inputs = {f"data.{t.name}.train": store.put_files({"data.jsonl": _documents(t)[0]}) for t in general}
+    inputs = {f"data.{t.name}.train": _taken(store, t)[0] for t in general}
     return _derive(store, "importance", {"model": base, **inputs}, probe.model_dump(mode="json"))
+
+
+def _tokenized(model: Model, texts: Sequence[Text], data: Data) -> dict[str, SnapshotId]:
+    """The shards of every text, by the input's name in stage `train`."""
+    tokenizer = take_tokenizer(model.store, model.base)
+    spec = {"sequence_tokens": data.sequence_tokens, "seed": data.seed}
+    made = {}
+    for text in texts:
+        for part, snapshot in zip(("train", "held_out"), _taken(model.store, text), strict=True):
+            name = f"data.{text.name}.{part}"
+            made[name] = _derive(model.store, "tokenize", {"tokenizer": tokenizer, name: snapshot}, spec)
+    return made
 
 
 def _derive(store: Store, stage: str, inputs: Mapping[str, SnapshotId], spec: Mapping[str, Any]) -> SnapshotId:
@@ -182,24 +194,20 @@ class _Bar:
         self._bars.update(self._row, completed=told["done"], total=told["total"])
 
 
-def _documents(text: Text) -> tuple[bytes, bytes]:
-    """(training, held-out) lines of one source."""
-    lines = _lines(Path(text.path))
+def _taken(store: Store, text: Text) -> tuple[SnapshotId, SnapshotId]:
+    """(training, held-out) text of one source in the store."""
     if text.held_out is not None:
-        return b"".join(lines), b"".join(_lines(Path(text.held_out)))
+        paths = (text.path, text.held_out)
+        taken = [take_text(store, SourceText(path=str(p), column=text.column), Path(), text.name) for p in paths]
+        return taken[0], taken[1]
+    files = files_of(Path(text.path), text.name)
+    lines = [line_of(document, text.name) for document in documents(files, text.column, text.name)]
     if len(lines) < 2:
         raise BadInput(f"{text.path}: {len(lines)} document; two are needed to hold one out, or name held_out")
     random.Random(0).shuffle(lines)  # noqa: S311 - an order, not a secret
     count = max(1, len(lines) // HELD_OUT_EVERY)
-    return b"".join(lines[count:]), b"".join(lines[:count])
-
-
-def _lines(path: Path) -> list[bytes]:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read: {error.strerror}; a JSONL file of texts is expected") from error
-    return [line + b"\n" for line in data.split(b"\n") if line.strip()]
+    learned, held_out = (store.put_files({TEXT_FILE: b"".join(found)}) for found in (lines[count:], lines[:count]))
+    return learned, held_out
 
 
 def _checked(kind: Any, settings: Mapping[str, Any]) -> Any:  # noqa: ANN401 - a part of a spec

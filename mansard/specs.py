@@ -4,9 +4,9 @@ A stage receives the `model_dump(mode="json")` of its slice. Paths of data are r
 suite files are relative to the spec.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_serializer, model_validator
 
 from mansard.digest import digest_json
 
@@ -80,12 +80,47 @@ class Prove(Part):
     form: Literal["auto", "logits", "structure"] = "auto"
 
 
+class SourceText(Part):
+    """Where a source's text is: `path`, a file (.jsonl, .parquet, .txt) or a folder of files of one kind under the
+    site's data folder, or a split of a `hub` data set at a pinned revision. `column` names what holds the text (a
+    text file is one document). A bare path stands for {path: ...}, and is written back as one."""
+
+    path: str | None = None
+    hub: str | None = None
+    revision: Annotated[str, Field(pattern="^[0-9a-f]{40}$")] | None = None
+    split: str | None = None
+    config: str | None = None
+    column: str = "text"
+
+    @model_validator(mode="after")
+    def exactly_one_place(self) -> Self:
+        if (self.path is None) == (self.hub is None):
+            raise ValueError("name exactly one of path, hub")
+        pins = (self.revision is not None, self.split is not None)
+        if pins != (self.hub is not None,) * 2 or (self.config is not None and self.hub is None):
+            raise ValueError("hub, revision (a commit of 40 hex digits) and split go together; config is for hub only")
+        return self
+
+    @model_serializer
+    def as_written(self) -> str | dict[str, str]:
+        if self.path is not None and self.column == "text":
+            return self.path
+        return {name: value for name in type(self).model_fields if (value := getattr(self, name)) is not None}
+
+
+def _as_text(value: Any) -> Any:  # noqa: ANN401 - whatever a spec holds
+    return {"path": value} if isinstance(value, str) else value
+
+
+Text = Annotated[SourceText, BeforeValidator(_as_text)]
+
+
 class Source(Part):
-    """One training source: a JSONL file (one {"text", "file"} a line) under the site's data folder."""
+    """One training source."""
 
     name: str
-    train: str
-    held_out: str
+    train: Text
+    held_out: Text
     weight: Annotated[float, Field(gt=0)]
     is_domain: bool
 

@@ -16,6 +16,7 @@ STAGES = {
     "importance": "mansard.models.importance_stage",
     "expand": "mansard.models.expand_stage",
     "prove": "mansard.models.prove_stage",
+    "tokenize": "mansard.training.tokenize_stage",
     "train": "mansard.training.stage",
     "remove-storey": "mansard.models.remove_storey_stage",
     "fuse": "mansard.models.fuse_stage",

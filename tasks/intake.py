@@ -4,7 +4,6 @@
 engine start and no training. Not covered: what only a stage can see (positions beyond the depth, too few tokens).
 """
 
-import codecs
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +25,10 @@ from mansard.snapshot import check_model_tree
 from mansard.spec_files import load_spec, load_suites
 from mansard.specs import Cost, Fingerprint, Gate, Serve, Spec, Suite
 from mansard.store import Store
+from mansard.training.sources import check_text
 
 S = TypeVar("S", bound=Spec)
 S_co = TypeVar("S_co", bound=Spec, covariant=True)
-
-CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +72,8 @@ def read_order(
     order = Order(site, spec, tuple(suites), name, as_person or spec.author)
     check_author(site, order.author)
     for source in spec.data.sources:
-        for key, file in (("train", source.train), ("held_out", source.held_out)):
-            check_data_file(site.data / file, f"{spec_path}: data.sources.{source.name}.{key}")
+        for key, text in (("train", source.train), ("held_out", source.held_out)):
+            check_text(text, site.data, f"{spec_path}: data.sources.{source.name}.{key}")
     for suite in suites:
         suite_files(suite, site.data)
     check_base(order, spec_path)
@@ -131,32 +129,6 @@ def _tokenizer_of(order: Order[Spec]) -> bytes | None:
         model = journal.registration(order.model_name, version).model
     store = Store.of(site)
     return store.read_file(model, TOKENIZER_FILE) if TOKENIZER_FILE in store.manifest(model).files else None
-
-
-def check_data_file(path: Path, where: str) -> None:
-    """BadInput unless `path` is a JSONL file of {"text", "file"} objects; only its first line is parsed here."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    num_bytes = 0
-    try:
-        with path.open("rb") as file:
-            first = file.readline()
-            file.seek(0)
-            while chunk := file.read(CHUNK_BYTES):
-                num_bytes += len(chunk)
-                decoder.decode(chunk)
-            decoder.decode(b"", final=True)
-    except OSError as error:
-        raise BadInput(f"{where}: cannot read {path}: {error.strerror}; it is relative to the site's data") from error
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{where}: {path} is not UTF-8, near byte {max(num_bytes - CHUNK_BYTES, 0)}") from error
-    if not first.strip():
-        raise BadInput(f"{where}: {path} is empty; one JSON object with text and file a line is expected")
-    try:
-        record = json.loads(first)
-    except ValueError as error:
-        raise BadInput(f"{where}: {path}:1: not JSON; one object with text and file a line is expected") from error
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        raise BadInput(f"{where}: {path}:1: no text in it; one object with text and file a line is expected")
 
 
 def check_power(store: Store, terms: Terms, attempt: int) -> None:

@@ -15,15 +15,15 @@ from mansard.models.model_files import model_config
 from mansard.models.quantizable import check_quantizable
 from mansard.records import Derivation, SnapshotId
 from mansard.release.journal import Journal
-from mansard.snapshot import Blob, Manifest, check_model_tree
-from mansard.specs import Base, Data, QuantizedSpec, Spec
+from mansard.snapshot import check_model_tree
+from mansard.specs import Base, Data, QuantizedSpec, Source, SourceText, Spec
 from mansard.store import Store
+from mansard.training.sources import take_text
 from tasks import policy, tracking
 from tasks.derivation import Asked, Work, derive_one
 from tasks.intake import Order
 from tasks.terminal import stage_progress
 
-DATA_FILE = "data.jsonl"
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 """Weights as safetensors, configuration and tokenizers; never pickles or code."""
 
@@ -91,23 +91,18 @@ def resolve_version(order: Order[Spec]) -> int | None:
 
 @policy.derivation
 def take_data(work: Work, data: Data) -> tuple[TakenData, ...]:
-    """Each source's files as snapshots of one `data.jsonl`."""
-    folder, store = work.site.data, work.store
-    return tuple(
-        TakenData(s.name, _take_file(store, folder / s.train), _take_file(store, folder / s.held_out))
-        for s in data.sources
-    )
+    """Each source's texts as snapshots of one `data.jsonl`."""
+
+    def taken(source: Source, part: str, text: SourceText) -> SnapshotId:
+        return take_text(work.store, text, work.site.data, f"data.sources.{source.name}.{part}")
+
+    return tuple(TakenData(s.name, taken(s, "train", s.train), taken(s, "held_out", s.held_out)) for s in data.sources)
 
 
 def take_suites(order: Order[Spec]) -> tuple[tuple[str, SnapshotId], ...]:
     """(suite, snapshot) pairs in the spec's order; BadInput for a suite without items."""
     store = Store.of(order.site)
     return tuple((suite.name, take_suite(store, suite, order.site.data)) for suite in order.suites)
-
-
-def _take_file(store: Store, path: Path) -> SnapshotId:
-    size_bytes = path.stat().st_size
-    return store.put_manifest(Manifest({DATA_FILE: Blob(store.put_file(path), size_bytes)}))
 
 
 def _folder_of(work: Work, base: Base) -> Path:

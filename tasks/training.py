@@ -1,23 +1,54 @@
-"""The training of the inserted blocks."""
+"""The training of the inserted blocks, and the text in the form that it reads."""
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mansard.errors import BadInput
 from mansard.launch import Request
+from mansard.models.tokenizer_files import take_tokenizer
 from mansard.records import Derivation, SnapshotId
 from mansard.site import Site
 from mansard.specs import Data, Train
 from tasks import policy
-from tasks.derivation import Asked, Work, derive_one
+from tasks.derivation import Asked, Work, derive_many, derive_one
 from tasks.snapshots import TakenData
 
 
+@dataclass(frozen=True, slots=True)
+class TokenizedText:
+    """One part (`train` or `held_out`) of one source, tokenized."""
+
+    source: str
+    part: str
+    made: Derivation
+
+    @property
+    def input_name(self) -> str:
+        return f"data.{self.source}.{self.part}"
+
+
 @policy.derivation
-def train(work: Work, expansion: SnapshotId, data: tuple[TakenData, ...], mixture: Data, spec: Train) -> Derivation:
+def tokenize(work: Work, model: SnapshotId, data: tuple[TakenData, ...], mixture: Data) -> tuple[TokenizedText, ...]:
+    """Every text as shards of packed rows; one process makes those that no model with this tokenizer had made."""
+    tokenizer = take_tokenizer(work.store, model)
+    parts = [(d.name, part, text) for d in data for part, text in (("train", d.train), ("held_out", d.held_out))]
+    spec = {"sequence_tokens": mixture.sequence_tokens, "seed": mixture.seed}
+    asked = []
+    for source, part, text in parts:
+        name = f"data.{source}.{part}"
+        request = Request("tokenize", {"tokenizer": tokenizer, name: text}, spec)
+        asked.append(Asked(request, f"tokenize {source} {part}", frozenset({name})))
+    made = derive_many(work, asked)
+    return tuple(TokenizedText(source, part, one) for (source, part, _), one in zip(parts, made, strict=True))
+
+
+@policy.derivation
+def train(
+    work: Work, expansion: SnapshotId, texts: tuple[TokenizedText, ...], mixture: Data, spec: Train
+) -> Derivation:
     """The trained tensors. A killed one goes on from its checkpoint when it is asked for again."""
-    files = {f"data.{d.name}.train": d.train for d in data} | {f"data.{d.name}.held_out": d.held_out for d in data}
+    files = {text.input_name: text.made.snapshot for text in texts}
     request = Request(
         "train",
         {"expansion": expansion, **files},

@@ -1,16 +1,17 @@
-"""Training text: JSON lines -> packed rows -> a deterministic mixture.
+"""Training text: JSON lines -> packed rows -> a deterministic mixture. Rows are in memory here; shards.py maps them.
 
 Every source's rows are shuffled once an epoch by the data's seed, and the schedule takes from the source that is
 furthest behind its share, so the achieved fractions are known before the first step and any batch can be made from its
-number alone (a resumed run needs no more than the step). Does not cover corpora larger than memory.
+number alone: a resumed run needs no more than the step, and any number of ranks sees the same batches.
 """
 
 import json
 import random
-from collections.abc import Callable, Sequence, Set
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy
 import torch
@@ -54,17 +55,53 @@ class Batch:
         return torch.nonzero(self.is_general_B).flatten()
 
 
+class PackedText(Protocol):
+    """One text in packed rows. `bytes_per_token` is of the whole text, without special tokens."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def bytes_per_token(self) -> float: ...
+
+    @property
+    def row_tokens(self) -> int: ...
+
+    def __len__(self) -> int:
+        """How many rows."""
+        ...
+
+    def rows(self, numbers: Sequence[int]) -> tuple[Rows, Rows]:
+        """(tokens_BT, positions_BT) of these rows, copied."""
+        ...
+
+    def batch(self, numbers: Sequence[int]) -> Batch: ...
+
+
+T = TypeVar("T", bound=PackedText)
+
+
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """One text, packed. `bytes_per_token` is of the whole text, without special tokens."""
+    """One text, packed, in memory."""
 
     name: str
     tokens_RT: Rows
     positions_RT: Rows
     bytes_per_token: float
 
-    def batch(self, rows: Sequence[int]) -> Batch:
-        return as_batch(self.tokens_RT[list(rows)], self.positions_RT[list(rows)])
+    @property
+    def row_tokens(self) -> int:
+        return int(self.tokens_RT.shape[1])
+
+    def __len__(self) -> int:
+        return len(self.tokens_RT)
+
+    def rows(self, numbers: Sequence[int]) -> tuple[Rows, Rows]:
+        return self.tokens_RT[list(numbers)], self.positions_RT[list(numbers)]
+
+    def batch(self, numbers: Sequence[int]) -> Batch:
+        return as_batch(*self.rows(numbers))
 
 
 def as_batch(tokens: Rows, positions: Rows, is_general_B: torch.Tensor | None = None) -> Batch:
@@ -74,24 +111,51 @@ def as_batch(tokens: Rows, positions: Rows, is_general_B: torch.Tensor | None = 
 
 def read_texts(raw: bytes, name: str) -> list[str]:
     """The "text" of each JSON line. BadInput names the source, the line and what would be right."""
-    try:
-        lines = raw.decode().split("\n")
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{name}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
-    texts = []
-    for number, line in enumerate(lines, start=1):
+    return list(each_text([raw], name))
+
+
+def each_text(chunks: Iterable[bytes], name: str) -> Iterator[str]:
+    """The same of a file that comes in chunks, text by text."""
+    has_text = False
+    for number, (begin, line) in enumerate(_lines(chunks), start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line.decode())
+        except UnicodeDecodeError as error:
+            raise BadInput(f"{name}: byte {begin + error.start} is not UTF-8; save the file as UTF-8") from error
         except json.JSONDecodeError as error:
             raise BadInput(f"{name}: line {number} is not JSON ({error.msg}); {{'text': ...}} is expected") from error
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise BadInput(f"{name}: line {number} has no 'text': {line[:60]!r}; {{'text': ...}} is expected")
-        texts.append(row["text"])
-    if not any(text.strip() for text in texts):
+            start = line.decode()[:60]
+            raise BadInput(f"{name}: line {number} has no 'text': {start!r}; {{'text': ...}} is expected")
+        text = row["text"]
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise BadInput(f"{name}: line {number}: half of an escaped surrogate pair; mend the text") from error
+        has_text = has_text or bool(text.strip())
+        yield text
+    if not has_text:
         raise BadInput(f"{name}: the file holds no text; one {{'text': ...}} a line is expected")
-    return texts
+
+
+def _lines(chunks: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+    """(first byte's place, line without its end) of each line."""
+    begin, rest = 0, b""
+    for chunk in chunks:
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            yield begin, line
+            begin += len(line) + 1
+    yield begin, rest
+
+
+def shuffled_order(count: int, key: str) -> "array[int]":
+    """The order of `count` things that `key` gives: what shuffling a list of them would leave."""
+    order = array("q", range(count))
+    random.Random(key).shuffle(order)  # noqa: S311 - an order, not a secret
+    return order
 
 
 def pack_texts(name: str, texts: Sequence[str], tokenizer: Any, row_tokens: int, seed: int) -> Packed:  # noqa: ANN401
@@ -100,18 +164,17 @@ def pack_texts(name: str, texts: Sequence[str], tokenizer: Any, row_tokens: int,
     size_bytes = sum(len(t.encode()) for t in texts)
     num_tokens = sum(len(d) for d in documents)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    random.Random(f"{seed}:{name}").shuffle(documents)  # noqa: S311 - an order, not a secret
-    tokens_RT, positions_RT = pack([d + end for d in documents if d], row_tokens, tokenizer.bos_token_id)
+    ordered = (documents[i] for i in shuffled_order(len(documents), f"{seed}:{name}"))
+    tokens_RT, positions_RT = pack((d + end for d in ordered if d), row_tokens, tokenizer.bos_token_id)
     return Packed(name, tokens_RT, positions_RT, size_bytes / max(num_tokens, 1))
 
 
-def require_rows(packed: Packed, name: str, rows: int) -> Packed:
+def require_rows(packed: T, name: str, rows: int) -> T:
     """`packed`, or BadInput where it has fewer rows (a training source needs a batch of them, a held-out one a row)."""
-    found, row_tokens = packed.tokens_RT.shape
-    if found < rows:
+    if len(packed) < rows:
         raise BadInput(
-            f"{name}: {found * row_tokens:,} packed tokens, at least one batch of {rows} x {row_tokens} is "
-            "needed; add text, or make train.batch_sequences or data.sequence_tokens smaller"
+            f"{name}: {len(packed) * packed.row_tokens:,} packed tokens, at least one batch of {rows} x "
+            f"{packed.row_tokens} is needed; add text, or make train.batch_sequences or data.sequence_tokens smaller"
         )
     return packed
 
@@ -122,7 +185,7 @@ class Mixture:
 
     def __init__(
         self,
-        sources: Sequence[Packed],
+        sources: Sequence[PackedText],
         weights: Sequence[float],
         batch_sequences: int,
         seed: int,
@@ -141,10 +204,9 @@ class Mixture:
         """The batch of the 0-based `step`; the same whatever was asked before."""
         first = step * self.batch_sequences
         picked = [self._row(source, n) for source, n in self._rows(first + self.batch_sequences)[first:]]
-        tokens = [self.sources[source].tokens_RT[row] for source, row in picked]
-        positions = [self.sources[source].positions_RT[row] for source, row in picked]
+        tokens, positions = zip(*(self.sources[source].rows([row]) for source, row in picked), strict=True)
         is_general_B = torch.tensor([self._is_general[source] for source, _ in picked])
-        return as_batch(numpy.stack(tokens), numpy.stack(positions), is_general_B)
+        return as_batch(numpy.concatenate(tokens), numpy.concatenate(positions), is_general_B)
 
     def rows_taken(self, steps: int) -> dict[str, int]:
         """How many rows of each source `steps` steps take."""
@@ -162,10 +224,8 @@ class Mixture:
         return self._schedule[:count]
 
     def _row(self, source: int, number: int) -> tuple[int, int]:
-        epoch, place = divmod(number, len(self.sources[source].tokens_RT))
+        epoch, place = divmod(number, len(self.sources[source]))
         return source, self._order(source, epoch)[place]
 
-    def _shuffled(self, source: int, epoch: int) -> list[int]:
-        order = list(range(len(self.sources[source].tokens_RT)))
-        random.Random(f"{self._seed}:{self.sources[source].name}:{epoch}").shuffle(order)  # noqa: S311 - an order
-        return order
+    def _shuffled(self, source: int, epoch: int) -> "array[int]":
+        return shuffled_order(len(self.sources[source]), f"{self._seed}:{self.sources[source].name}:{epoch}")

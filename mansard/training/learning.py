@@ -12,20 +12,21 @@ import numpy
 import torch
 
 from mansard.errors import BadInput
-from mansard.models.loading import choose_device, load_model, load_tokenizer
+from mansard.models.loading import choose_device, load_model
 from mansard.models.storeys import NewBlock, read_expansion
 from mansard.specs import Data, Train
 from mansard.training.adapters import plan as plan_adapters
 from mansard.training.adapters import train_adapters
 from mansard.training.anchor import Anchor
 from mansard.training.blocks import announcement, checkpoint_names, train_only
-from mansard.training.data import Batch, Mixture, Packed, pack_texts, read_texts, require_rows
+from mansard.training.data import Batch, Mixture, PackedText, require_rows
 from mansard.training.engines import CPU_THREADS, Engine
 from mansard.training.loop import Plan, run_loop
 from mansard.training.memory import peak_bytes
 from mansard.training.optimizer import Group
 from mansard.training.packing import check_fits
 from mansard.training.report import reporter
+from mansard.training.shards import Shards, open_shards
 from mansard.training.state import Checkpoints
 
 if TYPE_CHECKING:
@@ -77,7 +78,9 @@ def learn(
     with context.store.using(context.inputs["expansion"]) as expansion:
         blocks = read_expansion(context.store, context.inputs["expansion"]).new_blocks
         names = checkpoint_names(context.store, context.inputs["expansion"])
-        mixture, held_out = read_mixture(context, data, train, load_tokenizer(expansion))
+        training, held_out = mapped_texts(context, data, train)
+        weights, general = [s.weight for s in data.sources], {s.name for s in data.sources if not s.is_domain}
+        mixture = Mixture(training, weights, train.batch_sequences, data.seed, general)
         fractions = achieved_fractions(mixture, data, plan.schedule.steps)
         if train.adapter is not None:
             plan_adapters(names, train.adapter)
@@ -85,7 +88,7 @@ def learn(
         # Whole on the CPU first, where it is to be small on the device.
         waits = train.adapter is not None and train.adapter.method == "qlora"
         model = load_model(expansion, DTYPES[train.precision], device=None if waits else device)
-    highest = max(int(packed.tokens_RT.max()) for packed in (*mixture.sources, *held_out))
+    highest = max(text.highest_token for text in (*training, *held_out))
     check_fits(model.config, data.sequence_tokens, highest)
     if train.adapter is None:
         groups, frozen = train_only(model, names, train.learning_rates, train.frozen, train.new_blocks)
@@ -105,26 +108,21 @@ def learn(
     return Learned(blocks, trained, probe_BT, seen_BTV, fractions, cursor.curve, dict(frozen.digests))
 
 
-def read_mixture(
-    context: "StageContext",
-    data: Data,
-    train: Train,
-    tokenizer: Any,  # noqa: ANN401 - a transformers tokenizer
-) -> tuple[Mixture, list[Packed]]:
-    """The training mixture and the held-out texts; BadInput names the input that is missing, damaged or too short."""
+def mapped_texts(context: "StageContext", data: Data, train: Train) -> tuple[list[Shards], list[Shards]]:
+    """The training and the held-out texts of the sources, mapped; BadInput names the input that is missing, made for
+    another data section or too short."""
 
-    def packed(source: str, part: str, rows: int) -> Packed:
+    def opened(source: str, part: str, rows: int) -> Shards:
         name = f"data.{source}.{part}"
         if name not in context.inputs:
-            raise BadInput(f"{name}: no such input; one snapshot for each of data.sources is expected")
-        texts = read_texts(context.store.read_file(context.inputs[name], "data.jsonl"), name)
-        packed = pack_texts(source, texts, tokenizer, data.sequence_tokens, data.seed)
-        return require_rows(packed, name, rows)
+            raise BadInput(f"{name}: no such input; what stage tokenize makes of each of data.sources is expected")
+        text = open_shards(context.store, context.inputs[name], source)
+        if text.row_tokens != data.sequence_tokens:
+            raise BadInput(f"{name}: rows of {text.row_tokens} tokens, data.sequence_tokens is {data.sequence_tokens}")
+        return require_rows(text, name, rows)
 
-    training = [packed(s.name, "train", train.batch_sequences) for s in data.sources]
-    held_out = [packed(s.name, "held_out", 1) for s in data.sources]
-    general = {s.name for s in data.sources if not s.is_domain}
-    return Mixture(training, [s.weight for s in data.sources], train.batch_sequences, data.seed, general), held_out
+    training = [opened(s.name, "train", train.batch_sequences) for s in data.sources]
+    return training, [opened(s.name, "held_out", 1) for s in data.sources]
 
 
 def anchor_of(train: Train, data: Data, blocks: Sequence[NewBlock]) -> Anchor | None:
@@ -150,7 +148,7 @@ def achieved_fractions(mixture: Mixture, data: Data, steps: int) -> dict[str, fl
     return {name: rows / total for name, rows in taken.items()}
 
 
-def probe_of(held_out: list[Packed]) -> torch.Tensor:
+def probe_of(held_out: Sequence[PackedText]) -> torch.Tensor:
     """Token ids [B, T] of the first rows of every held-out text."""
-    rows = [source.tokens_RT[:PROBE_ROWS, :PROBE_TOKENS] for source in held_out]
+    rows = [source.rows(range(min(PROBE_ROWS, len(source))))[0][:, :PROBE_TOKENS] for source in held_out]
     return torch.from_numpy(numpy.concatenate(rows)).long()

@@ -12,7 +12,7 @@ import torch
 
 from mansard.errors import BadInput, StageFailed
 from mansard.specs import Train
-from mansard.training.data import Batch, Mixture, Packed
+from mansard.training.data import Batch, Mixture, PackedText
 from mansard.training.engines import Engine, Loss
 from mansard.training.feed import feed
 from mansard.training.optimizer import Schedule
@@ -65,7 +65,7 @@ class Moment:
 def run_loop(
     engine: Engine,
     mixture: Mixture,
-    held_out: Sequence[Packed],
+    held_out: Sequence[PackedText],
     plan: Plan,
     checkpoints: Checkpoints,
     report: Callable[[Moment], None],
@@ -85,7 +85,7 @@ def run_loop(
 def _steps(
     engine: Engine,
     mixture: Mixture,
-    held_out: Sequence[Packed],
+    held_out: Sequence[PackedText],
     plan: Plan,
     checkpoints: Checkpoints,
     report: Callable[[Moment], None],
@@ -157,12 +157,12 @@ def kept(checkpoints: Checkpoints) -> str:
 
 
 def _bits_per_byte(
-    engine: Engine, held_out: Sequence[Packed], step: int, checkpoints: Checkpoints
+    engine: Engine, held_out: Sequence[PackedText], step: int, checkpoints: Checkpoints
 ) -> dict[str, float]:
     """Of evenly spaced held-out rows; a token counts as the mean bytes of its source's tokens."""
     bits = {}
     for source in held_out:
-        count = len(source.tokens_RT)
+        count = len(source)
         rows = sorted({i * count // EVALUATION_ROWS for i in range(EVALUATION_ROWS)})
         loss = engine.evaluate([source.batch(rows[i : i + 16]) for i in range(0, len(rows), 16)])
         if not math.isfinite(loss.nats):

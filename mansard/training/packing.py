@@ -6,7 +6,7 @@ that reaches the end of a row goes on in the next one. Every segment starts with
 because every prompt that is served does. Shapes: R rows, B rows of a batch, T tokens of a row.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy
@@ -18,28 +18,44 @@ from mansard.errors import BadInput
 IGNORED = -100
 """The label of a token that predicts nothing (torch's cross-entropy skips it)."""
 
+CHUNK_TOKENS = 1 << 20
+
 Rows = NDArray[numpy.int32]
+Ids = NDArray[numpy.integer[Any]]
 
 
-def pack(documents: Iterable[Sequence[int]], row_tokens: int, bos: int | None) -> tuple[Rows, Rows]:
+def pack(documents: Iterable[Sequence[int] | Ids], row_tokens: int, bos: int | None) -> tuple[Rows, Rows]:
     """(tokens_RT, positions_RT) of the documents in order; what does not fill a last row is dropped."""
-    tokens: list[int] = []
-    positions: list[int] = []
+    chunks = [(numpy.empty((0, row_tokens), numpy.int32),) * 2, *packed_rows(documents, row_tokens, bos)]
+    return numpy.concatenate([tokens for tokens, _ in chunks]), numpy.concatenate([places for _, places in chunks])
+
+
+def packed_rows(
+    documents: Iterable[Sequence[int] | Ids], row_tokens: int, bos: int | None
+) -> Iterator[tuple[Rows, Rows]]:
+    """The same rows in order, about CHUNK_TOKENS tokens at a time. BadInput for rows that hold nothing but BOS."""
+    start = [] if bos is None else [bos]
+    begin = len(start)
+    if row_tokens <= begin:
+        raise BadInput(f"data.sequence_tokens is {row_tokens}: a row needs room for BOS and a token; 2 at the least")
+    size = max(1, CHUNK_TOKENS // row_tokens) * row_tokens
+    tokens, positions, filled = numpy.empty(size, numpy.int32), numpy.empty(size, numpy.int32), 0
+    count = numpy.arange(row_tokens, dtype=numpy.int32)
     for document in documents:
         taken = 0
         while taken < len(document):
-            room = row_tokens - len(tokens) % row_tokens
-            segment = [bos] if bos is not None else []
-            segment += document[taken : taken + room - len(segment)]
-            taken += len(segment) - (bos is not None)
-            tokens += segment
-            positions += range(len(segment))
-    rows = len(tokens) // row_tokens
-    shape = (rows, row_tokens)
-    return (
-        numpy.array(tokens[: rows * row_tokens], dtype=numpy.int32).reshape(shape),
-        numpy.array(positions[: rows * row_tokens], dtype=numpy.int32).reshape(shape),
-    )
+            segment = min(begin + len(document) - taken, row_tokens - filled % row_tokens)
+            tokens[filled : filled + begin] = start
+            tokens[filled + begin : filled + segment] = document[taken : taken + segment - begin]
+            positions[filled : filled + segment] = count[:segment]
+            taken += segment - begin
+            filled += segment
+            if filled == size:
+                yield tokens.reshape(-1, row_tokens), positions.reshape(-1, row_tokens)
+                tokens, positions, filled = numpy.empty_like(tokens), numpy.empty_like(positions), 0
+    whole = filled - filled % row_tokens
+    if whole:
+        yield tokens[:whole].reshape(-1, row_tokens), positions[:whole].reshape(-1, row_tokens)
 
 
 def labels_of(tokens_BT: torch.Tensor, positions_BT: torch.Tensor) -> torch.Tensor:

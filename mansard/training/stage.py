@@ -32,6 +32,7 @@ from mansard.training.loop import Plan
 from mansard.training.optimizer import Group
 from mansard.training.preflight import preflight
 from mansard.training.ranks import Ranks, learn_in_ranks
+from mansard.training.shards import check_shards
 from mansard.training.state import Checkpoints
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ PACKAGES = ("numpy", "peft", "safetensors", "tokenizers", "torch", "torchao", "t
 
 
 def run(context: "StageContext") -> SnapshotId:
+    check_shards(context.store, {n: s for n, s in context.inputs.items() if n.startswith("data.")})
     train = Train.model_validate(context.spec["train"])
     where = context.where.get("ranks")
     if where is None:

@@ -18,6 +18,7 @@ from mansard.evaluation.engine_api import post_json
 from mansard.evaluation.suites import take_suite
 from mansard.launch import Request, derive
 from mansard.models.model_files import model_config
+from mansard.models.tokenizer_files import take_tokenizer
 from mansard.serving.engine import Engine, EngineIdentity
 from mansard.site import Site, load_site
 from mansard.specs import Serve, Suite
@@ -127,6 +128,9 @@ def test_a_qwen3_is_upgraded_and_answers_through_vllm_as_its_files_say(tmp_path:
         proof = made(store, site, "prove", {"base": base, "expansion": expansion}, {**probe, "form": form})
         assert json.loads(store.read_file(proof, "proof.json"))["equal"] is True
     files = {"data.words.train": data, "data.words.held_out": store.put_files({"data.jsonl": lines(texts(1, 20))})}
+    rows = {"sequence_tokens": ROW_TOKENS, "seed": 0}
+    tokenizer = take_tokenizer(store, base)
+    files = {n: made(store, site, "tokenize", {"tokenizer": tokenizer, n: text}, rows) for n, text in files.items()}
     trained = made(store, site, "train", {"expansion": expansion, **files}, train_slice())
     curve = json.loads(store.read_file(trained, "training.json"))["curve"]
     assert curve[-1]["bits_per_byte"]["words"] < curve[0]["bits_per_byte"]["words"]

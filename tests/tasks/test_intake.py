@@ -12,7 +12,7 @@ from mansard.release import keys
 from mansard.site import load_site
 from mansard.specs import UpgradeSpec
 from mansard.store import Store
-from tasks.intake import asked_for, check_data_file, check_power, read_order, terms_of
+from tasks.intake import asked_for, check_power, read_order, terms_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -78,13 +78,6 @@ def test_a_bad_data_file_is_one_line_that_names_key_and_file(folder: Path, data:
     assert "data.sources.code.train" in str(raised.value)
     assert "code.train.jsonl" in str(raised.value)
     assert "\n" not in str(raised.value)
-
-
-def test_a_character_that_crosses_a_chunk_is_no_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tasks.intake.CHUNK_BYTES", 7)
-    path = tmp_path / "data.jsonl"
-    path.write_text('{"text": "äöü – 漢字"}\n', encoding="utf-8")
-    check_data_file(path, "here")
 
 
 def test_an_author_without_a_key_here_is_told_before_anything_starts(folder: Path) -> None:

@@ -48,17 +48,22 @@ def train_slice(steps: int, **train: Any) -> dict[str, Any]:
     }
 
 
-def put_data(store: Store) -> dict[str, str]:
+def tokenize(make_context: Any, model: str) -> dict[str, str]:
+    from mansard.models.tokenizer_files import take_tokenizer
+    from mansard.training import tokenize_stage
+
+    store = make_context({}, {}).store
     texts = [{"text": " ".join(f"word{(i * 7 + j) % 23}" for j in range(20)), "file": "a"} for i in range(20)]
     data = store.put_files({"data.jsonl": "".join(json.dumps(t) + "\n" for t in texts).encode()})
-    return {"data.code.train": data, "data.code.held_out": data}
+    inputs = {"tokenizer": take_tokenizer(store, model), "data.code.train": data}
+    made = tokenize_stage.run(make_context(inputs, {"sequence_tokens": ROW_TOKENS, "seed": 0}))
+    return {"data.code.train": made, "data.code.held_out": made}
 
 
 def train(make_context: Any, expansion: str, spec: dict[str, Any]) -> str:
     from mansard.training import stage
 
-    context = make_context({}, {})
-    return stage.run(make_context({"expansion": expansion, **put_data(context.store)}, spec))
+    return stage.run(make_context({"expansion": expansion, **tokenize(make_context, expansion)}, spec))
 
 
 def fuse(make_context: Any, expansion: str, trained: str) -> str:

@@ -2,15 +2,19 @@
 
 import json
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 
 import pytest
 
+from mansard.digest import digest_json
 from mansard.records import SnapshotId
 from mansard.specs import Expand
 from mansard.store import Store
+from mansard.worker import Channel, StageContext
 
 Fill = Callable[[Store], dict[str, SnapshotId]]
+ROW_TOKENS = 32
 SHAPE = {"vocabulary": 300, "hidden": 32, "intermediate": 64, "blocks": 2, "heads": 2, "max_tokens": 64}
 
 
@@ -32,9 +36,21 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def tokenized(store: Store, model: SnapshotId, name: str, text: bytes, row_tokens: int) -> SnapshotId:
+    """What stage `tokenize` makes of data.jsonl with a model's tokenizer; `name` is the input's."""
+    from mansard.models.tokenizer_files import take_tokenizer
+    from mansard.training import tokenize_stage
+
+    inputs = {"tokenizer": take_tokenizer(store, model), name: store.put_files({"data.jsonl": text})}
+    recipe = digest_json(inputs)
+    spec = {"sequence_tokens": row_tokens, "seed": 0}
+    context = StageContext(store, recipe, inputs, spec, {}, store.work(recipe), Channel(StringIO()))
+    return tokenize_stage.run(context)
+
+
 @pytest.fixture
 def fill(base_folder: Path) -> Fill:
-    """Puts the inputs of stage `train` into a store."""
+    """Puts the inputs of stage `train` into a store, in rows of 32 tokens."""
 
     def put(store: Store) -> dict[str, SnapshotId]:
         from mansard.models.expand import apply, plan
@@ -43,8 +59,8 @@ def fill(base_folder: Path) -> Fill:
         base = store.snapshot(base_folder)
         inputs = {"expansion": apply(store, base, plan(model_config(store, base), Expand(blocks=2)))}
         for name in ("code", "prose"):
-            inputs[f"data.{name}.train"] = store.put_files({"data.jsonl": jsonl(texts(name, 30))})
-            inputs[f"data.{name}.held_out"] = store.put_files({"data.jsonl": jsonl(texts(name.upper(), 10))})
+            for part, found in (("train", texts(name, 30)), ("held_out", texts(name.upper(), 10))):
+                inputs[f"data.{name}.{part}"] = tokenized(store, base, f"data.{name}.{part}", jsonl(found), ROW_TOKENS)
         return inputs
 
     return put

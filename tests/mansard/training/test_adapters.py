@@ -29,7 +29,7 @@ from mansard.training.ranks import check_ranks
 from mansard.training.state import Checkpoints
 from mansard.worker import Channel, StageContext
 from tests.mansard.models.conftest import MakeFamily, make_family  # noqa: F401 - a fixture
-from tests.mansard.training.conftest import jsonl, texts
+from tests.mansard.training.conftest import jsonl, texts, tokenized
 
 pytestmark = pytest.mark.slow
 
@@ -64,8 +64,8 @@ def expanded(store: Store, folder: Path) -> dict[str, SnapshotId]:
     base = store.snapshot(folder)
     inputs = {"expansion": apply(store, base, plan(model_config(store, base), Expand(blocks=2, positions=[0, 1])))}
     for name in ("code", "prose"):
-        inputs[f"data.{name}.train"] = store.put_files({"data.jsonl": jsonl(texts(name, 30))})
-        inputs[f"data.{name}.held_out"] = store.put_files({"data.jsonl": jsonl(texts(name.upper(), 10))})
+        for part, found in (("train", texts(name, 30)), ("held_out", texts(name.upper(), 10))):
+            inputs[f"data.{name}.{part}"] = tokenized(store, base, f"data.{name}.{part}", jsonl(found), ROW_TOKENS)
     return inputs
 
 

@@ -70,5 +70,5 @@ def test_what_cannot_be_used_is_refused_in_one_line(folder: Path) -> None:
         fuse(model)
     with pytest.raises(BadInput, match="tokenz"):
         train(model, [Text("law", "law.jsonl", is_domain=True)], tokens=1000, tokenz=3)
-    with pytest.raises(BadInput, match=r"nowhere\.jsonl: cannot be read"):
+    with pytest.raises(BadInput, match=r"law: cannot read nowhere\.jsonl: No such file"):
         train(model, [Text("law", "nowhere.jsonl", is_domain=True)], tokens=1000)
