@@ -82,6 +82,10 @@ chaos: setup
 bench-carry-on: setup
 	@$(MAIN) tests/benchmarks/bench_carry_on.py
 
+.PHONY: bench-carry-on-taps
+bench-carry-on-taps: setup
+	@$(MAIN) tests/benchmarks/carry_on_taps.py
+
 .PHONY: bench-carry-on-learning bench-carry-on-reasoning
 bench-carry-on-learning: setup
 	@$(MAIN) tests/benchmarks/carry_on_learning.py

@@ -3,7 +3,7 @@
 It is refused beside any other base, when a tensor is missing, and when a value is not finite.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from safetensors.torch import save
 
 from mansard.carry_on.branch import Branch, problems_of
 from mansard.composition.description import BranchDescription, check_base, described
+from mansard.composition.mixture import check_others
 from mansard.errors import BadInput, Corrupt
 from mansard.records import SnapshotId
 
@@ -24,13 +25,16 @@ def branch_bytes(description: BranchDescription, tensors: Mapping[str, torch.Ten
     return data
 
 
-def load_branch(path: Path, base: SnapshotId, dtype: torch.dtype | None = None) -> tuple[Branch, BranchDescription]:
-    """The branch in `dtype` (default: the file's). BadInput for another base than it was trained for, Corrupt where the
-    file cannot be read."""
+def load_branch(
+    path: Path, base: SnapshotId, dtype: torch.dtype | None = None, others: Sequence[SnapshotId] = ()
+) -> tuple[Branch, BranchDescription]:
+    """The branch in `dtype` (default: the file's). BadInput for another base than it was trained for, or other ones
+    beside it; Corrupt where the file cannot be read."""
     try:
         with safe_open(str(path), framework="pt") as file:
             description = described(file.metadata() or {}, str(path))
             check_base(description, base, str(path))
+            check_others(description, others, str(path))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (OSError, SafetensorError) as error:
         raise Corrupt(f"{path}: cannot be read: {error}; take the branch out of the store again") from error

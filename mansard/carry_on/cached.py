@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mansard.carry_on.sequences import Key, segments_of
-from mansard.carry_on.wire import Coded
+from mansard.carry_on.wire import Coded, side_by_side
 from mansard.digest import digest_bytes
 from mansard.errors import BadInput, Corrupt
 from mansard.records import SnapshotId
@@ -101,6 +101,18 @@ class CachedStates:
                     )
             shard.is_checked = True
         return shard
+
+
+@dataclass(frozen=True, slots=True)
+class AlignedStates:
+    """The caches of several bases on the same text: a token's states side by side, the first base's first."""
+
+    caches: tuple[CachedStates, ...]
+
+    def of(self, batch: Batch) -> tuple[Coded, list[int]]:
+        """As CachedStates.of; BadInput where a base lacks a sequence or keeps its states otherwise."""
+        found = [cache.of(batch) for cache in self.caches]
+        return side_by_side([coded for coded, _ in found]), found[0][1]
 
 
 def open_cache(store: Store, snapshot: SnapshotId) -> CachedStates:

@@ -6,11 +6,12 @@ while the base runs. Does not cover static caches, sliding windows in the branch
 (Gemma's softcap is refused). Legend: B rows, T tokens, D base width, W all states' width, S keys.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -23,19 +24,25 @@ from mansard.records import SnapshotId
 
 
 class CarryOnForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
-    """y(alpha) = W_head (x + alpha * g * f)."""
+    """y(alpha) = W_head (x + alpha * g * f). `others` are the bases of a mixture beside `base`, whose head is used."""
 
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
     """The base's attention is as it was loaded; this class has none of its own that could be told otherwise."""
 
-    def __init__(self, base: PreTrainedModel, branch: Branch, alpha: float) -> None:
+    def __init__(
+        self, base: PreTrainedModel, branch: Branch, alpha: float, others: Sequence[PreTrainedModel] = ()
+    ) -> None:
         super().__init__(base.config)
         width = base.get_output_embeddings().weight.shape[1]
         if branch.shape.base_width != width:
             raise BadInput(f"a branch for width {branch.shape.base_width} does not fit a base of width {width}")
         if getattr(base.config, "final_logit_softcapping", None) is not None:
             raise BadInput("this base caps its logits after the head; carry-ons of such bases are not supported")
+        widths = tuple(other.get_output_embeddings().weight.shape[1] for other in others)
+        if branch.shape.others != widths:
+            raise BadInput(f"a branch beside bases of widths {list(branch.shape.others)}; given: {list(widths)}")
         self.base = base
+        self.others = nn.ModuleList(others)
         self.branch = branch
         self.alpha = alpha
         self.generation_config = base.generation_config
@@ -59,14 +66,16 @@ class CarryOnForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         if position_ids is None:
             position_ids = _positions(input_ids, attention_mask, seen)
-        states_BTW = tapped_states(
-            self.base.get_decoder(),
-            self.branch.shape.taps,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        caches = self._caches(past_key_values)
+        states_BTW = torch.cat(
+            [
+                tapped_states(
+                    base.get_decoder(), taps, **inputs, past_key_values=next(caches), use_cache=use_cache
+                )
+                for base, taps in ((self.base, self.branch.shape.taps), *((other, ()) for other in self.others))
+            ],
+            dim=-1,
         )
         x_BTD = states_BTW[..., : self.branch.shape.base_width]
         mask = _mask(input_ids, attention_mask, seen)
@@ -74,18 +83,42 @@ class CarryOnForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
         y_BTD = joined(x_BTD, delta_BTD, self.alpha)[:, -logits_to_keep:]
         return CausalLMOutputWithPast(logits=self.base.get_output_embeddings()(y_BTD), past_key_values=past_key_values)
 
+    def _caches(self, cache: Cache | None) -> Iterator[Cache | None]:
+        """Every base's cache: the given one, and for the others views of layers behind the base's and the branch's, so
+        that what is done to all layers (beams sorted, tokens taken back) is done to theirs."""
+        yield cache
+        begin = _layers(self.base) + self.branch.shape.blocks
+        for other in self.others:
+            if cache is None:
+                yield None
+                continue
+            end = begin + _layers(other)
+            _lengthen(cache, end)
+            view = DynamicCache()
+            view.layers = cache.layers[begin:end]
+            begin = end
+            yield view
+
     def _keep(self, cache: Cache | None) -> Any:  # noqa: ANN401 - a branch's Keep, or None
         if cache is None:
             return None
-        first = self.config.get_text_config().num_hidden_layers
-        while len(cache.layers) < first + self.branch.shape.blocks:
-            cache.layers.append(DynamicLayer())
+        first = _layers(self.base)
+        _lengthen(cache, first + self.branch.shape.blocks)
 
         def keep(number: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             kept: tuple[torch.Tensor, torch.Tensor] = cache.layers[first + number].update(keys, values)
             return kept
 
         return keep
+
+
+def _layers(base: Any) -> int:  # noqa: ANN401 - a transformers model
+    return int(base.config.get_text_config().num_hidden_layers)
+
+
+def _lengthen(cache: Cache, layers: int) -> None:
+    while len(cache.layers) < layers:
+        cache.layers.append(DynamicLayer())
 
 
 def tapped_states(decoder: Any, taps: Sequence[int], **inputs: Any) -> torch.Tensor:  # noqa: ANN401 - the decoder's
@@ -108,11 +141,19 @@ def tapped_states(decoder: Any, taps: Sequence[int], **inputs: Any) -> torch.Ten
 
 
 def load_carry_on(
-    base_tree: Path, base: SnapshotId, branch_file: Path, alpha: float, dtype: torch.dtype | None = None
+    base_tree: Path,
+    base: SnapshotId,
+    branch_file: Path,
+    alpha: float,
+    dtype: torch.dtype | None = None,
+    others: Mapping[SnapshotId, Path] | None = None,
 ) -> CarryOnForCausalLM:
-    """Base and branch; `base` is the snapshot that `base_tree` was laid out from. BadInput for another one's branch."""
-    branch, _ = load_branch(branch_file, base, dtype)
-    model = CarryOnForCausalLM(load_model(base_tree, dtype), branch, alpha)
+    """Base and branch; `base` is the snapshot that `base_tree` was laid out from, `others` those of a mixture in their
+    order, and their trees. BadInput for another one's branch."""
+    beside = others or {}
+    branch, _ = load_branch(branch_file, base, dtype, list(beside))
+    loaded = [load_model(tree, dtype) for tree in beside.values()]
+    model = CarryOnForCausalLM(load_model(base_tree, dtype), branch, alpha, loaded)
     model.eval()
     return model
 

@@ -1,6 +1,7 @@
 """Stage `train-branch`: a branch learns on captured states. The base is never loaded: only its head's rows are opened.
 
-Inputs: `artifact` (the base as served), `capture`. Spec: {"data", "branch", "train", "alphas"}. Makes
+Inputs: `artifact` (the base as served), `capture`; of a mixture also `artifact.1`, `capture.1` and so on: bases beside
+the first, of the same tokenizer, captured on the same text. Spec: {"data", "branch", "train", "alphas"}. Makes
 branch.safetensors (in bf16, as it is served) and branch.json: the curve, and held-out bits per byte of every source at
 every alpha (computed with the branch as saved). Loop, data, checkpoints and resuming are those of the Pro blocks'
 training.
@@ -18,12 +19,13 @@ from mansard.canonical import canonical_json
 from mansard.carry_on.account import account
 from mansard.carry_on.branch import Branch
 from mansard.carry_on.branch_file import branch_bytes
-from mansard.carry_on.cached import CachedStates, open_cache
+from mansard.carry_on.cached import AlignedStates, CachedStates, open_cache
 from mansard.carry_on.flat import FlatWeights
 from mansard.carry_on.head import Head, head_rows
 from mansard.carry_on.loader import MICRO_TOKENS, Loader
 from mansard.carry_on.node_engine import BranchEngine
 from mansard.composition.description import FILE, BranchDescription
+from mansard.composition.mixture import check_tokenizers, others_of
 from mansard.composition.shape import BranchShape, shape_of, shape_of_size
 from mansard.errors import BadInput
 from mansard.records import SnapshotId
@@ -61,18 +63,21 @@ def run(context: "StageContext") -> SnapshotId:
         raise BadInput(
             f"the states were captured with taps {list(cache.taps)}, branch.taps is {branch_spec.taps}; capture again"
         )
-    shape = shape_for(branch_spec, cache.width)
+    others = _others(context)
+    shape = shape_for(branch_spec, cache.width, [other.width for other in others])
     mixture, held_out = _texts(cache, data, train)
     plan = plan_of(train, data.sequence_tokens)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    loader = Loader(cache, mixture, MICRO_TOKENS, is_pinned=device.type == "cuda")
+    states = AlignedStates((cache, *others)) if others else cache
+    loader = Loader(states, mixture, MICRO_TOKENS, is_pinned=device.type == "cuda")
     branch, engine = make_engine(context, loader, shape, train, device)
     _tell(context, shape, engine, plan, data.sequence_tokens)
     looped: Any = engine  # the loop's engine and mixture by their methods
     batches: Any = loader
     cursor = run_loop(looped, batches, held_out, plan, Checkpoints(context.work), reporter(context, plan))
     loader.close()
-    description = BranchDescription(context.inputs["artifact"], shape, train.alpha)
+    beside = tuple(artifact for artifact, _ in others_of(context.inputs))
+    description = BranchDescription(context.inputs["artifact"], shape, train.alpha, beside)
     saved = branch_bytes(description, engine.trained(), torch.bfloat16)
     with torch.no_grad():  # judged as it is served
         for name, parameter in branch.named_parameters():
@@ -96,12 +101,29 @@ def run(context: "StageContext") -> SnapshotId:
     return context.store.snapshot(output)
 
 
-def shape_for(spec: BranchSpec, base_width: int) -> BranchShape:
+def _others(context: "StageContext") -> list[CachedStates]:
+    """The other bases' caches; BadInput where one's tokens are not the first base's, or it has taps."""
+    found = others_of(context.inputs)
+    if found:
+        check_tokenizers(context.store, [context.inputs["artifact"], *(artifact for artifact, _ in found)])
+    caches = []
+    for artifact, capture in found:
+        cache = open_cache(context.store, capture)
+        if cache.facts["base"] != artifact or cache.taps:
+            raise BadInput(
+                f"capture {capture[:12]} is of base {cache.facts['base'][:12]} with taps {list(cache.taps)}; the final "
+                f"states of base {artifact[:12]} alone are expected"
+            )
+        caches.append(cache)
+    return caches
+
+
+def shape_for(spec: BranchSpec, base_width: int, others: Sequence[int] = ()) -> BranchShape:
     """The shape that the spec asks for: a width, or a number of parameters."""
     if spec.width is not None:
-        return shape_of(base_width, spec.width, spec.blocks, spec.taps)
+        return shape_of(base_width, spec.width, spec.blocks, spec.taps, others)
     assert spec.parameters is not None, "the spec has one of the two"
-    return shape_of_size(base_width, spec.parameters, spec.blocks, spec.taps)
+    return shape_of_size(base_width, spec.parameters, spec.blocks, spec.taps, others)
 
 
 def plan_of(train: BranchTrain, sequence_tokens: int) -> Plan:

@@ -5,7 +5,7 @@ would round them to nothing. Where a token has several states (taps, other bases
 Legend: N tokens, D width (of all states of a token), S sequences, K states of a token.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -64,6 +64,20 @@ def encode(states_ND: torch.Tensor, starts: list[int], scheme: Scheme, states: i
     if states == 1:
         return Coded(codes, scales_NK[:, 0], first_SD)
     return Coded(codes, scales_NK, first_SD, (values.shape[-1],) * states)
+
+
+def side_by_side(parts: Sequence[Coded]) -> Coded:
+    """One row a token of several bases' states of the same tokens; BadInput where they are kept in different ways."""
+    kinds = {part.states_ND.dtype for part in parts}
+    if len(kinds) > 1:
+        raise BadInput("the bases' states are kept in different schemes; capture all with one capture.scheme")
+    states_ND = torch.cat([part.states_ND.view(torch.uint8) for part in parts], dim=-1).view(kinds.pop())
+    scales = [part.scales_N.view(len(states_ND), -1) for part in parts if part.scales_N is not None]
+    firsts = [part.first_SD for part in parts if part.first_SD is not None]
+    if not scales:
+        return Coded(states_ND)
+    widths = tuple(width for part in parts for width in part.widths or part.states_ND.shape[-1:])
+    return Coded(states_ND, torch.cat(scales, dim=-1), torch.cat(firsts, dim=-1), widths)
 
 
 def decode(coded: Coded, first_rows: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

@@ -16,11 +16,13 @@ METADATA = "carry_on"
 
 @dataclass(frozen=True, slots=True)
 class BranchDescription:
-    """`base` is the artifact whose states it was trained on; `trained_alpha` is the alpha of its training."""
+    """`base` is the artifact whose states it was trained on; `trained_alpha` is the alpha of its training. `others` are
+    the artifacts of the other bases of a mixture, in the order of `shape.others`."""
 
     base: SnapshotId
     shape: BranchShape
     trained_alpha: float
+    others: tuple[SnapshotId, ...] = ()
 
     def metadata(self) -> dict[str, str]:
         """For the file's header."""
@@ -29,6 +31,7 @@ class BranchDescription:
             "base": self.base,
             "shape": self.shape.as_json(),
             "trained_alpha": self.trained_alpha,
+            **({"others": list(self.others)} if self.others else {}),
         }
         return {METADATA: canonical_json(told).decode()}
 
@@ -40,7 +43,8 @@ def described(metadata: dict[str, str], where: str) -> BranchDescription:
     value: dict[str, Any] = json.loads(metadata[METADATA])
     if value.get("format") != FORMAT:
         raise BadInput(f"{where}: branch format {value.get('format')!r}; this Mansard reads format {FORMAT}")
-    return BranchDescription(value["base"], BranchShape.from_json(value["shape"]), value["trained_alpha"])
+    others = tuple(value.get("others", ()))
+    return BranchDescription(value["base"], BranchShape.from_json(value["shape"]), value["trained_alpha"], others)
 
 
 def check_base(description: BranchDescription, base: SnapshotId, where: str) -> None:

@@ -104,14 +104,18 @@ ServeStates = Callable[..., StatesServer]
 
 @pytest.fixture
 def serve_states(base_model: Any) -> Iterator[ServeStates]:
-    """serve_states(dies_after=None, root=..., scale=1.0, taps=()) -> a node that serves."""
+    """serve_states(dies_after=None, root=..., scale=1.0, taps=(), model=the base) -> a node that serves."""
     running: list[ThreadingHTTPServer] = []
 
     def start(
-        dies_after: int | None = None, root: str = "/models/base", scale: float = 1.0, taps: tuple[int, ...] = ()
+        dies_after: int | None = None,
+        root: str = "/models/base",
+        scale: float = 1.0,
+        taps: tuple[int, ...] = (),
+        model: Any = base_model,
     ) -> StatesServer:
         made = StatesServer("", dies_after=dies_after, root=root, scale=scale, taps=taps)
-        server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(base_model, made))
+        server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(model, made))
         made.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
         threading.Thread(target=server.serve_forever, daemon=True).start()
         running.append(server)

@@ -1,5 +1,6 @@
 """Branches that read several layers of one base: captured, learned, computed by the Hugging Face class."""
 
+import importlib
 import io
 import json
 from pathlib import Path
@@ -161,3 +162,19 @@ def test_a_node_without_the_taps_a_layer_that_is_none_and_another_capture_are_re
     plain = captured(filled, serve_states(), tmp_path / "c", "bf16", [])
     with pytest.raises(BadInput, match="capture again"):
         trained(filled, plain, tmp_path / "t", TAPS)
+
+
+def test_the_small_form_of_the_benchmark_compares_taps_and_mixture_with_the_plain_form(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+    benchmark = importlib.import_module("carry_on_taps")
+    assert benchmark.main(["--device", "cpu", "--small"]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    parameters = [form["parameters"] for form in told["forms"].values()]
+    assert max(parameters) <= benchmark.SMALL.parameters < 1.2 * min(parameters)
+    assert set(told["gains"]) == {"even", "mixture"}
+    before = told["base"]["bits_per_byte"]["first"]["code"]
+    assert all(form["bits_per_byte"]["mean"] < before for form in told["forms"].values())
+    assert sum(told["forms"]["even"]["shares"]) == pytest.approx(1.0, abs=1e-3)
+    assert benchmark.verdict({"low": -0.2, "high": -0.1}) == "refuted"
