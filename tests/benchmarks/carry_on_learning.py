@@ -29,7 +29,7 @@ from mansard.demo.corpus import Document, read_domains, without_near_duplicates
 from mansard.training.data import Mixture, Packed, pack_texts
 from mansard.training.engines import CPU_THREADS
 
-PACKAGES = ("numpy", "networkx", "sympy", "torch")
+PACKAGES = ("numpy", "networkx", "sympy")
 SKIPPED = frozenset({"test", "tests", "site-packages", "dist-packages", "lib2to3", "_internal", "testing"})
 HELD_OUT_SHARE = 0.06
 
@@ -55,7 +55,7 @@ class Size:
 
 LARGE = Size(
     model={"vocabulary": 4096, "hidden": 512, "intermediate": 1408, "blocks": 8, "heads": 8, "max_tokens": 512},
-    files=0, row_tokens=512, base_rows=64, base_steps=800, base_rate=1e-3, rows=16, steps=700, evaluations=25,
+    files=0, row_tokens=512, base_rows=64, base_steps=600, base_rate=1e-3, rows=16, steps=600, evaluations=20,
     parameters=1_270_000, most_rates=5, seeds=3,
     rates={"branch": (5e-4, 1.5e-3, 5e-3), "lora": (5e-4, 1.5e-3, 5e-3), "full": (1e-4, 3e-4, 1e-3)},
 )  # fmt: skip
@@ -141,7 +141,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--small", action="store_true", help="some seconds on a CPU: that it runs, not what is true")
-    parser.add_argument("--output", type=Path, default=Path("carry-on-learning"))
+    parser.add_argument("--output", type=Path, default=Path(".mansard/carry-on-learning"))
     chosen = parser.parse_args(arguments)
     device, dtype = choose_device(chosen.device)
     size = SMALL if chosen.small else LARGE

@@ -79,6 +79,26 @@ def sums_line(draw: random.Random) -> str:
     return "; ".join(sums) + "\n"
 
 
+def chain_line(made: Problem) -> str:
+    """The same chain in another notation, as a base may have seen it: "7 +12 *3 -> 7+12=19, 19*3=57"."""
+    first, *others = re.findall(r"[-+*]?\d+", made.expression)
+    return f"{first} {' '.join(others)} -> {', '.join(made.steps)}\n"
+
+
+def known_lines(count: int, seed: int, with_chains: bool, without: Iterable[Problem]) -> list[str]:
+    """What a base learns beforehand; with chains, every other line is one, of no problem in `without`."""
+    draw = random.Random(seed)
+    asked = {p.expression for p in without}
+    lines: list[str] = []
+    while len(lines) < count:
+        if with_chains and len(lines) % 2:
+            made = problem(draw)
+            lines += [] if made.expression in asked else [chain_line(made)]
+        else:
+            lines.append(sums_line(draw))
+    return lines
+
+
 def answer_in(text: str) -> int | None:
     """The number after the last "so", or else the last number; None where there is none."""
     found = re.findall(r"so (\d+)", text) or re.findall(r"\d+", text)

@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import random
 import re
 from pathlib import Path
 from types import ModuleType
@@ -48,7 +47,7 @@ def test_every_way_learns_the_same_tokens_with_as_many_parameters(
 @pytest.mark.slow
 def test_a_branch_is_asked_what_its_samples_did_not_hold(load: Any, capsys: pytest.CaptureFixture[str]) -> None:
     benchmark: ModuleType = load("carry_on_reasoning")
-    assert benchmark.main(["--device", "cpu", "--small"]) == 0
+    assert benchmark.main(["--device", "cpu", "--small", "--base", "chains"]) == 0
     report = last_line(capsys)
     branch = report["ways"]["branch"]
     assert branch["file_bytes"] >= 2 * branch["parameters"]
@@ -69,9 +68,18 @@ def test_every_worked_step_is_right_and_the_last_one_is_the_answer(load: Any) ->
         assert eval(problem.expression) == problem.answer == arithmetic.answer_in(problem.solution)
         sides = [re.fullmatch(r"(\d+[-+*]\d+)=(\d+)", step).groups() for step in problem.steps]  # type: ignore[union-attr]
         assert all(eval(left) == int(right) for left, right in sides)
-    draw = random.Random(0)
-    for found in re.findall(r"(\d+[-+*]\d+)=(\d+)", "".join(arithmetic.sums_line(draw) for _ in range(300))):
+    for found in re.findall(r"(\d+[-+*]\d+)=(\d+)", "".join(arithmetic.known_lines(600, 0, True, []))):
         assert eval(found[0]) == int(found[1])
+
+
+def test_a_base_has_seen_no_chain_that_it_is_asked(load: Any) -> None:
+    arithmetic: ModuleType = load("worked_arithmetic")
+    asked = arithmetic.problems(5000, 1)
+    chains = {arithmetic.chain_line(p) for p in asked}
+    assert chains & set(arithmetic.known_lines(5000, 0, True, []))
+    assert not chains & set(arithmetic.known_lines(5000, 0, True, asked))
+    problem = arithmetic.Problem("((7+12)*3)", ("7+12=19", "19*3=57"), 57)
+    assert arithmetic.chain_line(problem) == "7 +12 *3 -> 7+12=19, 19*3=57\n"
 
 
 def test_problems_asked_are_in_no_sample(load: Any) -> None:
