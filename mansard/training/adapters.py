@@ -139,7 +139,7 @@ def _check_rows(parameters: Mapping[str, nn.Parameter], linears: tuple[str, ...]
 def _compare(found: Set[str], wanted: Set[str], what: str) -> None:
     if found != wanted:
         differing = sorted(found ^ wanted)
-        raise StageFailed(f"peft made other {what} than it was asked for, e.g. {differing[0]}; this is a bug: tell us")
+        raise StageFailed(f"peft made other {what} than those of the new blocks, e.g. {differing[0]}")
 
 
 def _held(parameter: str, linears: tuple[str, ...]) -> str:

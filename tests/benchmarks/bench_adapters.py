@@ -3,7 +3,8 @@
 On a CPU the demo's shape in float32; on a GPU Llama-2-7B's shape with 8 even new blocks, sequence 4096, one row a
 micro-batch, bf16, random weights. Rank 16 on every linear of the new blocks. `weights_mb` are the model's as they stand
 in memory, `checkpoint_mb` is what a checkpoint holds (what trains in float32, its moments); on a GPU `peak_gib` is
-torch's, and `forecast_error` the preflight's memory over it. The last line is JSON.
+torch's, and `forecast_error` the preflight's memory over it. On a CPU adapters_learning.py then says what each learns.
+The last line is JSON.
 """
 
 import json
@@ -29,11 +30,14 @@ RANK = 16
 WARM_STEPS, TIMED_STEPS = 2, 8
 
 
+def adapter_of(case: str) -> dict[str, Any] | None:
+    return None if case == "whole" else {"method": case, "rank": RANK, "alpha": 2.0 * RANK}
+
+
 def section(case: str, precision: str, rows: int, tokens: int) -> Train:
-    adapter = None if case == "whole" else {"method": case, "rank": RANK, "alpha": 2.0 * RANK}
     return Train.model_validate(
         {"tokens": rows * tokens, "batch_sequences": rows, "learning_rates": LearningRates(new_blocks=1e-4),
-         "precision": precision, "adapter": adapter}
+         "precision": precision, "adapter": adapter_of(case)}
     )  # fmt: skip
 
 
@@ -101,6 +105,13 @@ def main() -> int:
         done = subprocess.run([sys.executable, __file__, case], stdout=subprocess.PIPE, text=True, check=True)
         found[case] = json.loads(done.stdout.splitlines()[-1])
         print(case, found[case], flush=True)
+    if not torch.cuda.is_available():
+        from adapters_learning import learned
+
+        with tempfile.TemporaryDirectory() as folder:
+            for case, figures in learned(Path(folder), {case: adapter_of(case) for case in CASES}).items():
+                found[case] |= {name: round(value, 4) for name, value in figures.items()}
+                print(case, found[case], flush=True)
     print(json.dumps(found))
     return 0
 
