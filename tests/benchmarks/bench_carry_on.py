@@ -2,10 +2,11 @@
 cache's schemes, later epochs.
 
 `greedy_equal_fraction`: tokens of a float32 engine with the plugin (continuous batching, chunked prefill, prefix
-caching) that equal the Hugging Face class's. `branches_served_at_once`: branches of which requests in one batch on one
-running base all got their own branch's answer. `fp8_loss_ratio`, `int8_loss_ratio`: held-out loss after the same
-training on states kept in 8 bits, against bf16. `later_epoch_ratio`: the first epoch (states from the engine, then
-training) against a later one. Prints one JSON line last.
+caching) that equal the Hugging Face class's; `tapped_...`: of a branch that reads every layer, and the largest relative
+distance of the states that an engine gives for it (bf16 rounds by 0.002). `branches_served_at_once`: branches of which
+requests in one batch on one running base all got their own branch's answer. `fp8_loss_ratio`, `int8_loss_ratio`:
+held-out loss after the same training on states kept in 8 bits, against bf16. `later_epoch_ratio`: the first epoch
+(states from the engine, then training) against a later one. Prints one JSON line last.
 """
 
 import contextlib
@@ -21,16 +22,20 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 
 from mansard.canonical import canonical_json
 from mansard.carry_on import capture_stage, train_stage
 from mansard.carry_on.branch import Branch
 from mansard.carry_on.branch_file import branch_bytes
-from mansard.carry_on.model import CarryOnForCausalLM, load_carry_on
+from mansard.carry_on.model import CarryOnForCausalLM, load_carry_on, tapped_states
+from mansard.carry_on.nodes import Node
+from mansard.carry_on.sequences import TokenSequence
 from mansard.composition.compose import compose, compose_slots
 from mansard.composition.description import FILE, BranchDescription
 from mansard.composition.shape import BranchShape, shape_of
+from mansard.composition.tapping import tapped_config
 from mansard.demo.base import save_base, train_tokenizer, untrained_model
 from mansard.errors import MansardError
 from mansard.evaluation.engine_api import get_json, post_json
@@ -46,6 +51,11 @@ BRANCHES = 16
 PROMPTS, TOKENS = 14, 24
 START_SECONDS = 900.0
 EPOCH_ROWS = 320
+POOLING = [
+    "--runner=pooling",
+    '--pooler-config={"task": "token_embed", "use_activation": false}',
+    "--no-enable-prefix-caching",
+]
 CHUNKED = ["--max-num-batched-tokens=96", "--enable-chunked-prefill", "--max-num-seqs=96"]
 
 
@@ -56,11 +66,13 @@ def main() -> int:
         store, base, tree = make_base(work)
         report = {
             **served_equally(work, store, base, tree),
+            **tapped(work, store, base, tree),
             **many_branches(work, store, base, tree),
             **cache_schemes(work, store, base, tree),
         }
     print(json.dumps(report))
-    is_served = report["greedy_equal_fraction"] == 1.0 and report["branches_served_at_once"] == BRANCHES
+    is_equal = report["greedy_equal_fraction"] == report["tapped_greedy_equal_fraction"] == 1.0
+    is_served = is_equal and report["branches_served_at_once"] == BRANCHES
     return 0 if is_served and report["fp8_loss_ratio"] <= 1.01 else 1
 
 
@@ -131,6 +143,34 @@ def served_equally(work: Path, store: Store, base: str, tree: Path) -> dict[str,
     }
 
 
+def tapped(work: Path, store: Store, base: str, tree: Path) -> dict[str, Any]:
+    """A branch that reads every layer: the states that an engine in pooling mode gives for it, and the answers of one
+    that serves it, beside the Hugging Face class."""
+    taps = list(range(1, SHAPE["blocks"]))
+    overrides = f"--hf-overrides={json.dumps(tapped_config(store, base, taps))}"
+    asked = [TokenSequence(b"", numpy.array(p, dtype=numpy.int32)) for p in prompts()]
+    with engine(work, tree, [*POOLING, overrides]) as endpoint:
+        given = Node(endpoint, "base").states(asked)
+    shape = shape_of(SHAPE["hidden"], 64, 2, taps)
+    folder = make_branch(work / "tapped", base, 2, shape)
+    model = load_carry_on(tree, base, folder / FILE, 0.75, torch.float32)
+    distances = []
+    for sequence, states in zip(asked, given, strict=True):
+        with torch.no_grad():
+            wanted = tapped_states(model.base.get_decoder(), taps, input_ids=torch.tensor(sequence.tokens)[None])[0]
+        parts = zip(states.float().chunk(len(shape.widths), -1), wanted.chunk(len(shape.widths), -1), strict=True)
+        distances += [float((part - right).norm() / right.norm()) for part, right in parts]
+    served = work / "served-tapped"
+    store.restore(compose(store, base, store.snapshot(folder), 0.75), served)
+    expected = [reference(model, p) for p in prompts()]
+    with engine(work, served, []) as endpoint:
+        found = ask_all(endpoint, [("base", p) for p in prompts()])
+    return {
+        "tapped_greedy_equal_fraction": equal_fraction(expected, found),
+        "tapped_states_distance": round(max(distances), 5),
+    }
+
+
 def many_branches(work: Path, store: Store, base: str, tree: Path) -> dict[str, Any]:
     """Sixteen branches on one running base, loaded while it runs, all asked at once, with the base beside them."""
     shape = shape_of(128, 64, 2)
@@ -185,8 +225,7 @@ def cache_schemes(work: Path, store: Store, base: str, tree: Path) -> dict[str, 
         "evaluate_every_steps": 10_000, "checkpoint_every_steps": 10_000,
     }  # fmt: skip
     losses, told = {}, {}
-    pooling = ["--runner=pooling", '--pooler-config={"task": "token_embed", "use_activation": false}']
-    with engine(work, tree, [*pooling, "--no-enable-prefix-caching"], dtype="bfloat16") as endpoint:
+    with engine(work, tree, POOLING, dtype="bfloat16") as endpoint:
         for scheme in ("bf16", "fp8", "int8"):
             spec = {"data": data, "scheme": scheme, "rows": rows, "serve": {}, "engine": {}}
             where = {"nodes": [{"endpoint": endpoint, "served_name": "base"}]}
