@@ -10,6 +10,7 @@ from mansard.models.tokenizer_files import take_tokenizer
 from mansard.records import Derivation, SnapshotId
 from mansard.site import Site
 from mansard.specs import Data, Train
+from mansard.store import Store
 from tasks import policy
 from tasks.derivation import Asked, Work, derive_many, derive_one
 from tasks.snapshots import TakenData
@@ -17,30 +18,31 @@ from tasks.snapshots import TakenData
 
 @dataclass(frozen=True, slots=True)
 class TokenizedText:
-    """One part (`train` or `held_out`) of one source, tokenized."""
+    """One part (`train` or `held_out`) of one source, tokenized; it is the input data.SOURCE.PART of a training."""
 
-    source: str
-    part: str
+    input_name: str
     made: Derivation
-
-    @property
-    def input_name(self) -> str:
-        return f"data.{self.source}.{self.part}"
 
 
 @policy.derivation
 def tokenize(work: Work, model: SnapshotId, data: tuple[TakenData, ...], mixture: Data) -> tuple[TokenizedText, ...]:
     """Every text as shards of packed rows; one process makes those that no model with this tokenizer had made."""
-    tokenizer = take_tokenizer(work.store, model)
-    parts = [(d.name, part, text) for d in data for part, text in (("train", d.train), ("held_out", d.held_out))]
+    asked = tokenize_asked(work.store, model, data, mixture)
+    made = derive_many(work, list(asked.values()))
+    return tuple(TokenizedText(name, one) for name, one in zip(asked, made, strict=True))
+
+
+def tokenize_asked(store: Store, model: SnapshotId, data: tuple[TakenData, ...], mixture: Data) -> dict[str, Asked]:
+    """By the input's name, data.SOURCE.PART. Nothing in it depends on the model's weights or depth."""
+    tokenizer = take_tokenizer(store, model)
     spec = {"sequence_tokens": mixture.sequence_tokens, "seed": mixture.seed}
-    asked = []
-    for source, part, text in parts:
-        name = f"data.{source}.{part}"
-        request = Request("tokenize", {"tokenizer": tokenizer, name: text}, spec)
-        asked.append(Asked(request, f"tokenize {source} {part}", frozenset({name})))
-    made = derive_many(work, asked)
-    return tuple(TokenizedText(source, part, one) for (source, part, _), one in zip(parts, made, strict=True))
+    asked = {}
+    for source in data:
+        for part, text in (("train", source.train), ("held_out", source.held_out)):
+            name = f"data.{source.name}.{part}"
+            request = Request("tokenize", {"tokenizer": tokenizer, name: text}, spec)
+            asked[name] = Asked(request, f"tokenize {source.name} {part}", frozenset({name}))
+    return asked
 
 
 @policy.derivation

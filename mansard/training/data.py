@@ -37,6 +37,11 @@ class Batch:
     def rows(self, chosen: slice | torch.Tensor) -> "Batch":
         return self.each(lambda tensor: tensor[chosen])
 
+    def of_rank(self, rank: int, world: int) -> "Batch":
+        """The rows that one of `world` ranks takes; all of them together take each row once."""
+        rows = len(self.tokens_BT) // world
+        return self.rows(slice(rank * rows, (rank + 1) * rows))
+
     def parts(self, rows: int | None) -> "list[Batch]":
         """In pieces of at most `rows` rows (None: one), rows of one segment first in each."""
         count = len(self.tokens_BT)

@@ -82,7 +82,7 @@ class DeepSpeedEngine(ModelEngine):
         self.module.train()
         labels = int((batch.labels_BT != IGNORED).sum())
         sums = torch.zeros(2, device=self.device)
-        parts = self._rows_of_rank(batch).parts(self.micro_batch_sequences)
+        parts = batch.of_rank(self._rank, self._world).parts(self.micro_batch_sequences)
         for number, part in enumerate(parts):
             sums_of_part = self.module(part)
             self.module.backward(self.objective.weighed(sums_of_part) * (self._world / labels), scale_wrt_gas=False)
@@ -162,6 +162,3 @@ class DeepSpeedEngine(ModelEngine):
         assert value is not None, "ZeRO holds a master of every trained parameter"
         return value
 
-    def _rows_of_rank(self, batch: Batch) -> Batch:
-        rows = len(batch.tokens_BT) // self._world
-        return batch.rows(slice(self._rank * rows, (self._rank + 1) * rows))

@@ -1,16 +1,27 @@
 """A text in shards trains as the same text in memory does, whatever its size, and a damaged shard is found."""
 
+import json
+import tracemalloc
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from mansard import store_stream
+from mansard.errors import BadInput, Corrupt
 from mansard.models.loading import load_tokenizer
+from mansard.models.tokenizer_files import take_tokenizer
 from mansard.records import SnapshotId
+from mansard.snapshot import Blob
 from mansard.store import Store
-from mansard.training import shards
+from mansard.store_stream import CHUNK_BYTES, file_chunks
+from mansard.training import packing, shards
 from mansard.training.data import Mixture, Packed, pack_texts
-from mansard.training.shards import open_shards
+from mansard.training.packing import Rows, pack, packed_rows
+from mansard.training.shards import check_shards, open_shards, write_shards
 from tests.mansard.training.conftest import jsonl, texts, tokenized
 
 ROW_TOKENS = 32
@@ -46,3 +57,133 @@ def test_batches_from_shards_are_those_of_the_text_in_memory(
         assert torch.equal(one.tokens_BT, other.tokens_BT)
         assert torch.equal(one.positions_BT, other.positions_BT)
         assert torch.equal(one.labels_BT, other.labels_BT)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_any_number_of_ranks_sees_the_batches_of_one(store: Store, base_folder: Path, world: int) -> None:
+    base = store.snapshot(base_folder)
+    made = tokenized(store, base, "data.code.train", jsonl(texts("code", 40)), ROW_TOKENS)
+    alone = Mixture([open_shards(store, made, "code")], [1.0], 4, 0)
+    ranks = [Mixture([open_shards(store, made, "code")], [1.0], 4, 0) for _ in range(world)]
+    for step in (0, 3, 40):
+        parts = [mixture.batch(step).of_rank(rank, world) for rank, mixture in enumerate(ranks)]
+        assert {len(part.tokens_BT) for part in parts} == {4 // world}
+        assert torch.equal(torch.cat([part.tokens_BT for part in parts]), alone.batch(step).tokens_BT)
+        assert torch.equal(torch.cat([part.labels_BT for part in parts]), alone.batch(step).labels_BT)
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 9), max_size=20), max_size=12),
+    st.integers(2, 7),
+    st.sampled_from([None, 10]),
+    st.integers(1, 30),
+)
+def test_rows_that_come_in_chunks_are_those_of_one_piece(
+    documents: list[list[int]], row_tokens: int, bos: int | None, chunk_tokens: int
+) -> None:
+    whole = pack(documents, row_tokens, bos)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(packing, "CHUNK_TOKENS", chunk_tokens)
+        chunks = list(packed_rows(documents, row_tokens, bos))
+    assert all(0 < len(tokens) <= max(1, chunk_tokens // row_tokens) for tokens, _ in chunks)
+    for kind in (0, 1):
+        assert [row for chunk in chunks for row in chunk[kind].tolist()] == whole[kind].tolist()
+
+
+def test_a_row_of_nothing_but_bos_is_refused() -> None:
+    with pytest.raises(BadInput, match=r"data\.sequence_tokens is 1: .* 2 at the least"):
+        list(packed_rows([[1, 2]], 1, 0))
+
+
+@pytest.mark.parametrize(("highest", "dtype"), [(300, "<u2"), (1 << 16, "<u4")])
+def test_tokens_take_the_bytes_that_the_vocabulary_needs(
+    store: Store, tmp_path: Path, highest: int, dtype: str
+) -> None:
+    rows: Rows = numpy.array([[highest, 1, 2], [3, 4, 5]], numpy.int32)
+    (folder := tmp_path / "made").mkdir()
+    write_shards(folder, [(rows, rows % 3)], 3, highest, {"bytes_per_token": 2.0})
+    found = open_shards(store, store.snapshot(folder), "code")
+    assert json.loads((folder / "shards.json").read_bytes())["tokens_dtype"] == dtype
+    assert found.rows([1, 0])[0].tolist() == rows[[1, 0]].tolist()
+    assert found.rows([0])[1].tolist() == (rows % 3)[[0]].tolist()
+
+
+def flip(store: Store, snapshot: SnapshotId, name: str) -> str:
+    """Change one byte of a file's object; returns the object."""
+    file = store.manifest(snapshot).files[name]
+    assert isinstance(file, Blob)
+    path = store.root / "objects" / file.object[:2] / file.object
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.chmod(0o644)
+    path.write_bytes(data)
+    return file.object
+
+
+def test_a_flipped_bit_in_a_shard_is_found_before_training(store: Store, base_folder: Path) -> None:
+    base = store.snapshot(base_folder)
+    made = {"data.code.train": tokenized(store, base, "data.code.train", jsonl(texts("code", 40)), ROW_TOKENS)}
+    check_shards(store, made)
+    damaged = flip(store, made["data.code.train"], "positions-00000.bin")
+    with pytest.raises(Corrupt, match=rf"data\.code\.train: .*positions-00000\.bin: .*remove .*{damaged}") as raised:
+        check_shards(store, made)
+    assert raised.value.exit_code == 6 and "\n" not in str(raised.value)
+
+
+def test_a_flipped_bit_in_a_text_is_found_while_it_is_tokenized(store: Store, base_folder: Path) -> None:
+    base, text = store.snapshot(base_folder), jsonl(texts("code", 40)).replace(b"code", b"codE")
+    flip(store, store.put_files({"data.jsonl": text}), "data.jsonl")
+    with pytest.raises(Corrupt, match=r"data\.jsonl: object \w+ does not match its digest"):
+        tokenized(store, base, "data.code.train", text, ROW_TOKENS)
+
+
+def test_a_stored_file_comes_in_chunks(store: Store) -> None:
+    data = bytes(range(256)) * (CHUNK_BYTES // 100)
+    snapshot = store.put_files({"data.jsonl": data, "empty": b""})
+    chunks = list(file_chunks(store, snapshot, "data.jsonl"))
+    assert b"".join(chunks) == data and max(map(len, chunks)) == CHUNK_BYTES
+    assert list(file_chunks(store, snapshot, "empty")) == []
+    with pytest.raises(BadInput, match="no file 'nothing' in it"):
+        list(file_chunks(store, snapshot, "nothing"))
+
+
+def test_a_storeys_tokenizer_is_its_bases(store: Store, base_folder: Path) -> None:
+    from mansard.models.expand import apply, plan
+    from mansard.models.model_files import model_config
+    from mansard.specs import Expand
+
+    base = store.snapshot(base_folder)
+    expansion = apply(store, base, plan(model_config(store, base), Expand(blocks=2)))
+    taken = take_tokenizer(store, base)
+    assert take_tokenizer(store, expansion) == taken
+    alone, beside = (load_tokenizer(store.materialize(snapshot)) for snapshot in (taken, base))
+    assert type(alone) is type(beside) and len(alone) == len(beside)
+    text = texts("code", 1)[0]
+    assert alone(text, add_special_tokens=False)["input_ids"] == beside(text, add_special_tokens=False)["input_ids"]
+    assert (alone.bos_token_id, alone.eos_token_id) == (beside.bos_token_id, beside.eos_token_id)
+    bare = store.put_files({"config.json": b"{}"})
+    with pytest.raises(BadInput, match="no tokenizer beside its weights"):
+        take_tokenizer(store, bare)
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_text(
+    store: Store, base_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond a batch, a chunk and 16 bytes of index a document nothing is held. A document's ids alone, as a list, take
+    more than 100."""
+    base = store.snapshot(base_folder)
+    for module, bound in ((packing, "CHUNK_TOKENS"), (shards, "SHARD_BYTES"), (store_stream, "CHUNK_BYTES")):
+        monkeypatch.setattr(module, bound, 1 << 16)  # so that both texts are many of them
+
+    def peak(documents: int) -> int:
+        line = b'{"text": "word1 word2"}\n'
+        tracemalloc.start()
+        try:
+            tokenized(store, base, "data.code.train", line * documents, ROW_TOKENS)
+            return tracemalloc.get_traced_memory()[1] - len(line) * documents  # the test's own text
+        finally:
+            tracemalloc.stop()
+
+    small, large = peak(20_000), peak(100_000)
+    assert large - small < 80_000 * 32
