@@ -119,7 +119,8 @@ def fuse(model: Model, method: Literal["residual", "average"] = "residual", weig
     """The plain Hugging Face checkpoint of the expanded depth, compared with what was trained; BadInput without one.
 
     Method "average" then averages each new block into the one that it copied, at the old depth (`weight` is the new
-    block's share, 0.5 by default). That changes the base, and keeps little of what was learned: see the README.
+    block's share, 0.5 by default). That changes the base, keeps a part of the gain and may cost what the base knew:
+    the README has figures.
     """
     spec = _checked(Fuse, {"method": method, "weight": weight})
     if model.trained is None:

@@ -56,7 +56,8 @@ def without_storey(store: Store, model: SnapshotId, storey: int) -> Manifest:
 def check_removable(store: Store, model: SnapshotId, storey: int) -> None:
     """BadInput says why the storey of that number cannot be taken away; reads the manifest and small files only."""
     if EXPANSION_FILE not in store.manifest(model).files:
-        raise BadInput(f"storey {storey}: model {model[:12]} has no storeys: it is a base")
+        told = "has no storeys: it is a base, or they were averaged into one"
+        raise BadInput(f"storey {storey}: model {model[:12]} {told}")
     expansion = read_expansion(store, model)
     if not 1 <= storey <= len(expansion.storeys):
         raise BadInput(f"storey {storey}: model {model[:12]} has storeys 1 to {len(expansion.storeys)}")

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from flows.demo import BASE, CORPUS
-from mansard.api import _derive
+from mansard.api import Model, Text, _derive, expand, fuse, train
 from mansard.specs import UpgradeSpec
 from mansard.store import Store
 
@@ -32,9 +32,8 @@ TEXTS = {
 def main() -> int:
     spec = UpgradeSpec.model_validate(yaml.safe_load((ROOT / "configs/upgrade/demo.yaml").read_text()))
     with tempfile.TemporaryDirectory() as folder:
-        store = Store(Path(folder) / "store")
-        models, texts = upgraded(store, spec)
-        found = {f"{weight:g}": averaged(store, spec, models, texts, weight) for weight in WEIGHTS}
+        model, texts = upgraded(Path(folder), spec)
+        found = {f"{weight:g}": averaged(model, spec, texts, weight) for weight in WEIGHTS}
     first = found[f"{WEIGHTS[0]:g}"]["texts"]
     report: dict[str, Any] = {
         "base_to_expanded": {name: [text["base"], text["expanded"]] for name, text in first.items()},
@@ -47,29 +46,36 @@ def main() -> int:
     return 0
 
 
-def upgraded(store: Store, spec: UpgradeSpec) -> tuple[dict[str, str], dict[str, str]]:
-    """The demo's base and expanded model, and the texts; each stage in this process."""
+def upgraded(folder: Path, spec: UpgradeSpec) -> tuple[Model, dict[str, str]]:
+    """The demo's upgrade, fused, and the texts to measure on; every stage in this process."""
+    store = Store(folder / "store")
     corpus = _derive(store, "corpus", {}, {**CORPUS, "python": platform.python_version()})
     base = _derive(store, "pretrain", {"corpus": corpus}, BASE)
-    expand = spec.expand.model_dump(mode="json", exclude={"probe"})
-    expansion = _derive(store, "expand", {"model": base}, expand)
-    texts = {n: store.put_files({held: store.read_file(corpus, file)}) for n, (file, held) in TEXTS.items()}
-    inputs = {"expansion": expansion}
-    for source in spec.data.sources:
-        for part in ("train", "held_out"):
-            file = Path(getattr(source, part)).name
-            inputs[f"data.{source.name}.{part}"] = store.put_files({"data.jsonl": store.read_file(corpus, file)})
-    sections = {"data": spec.data.model_dump(mode="json"), "train": spec.train.model_dump(mode="json")}
-    trained = _derive(store, "train", inputs, sections)
-    fused = _derive(store, "fuse", {"expansion": expansion, "trained": trained}, {"method": "residual"})
-    return {"base": base, "expanded": fused}, texts
+    for snapshot, name in ((corpus, "corpus"), (base, "base")):
+        store.restore(snapshot, folder / name)
+    text = folder / "corpus"
+    sources = [
+        Text(s.name, text / f"{s.name}.train.jsonl", s.weight, s.is_domain, text / f"{s.name}.held-out.jsonl")
+        for s in spec.data.sources
+    ]
+    settings = spec.train.model_dump(exclude={"tokens", "batch_sequences", "learning_rates"})
+    trained = train(
+        expand(folder / "base", spec.expand.blocks, spec.expand.positions, folder),
+        sources,
+        spec.train.tokens,
+        spec.train.learning_rates.new_blocks,
+        spec.data.sequence_tokens,
+        spec.train.batch_sequences,
+        **settings,
+    )
+    texts = {name: store.put_files({held: store.read_file(corpus, file)}) for name, (file, held) in TEXTS.items()}
+    return fuse(trained), texts
 
 
-def averaged(
-    store: Store, spec: UpgradeSpec, models: dict[str, str], texts: dict[str, str], weight: float
-) -> dict[str, Any]:
+def averaged(model: Model, spec: UpgradeSpec, texts: dict[str, str], weight: float) -> dict[str, Any]:
     """The fusion.json of one weight."""
-    made = _derive(store, "average", {"model": models["expanded"]}, {"weight": weight})
+    store = model.store
+    made = _derive(store, "average", {"model": model.snapshot}, {"weight": weight})
     names = list(texts)
     wish = {
         "weight": weight,
@@ -77,7 +83,8 @@ def averaged(
         "gains": [n for n in names if "code" in n],
         "guards": [n for n in names if "code" not in n],
     }
-    kept = _derive(store, "kept-gain", {**models, "averaged": made, **texts}, wish)
+    models = {"base": model.base, "expanded": model.snapshot, "averaged": made}
+    kept = _derive(store, "kept-gain", {**models, **texts}, wish)
     found: dict[str, Any] = json.loads(store.read_file(kept, "fusion.json"))
     return found
 

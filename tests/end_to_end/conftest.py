@@ -117,7 +117,8 @@ def write_site(folder: Path) -> Path:
 
 
 def write_specs(folder: Path) -> None:
-    """The demo's specs with less training, and one that wrecks the docstrings on purpose."""
+    """The demo's specs with less training, and one that wrecks the docstrings on purpose: placed by importance and
+    averaged into a base that trained too."""
     adopt = yaml.safe_load((ROOT / "configs/adopt/demo.yaml").read_text())
     upgrade = yaml.safe_load((ROOT / "configs/upgrade/demo.yaml").read_text())
     for spec in (adopt, upgrade):
@@ -134,6 +135,8 @@ def write_specs(folder: Path) -> None:
     ]
     harmful = json.loads(json.dumps(upgrade))
     harmful["train"] |= {"tokens": 20_000, "learning_rates": {"new_blocks": 2e-3, "base": 1e-2}}
+    harmful["expand"] = {"blocks": 2, "positions": "importance", "probe": {"rows": 4, "tokens": 128, "seed": 0}}
+    harmful["fuse"] = {"method": "average", "weight": 0.5}
     weigh(harmful, code=0.9)
     for name, spec in (("adopt/test", adopt), ("upgrade/test", upgrade), ("upgrade/harmful", harmful)):
         (folder / f"configs/{name}.yaml").write_text(yaml.safe_dump(spec, sort_keys=False))

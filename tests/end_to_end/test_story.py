@@ -19,6 +19,7 @@ import pytest
 import yaml
 
 from mansard.launch import Request, derive
+from mansard.models.storeys import read_expansion
 from mansard.release.journal import Journal
 from mansard.store import Store
 from tests.chaos.kills import Kill, strike, workers
@@ -289,6 +290,14 @@ def test_harmful_upgrade_is_stopped_by_the_guard_and_cannot_be_approved(story: S
     assert harmful["verdict"] == "fail"
     guard = next(s for s in harmful["suites"] if s["role"] == "guard")
     assert guard["interval"][0] > 0.02
+    made = {stage["name"]: stage["snapshot"] for stage in harmful["stages"]}
+    gains = json.loads(Store(story.site.store).read_file(made["importance"], "importance.json"))["gains"]
+    copied = {b.source for b in read_expansion(Store(story.site.store), made["expand"]).new_blocks}
+    assert copied == set(sorted(range(len(gains)), key=lambda block: gains[block])[:2])
+    (link,) = story.json("why", harmful["version"])["chain"][:1]
+    assert (link["model"], link["storeys"]) == (made["average"], [])
+    words = " ".join(story.ran("review", harmful["version"]).stdout.split())  # a table's title is wrapped
+    assert "so nothing of this model is frozen" in words
     story.run("approve", harmful["version"], "--as", "grace", "--reason", "looks fine to me", status=5)
     story.run("release", harmful["version"], "--as", "ada", status=5)
 
