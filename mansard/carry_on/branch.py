@@ -2,10 +2,10 @@
 
 Only f's output projection starts at zero: then f = 0 and y = x whatever alpha is, and gradients reach f's projection at
 the first step and the rest from the second on (were the mixer's zero as well, g would be 1/2 everywhere and still move;
-were f and the mixer's product cut at both ends, nothing would). Taps are normed each with a norm of its own, weighted
-by a softmax and summed before the projection; the bases of a mixture have a projection each, weighted and summed after
-it. Legend: B rows, T tokens, D base width, W all states' width (x first), d branch width, H heads, K head width, S
-keys.
+were f and the mixer's product cut at both ends, nothing would). Taps are normed, weighted by a softmax and summed,
+before one projection (each norm has weights of its own) or after a projection each; the bases of a mixture have a
+projection each, weighted and summed after it. Legend: B rows, T tokens, D base width, W all states' width (x first), d
+branch width, H heads, K head width, S keys.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -69,6 +69,9 @@ class Branch(nn.Module):  # type: ignore[misc]
         self.mixer = _matrix(shape.base_width, shape.width)
         if shape.taps:
             self.tap_weights = nn.Parameter(torch.ones(1 + len(shape.taps)))
+        if shape.tap_projections:
+            self.tap_projects = nn.ParameterList(_matrix(shape.width, shape.base_width) for _ in shape.taps)
+        elif shape.taps:
             self.tap_norms = nn.ParameterList(torch.ones(shape.base_width) for _ in range(1 + len(shape.taps)))
         if shape.others:
             self.base_weights = nn.Parameter(torch.ones(1 + len(shape.others)))
@@ -87,7 +90,7 @@ class Branch(nn.Module):  # type: ignore[misc]
                     parameter.zero_()
                 else:
                     last = name.endswith(("attention_output", "down"))
-                    reads = name == "project" or name.startswith("other_projects")
+                    reads = name == "project" or name.startswith(("tap_projects", "other_projects"))
                     deviation = parameter.shape[1] ** -0.5 if reads else 0.02 / (depth if last else 1.0)
                     values = torch.randn(parameter.shape, generator=generator) * deviation
                     parameter.copy_(values)
@@ -109,16 +112,21 @@ class Branch(nn.Module):  # type: ignore[misc]
         if not (shape.taps or shape.others):
             return linear(states_BTW, self.project)
         parts = states_BTW.split(shape.widths, dim=-1)
-        read_BTD = parts[0]
-        if shape.taps:
-            taps = zip(parts[: 1 + len(shape.taps)], self.tap_norms, strict=True)
-            normed = [rms_norm(p, p.shape[-1:], w, shape.norm_epsilon) for p, w in taps]
-            read_BTD = _weighted(self.tap_weights, normed)
-        h_BTd = linear(read_BTD, self.project)
+        h_BTd = self.read_taps(parts[: 1 + len(shape.taps)]) if shape.taps else linear(parts[0], self.project)
         if not shape.others:
             return h_BTd
         others = zip(parts[-len(shape.others) :], self.other_projects, strict=True)
         return _weighted(self.base_weights, [h_BTd, *(linear(x, project) for x, project in others)])
+
+    def read_taps(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The final state's and the taps', normed, d wide."""
+        epsilon = self.shape.norm_epsilon
+        if self.shape.tap_projections:
+            pairs = zip(parts, [self.project, *self.tap_projects], strict=True)
+            read = [linear(rms_norm(p, p.shape[-1:], None, epsilon), project) for p, project in pairs]
+            return _weighted(self.tap_weights, read)
+        normed = [rms_norm(p, p.shape[-1:], w, epsilon) for p, w in zip(parts, self.tap_norms, strict=True)]
+        return linear(_weighted(self.tap_weights, normed), self.project)
 
     def run_block(self, block: nn.Module, *arguments: Any) -> torch.Tensor:  # noqa: ANN401 - the block's own
         """One block; with gradients its inside is computed again in backward, so that only its input is kept."""

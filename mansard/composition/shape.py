@@ -20,7 +20,8 @@ LARGE_HEAD_FROM = 1024
 @dataclass(frozen=True, slots=True)
 class BranchShape:
     """`intermediate` is the width of the gated MLP. Heads of queries and of keys are as many. `taps` are layers: tap i
-    is the residual stream after i decoder layers. `others` are the widths of the other bases of a mixture."""
+    is the residual stream after i decoder layers; each has a projection of its own where `tap_projections`, or else
+    all share one. `others` are the widths of the other bases of a mixture."""
 
     base_width: int
     width: int
@@ -32,6 +33,7 @@ class BranchShape:
     norm_epsilon: float = 1e-5
     taps: tuple[int, ...] = ()
     others: tuple[int, ...] = ()
+    tap_projections: bool = False
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -43,15 +45,19 @@ class BranchShape:
         """Trained values: projections, taps' norms and weights, blocks, the last norm, both outputs."""
         attention = self.width * self.heads * self.head_width * 4
         block = attention + 3 * self.width * self.intermediate + 2 * self.width
-        taps = (1 + len(self.taps)) * (self.base_width + 1) if self.taps else 0
+        tap_width = (1 + len(self.taps)) * self.base_width
+        if self.tap_projections:
+            tap_width = len(self.taps) * self.base_width * self.width
+        taps = tap_width + 1 + len(self.taps) if self.taps else 0
         others = sum(self.others) * self.width + 1 + len(self.others) if self.others else 0
         return 3 * self.base_width * self.width + self.blocks * block + self.width + taps + others
 
     def as_json(self) -> dict[str, Any]:
         """Taps and other bases only where there are any: a plain branch is described as before they existed."""
         told = asdict(self)
-        lists = {key: list(told.pop(key)) for key in ("taps", "others")}
-        return told | {key: values for key, values in lists.items() if values}
+        lists = {key: list(told.pop(key)) for key in ("taps", "others")} | {"tap_projections": told["tap_projections"]}
+        del told["tap_projections"]
+        return told | {key: value for key, value in lists.items() if value}
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> "BranchShape":
@@ -64,7 +70,12 @@ class BranchShape:
 
 
 def shape_of(
-    base_width: int, width: int, blocks: int, taps: Sequence[int] = (), others: Sequence[int] = ()
+    base_width: int,
+    width: int,
+    blocks: int,
+    taps: Sequence[int] = (),
+    others: Sequence[int] = (),
+    tap_projections: bool = False,
 ) -> BranchShape:
     """The proportions that every branch has: heads that fill the width, an MLP of 8/3 of it (a Llama's)."""
     head = LARGE_HEAD if width >= LARGE_HEAD_FROM else SMALL_HEAD
@@ -72,7 +83,15 @@ def shape_of(
     grain = grain_of(width)
     intermediate = max(round(width * 8 / 3 / grain), 1) * grain
     return BranchShape(
-        base_width, width, blocks, heads, head, intermediate, taps=tuple(taps), others=tuple(others)
+        base_width,
+        width,
+        blocks,
+        heads,
+        head,
+        intermediate,
+        taps=tuple(taps),
+        others=tuple(others),
+        tap_projections=tap_projections and bool(taps),
     )
 
 
@@ -82,15 +101,22 @@ def grain_of(width: int) -> int:
 
 
 def shape_of_size(
-    base_width: int, parameters: int, blocks: int = 2, taps: Sequence[int] = (), others: Sequence[int] = ()
+    base_width: int,
+    parameters: int,
+    blocks: int = 2,
+    taps: Sequence[int] = (),
+    others: Sequence[int] = (),
+    tap_projections: bool = False,
 ) -> BranchShape:
     """The widest branch of at most `parameters`; BadInput where even the narrowest (width 8) has more."""
-    best, width = shape_of(base_width, 8, blocks, taps, others), 8
+    best, width = shape_of(base_width, 8, blocks, taps, others, tap_projections), 8
     if best.parameters > parameters:
         raise BadInput(
             f"branch.parameters {parameters:,}: {blocks} blocks beside a base of width {base_width} have at least "
             f"{best.parameters:,}; raise it"
         )
-    while (wider := shape_of(base_width, width + grain_of(width), blocks, taps, others)).parameters <= parameters:
+    while True:
+        wider = shape_of(base_width, width + grain_of(width), blocks, taps, others, tap_projections)
+        if wider.parameters > parameters:
+            return best
         best, width = wider, wider.width
-    return best

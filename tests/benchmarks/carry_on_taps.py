@@ -4,10 +4,11 @@ beside the plain form at equal trained parameters and equal tokens.
 Three bases are made here, of one shape and one tokenizer: one that knows docstrings (of this Python's library and some
 packages), its twin (the same text, another seed) and one that knows the packages' code. A branch on the first one then
 learns the library's code. Forms: `final` (the plain one), `even` (three layers evenly below, too), `late` (the three
-layers before the last), `mixture` (the code's base beside the first), `twin` (the twin beside it: more states, nothing
-new known). Each form's rate is the best of those tried on seed 0. `gains`: bits per byte of held-out code that a form
-saves against `final`, seed by seed, with Student's interval over the seeds; it is shown where the interval lies above
-0, refuted where it lies below. Prints one JSON line last.
+layers before the last), `projected` (as even, with a projection for each layer instead of one for their sum), `mixture`
+(the code's base beside the first), `twin` (the twin beside it: more states, nothing new known). Each form's rate is the
+best of those tried on seed 0. `gains`: bits per byte of held-out code that a form saves against `final`, seed by seed,
+with Student's interval over the seeds; it is shown where the interval lies above 0, refuted where it lies below.
+Prints one JSON line last.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,19 +65,20 @@ class Size:
 
 LARGE = Size(
     model={"vocabulary": 4096, "hidden": 512, "intermediate": 1408, "blocks": 8, "heads": 8, "max_tokens": 512},
-    taps={"final": (), "even": (2, 4, 6), "late": (5, 6, 7), "mixture": (), "twin": ()},
+    taps={"final": (), "even": (2, 4, 6), "late": (5, 6, 7), "projected": (2, 4, 6), "mixture": (), "twin": ()},
     files=0, row_tokens=512, base_rows=64, base_steps=800, base_rate=1e-3, rows=16, steps=400, held_out_rows=192,
-    parameters=1_270_000, rates=(2e-3, 4e-3), seeds=3,
+    parameters=1_270_000, rates=(4e-3, 8e-3), seeds=3,
 )  # fmt: skip
 SMALL = Size(
     model={"vocabulary": 512, "hidden": 64, "intermediate": 128, "blocks": 4, "heads": 2, "max_tokens": 128},
-    taps={"final": (), "even": (1, 2, 3), "mixture": ()},
+    taps={"final": (), "even": (1, 2, 3), "projected": (1, 2, 3), "mixture": ()},
     files=60, row_tokens=64, base_rows=8, base_steps=20, base_rate=3e-3, rows=8, steps=8, held_out_rows=16,
     parameters=60_000, rates=(1e-2,), seeds=2,
 )  # fmt: skip
 PACKAGES = ("numpy", "networkx", "sympy")
 BESIDE = {"mixture": "code", "twin": "twin"}
 """Which base stands beside the first one."""
+PROJECTED = "projected"
 
 
 class States:
@@ -107,11 +109,13 @@ class States:
         self.seconds = 0.0
 
 
-def learner(bases: Sequence[Any], taps: Sequence[int], budget: int, rate: float, seed: int) -> Learner:
-    """A branch of at most `budget` parameters on the first base's head."""
+def learner(bases: Sequence[Any], form: str, size: Size, rate: float, seed: int) -> Learner:
+    """A branch of the size's parameters on the first base's head."""
+    taps = size.taps[form]
     weight_VD = bases[0].get_output_embeddings().weight.detach()
     others = [base.config.hidden_size for base in bases[1:]]
-    branch = Branch(shape_of_size(weight_VD.shape[1], budget, taps=taps, others=others))
+    shape = shape_of_size(weight_VD.shape[1], size.parameters, 2, taps, others, form == PROJECTED)
+    branch = Branch(shape)
     branch.start(seed)
     branch.to(weight_VD.device, weight_VD.dtype)
     weights, states = FlatWeights(branch), States(bases, taps)
@@ -189,7 +193,7 @@ class Run:
 
 def one(ground: Ground, form: str, rate: float, seed: int, size: Size) -> Run:
     bases = [ground.bases["first"], *([ground.bases[BESIDE[form]]] if form in BESIDE else [])]
-    made = learner(bases, size.taps[form], size.parameters, rate, seed)
+    made = learner(bases, form, size, rate, seed)
     plan = plan_of(size.steps, size.rows * size.row_tokens, 2)
     mixture = Mixture([ground.domain], [1.0], size.rows, seed)
     learn(made, mixture, [ground.held_out], plan, f"{form}, rate {rate:g}, seed {seed}")
@@ -239,9 +243,12 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--small", action="store_true", help="some seconds on a CPU: that it runs, not what is true")
+    parser.add_argument("--forms", nargs="+", default=[], help="these beside `final` (default: all)")
     chosen = parser.parse_args(arguments)
     device, dtype = choose_device(chosen.device)
     size = SMALL if chosen.small else LARGE
+    if chosen.forms:
+        size = replace(size, taps={form: size.taps[form] for form in ("final", *chosen.forms)})
     torch.set_num_threads(CPU_THREADS)
     ground = make_ground(size, device, dtype)
     told = report(all_runs(ground, size), size)

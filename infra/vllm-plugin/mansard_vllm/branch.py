@@ -86,6 +86,9 @@ class Branch(nn.Module):  # type: ignore[misc]
         self.taps = tuple(shape.get("taps", ()))
         if self.taps:
             self.tap_weights = _weights(slots, 1 + len(self.taps))
+        if shape.get("tap_projections"):
+            self.tap_projects = nn.ParameterList(_weights(slots, width, base_width) for _ in self.taps)
+        elif self.taps:
             self.tap_norms = nn.ParameterList(_weights(slots, base_width) for _ in range(1 + len(self.taps)))
 
     def forward(self, positions_N: torch.Tensor, states_NW: torch.Tensor, groups: Groups) -> torch.Tensor:
@@ -103,12 +106,16 @@ class Branch(nn.Module):  # type: ignore[misc]
     def _read(self, slot: int, states_NW: torch.Tensor) -> torch.Tensor:
         if not self.taps:
             return linear(states_NW, self.project[slot])
-        shares = self.tap_weights[slot].float().softmax(0).to(states_NW.dtype)
-        parts = states_NW.chunk(1 + len(self.taps), dim=-1)
-        epsilon = self.shape["norm_epsilon"]
+        parts, epsilon = states_NW.chunk(1 + len(self.taps), dim=-1), self.shape["norm_epsilon"]
+        if self.shape.get("tap_projections"):
+            pairs = zip(parts, [self.project, *self.tap_projects], strict=True)
+            return self._weighted(slot, [linear(rms_norm(p, p.shape[-1:], None, epsilon), w[slot]) for p, w in pairs])
         normed = [rms_norm(p, p.shape[-1:], w[slot], epsilon) for p, w in zip(parts, self.tap_norms, strict=True)]
-        read_ND = torch.stack([share * n for share, n in zip(shares, normed, strict=True)]).sum(0)
-        return linear(read_ND, self.project[slot])
+        return linear(self._weighted(slot, normed), self.project[slot])
+
+    def _weighted(self, slot: int, parts: list[torch.Tensor]) -> torch.Tensor:
+        shares = self.tap_weights[slot].float().softmax(0).to(parts[0].dtype)
+        return torch.stack([share * part for share, part in zip(shares, parts, strict=True)]).sum(0)
 
     def load(self, path: Path, slot: int = 0) -> set[str]:
         """Fill a slot from the file; ValueError names what is missing, left over, misshapen or not finite, and then
