@@ -351,3 +351,13 @@ def test_the_python_interface_takes_an_adapter(base_folder: Path, tmp_path: Path
     assert not [name for name in load_model(folder, None).state_dict() if "lora" in name]
     with pytest.raises(BadInput, match="adapter"):
         mansard.train(model, sources, tokens=2_000, adapter={"method": "lora", "rank": 4})
+
+
+def test_adapters_take_an_anchor(store: Store, fill: Fill) -> None:
+    drifts = []
+    for anchor in (None, {"kind": "kl", "weight": 100.0}):
+        spec = slice_(12, adapter=adapter("qlora"), max_forward_kl=1.0, anchor=anchor)
+        made = stage.run(context(store, fill(store), spec, f"{len(drifts):064x}"))
+        curve = report_of(store, made)["curve"]
+        drifts.append(abs(curve[-1]["bits_per_byte"]["prose"] - curve[0]["bits_per_byte"]["prose"]))
+    assert drifts[1] < drifts[0], "held to the base, it moves less on general text"
