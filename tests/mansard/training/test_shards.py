@@ -2,6 +2,7 @@
 
 import json
 import tracemalloc
+from io import StringIO
 from pathlib import Path
 
 import numpy
@@ -16,12 +17,15 @@ from mansard.models.loading import load_tokenizer
 from mansard.models.tokenizer_files import take_tokenizer
 from mansard.records import SnapshotId
 from mansard.snapshot import Blob
+from mansard.specs import Data, Train
 from mansard.store import Store
 from mansard.store_stream import CHUNK_BYTES, file_chunks
-from mansard.training import packing, shards
+from mansard.training import packing, shards, stage
 from mansard.training.data import Mixture, Packed, pack_texts
+from mansard.training.learning import mapped_texts
 from mansard.training.packing import Rows, pack, packed_rows
 from mansard.training.shards import check_shards, open_shards, write_shards
+from mansard.worker import Channel, StageContext
 from tests.mansard.training.conftest import jsonl, texts, tokenized
 
 ROW_TOKENS = 32
@@ -128,6 +132,24 @@ def test_a_flipped_bit_in_a_shard_is_found_before_training(store: Store, base_fo
     with pytest.raises(Corrupt, match=rf"data\.code\.train: .*positions-00000\.bin: .*remove .*{damaged}") as raised:
         check_shards(store, made)
     assert raised.value.exit_code == 6 and "\n" not in str(raised.value)
+
+
+def test_training_refuses_shards_of_another_data_section_and_damaged_ones(store: Store, base_folder: Path) -> None:
+    base = store.snapshot(base_folder)
+    source = {"name": "code", "train": "t", "held_out": "h", "weight": 1.0, "is_domain": True}
+    spec = {
+        "data": {"sources": [source], "sequence_tokens": 2 * ROW_TOKENS},
+        "train": {"tokens": 10_000, "batch_sequences": 2, "learning_rates": {"new_blocks": 1e-3}},
+    }
+    made = tokenized(store, base, "data.code.train", jsonl(texts("code", 40)), ROW_TOKENS)
+    inputs = {"expansion": base, "data.code.train": made, "data.code.held_out": made}
+    context = StageContext(store, "a" * 64, inputs, spec, {}, store.work("a" * 64), Channel(StringIO()))
+    data, train = Data.model_validate(spec["data"]), Train.model_validate(spec["train"])
+    with pytest.raises(BadInput, match=r"data\.code\.train: rows of 32 tokens, data\.sequence_tokens is 64"):
+        mapped_texts(context, data, train)
+    flip(store, made, "tokens-00000.bin")
+    with pytest.raises(Corrupt, match=r"data\.code\.train: .*tokens-00000\.bin"):
+        stage.run(context)
 
 
 def test_a_flipped_bit_in_a_text_is_found_while_it_is_tokenized(store: Store, base_folder: Path) -> None:
