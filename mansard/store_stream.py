@@ -1,6 +1,6 @@
-"""A stored file's bytes in chunks, for what is larger than memory. Compared with its digest first."""
+"""A stored file in chunks or lines, for what is larger than memory. Compared with its digest first."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from blake3 import blake3
 
@@ -10,6 +10,24 @@ from mansard.snapshot import Blob
 from mansard.store import Store
 
 CHUNK_BYTES = 1 << 20
+
+
+def file_lines(store: Store, snapshot: SnapshotId, path: str) -> Iterator[bytes]:
+    """The file's lines without their ends, as `file_chunks` reads them."""
+    return lines_of(file_chunks(store, snapshot, path))
+
+
+def lines_of(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """Lines of chunks that belong together; nothing after a last line's end is no line."""
+    parts: list[bytes] = []
+    for chunk in chunks:
+        goes_on, *begun = chunk.split(b"\n")
+        parts.append(goes_on)
+        for line in begun:
+            yield b"".join(parts)
+            parts = [line]
+    if last := b"".join(parts):
+        yield last
 
 
 def file_chunks(store: Store, snapshot: SnapshotId, path: str) -> Iterator[bytes]:

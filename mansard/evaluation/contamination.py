@@ -8,7 +8,7 @@ built-in tasks are not in the store and so not looked at.
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -117,9 +117,9 @@ def text_of(item: Item) -> str:
     return str(item["text"]) if "text" in item else f"{item['context']} {item['choices'][item['answer']]}"
 
 
-def texts_of(data: bytes) -> Iterator[str]:
-    """The texts of a training file."""
-    for line in data.split(b"\n"):
+def texts_of(lines: Iterable[bytes]) -> Iterator[str]:
+    """The texts of a training file's lines."""
+    for line in lines:
         if line.strip():
             yield str(json.loads(line)["text"])
 

@@ -10,6 +10,7 @@ from mansard.canonical import canonical_json
 from mansard.evaluation.contamination import Index, as_json, texts_of
 from mansard.evaluation.suites import parse_items
 from mansard.records import SnapshotId
+from mansard.store_stream import file_lines
 
 if TYPE_CHECKING:
     from mansard.worker import StageContext
@@ -30,6 +31,6 @@ def run(context: "StageContext") -> SnapshotId:
     seen: dict[str, set[int]] = {}
     for number, (source, snapshot) in enumerate(sources.items()):
         context.progress(number, len(sources), "sources", source)
-        seen[source] = index.seen_in(texts_of(context.store.read_file(snapshot, "data.jsonl")))
+        seen[source] = index.seen_in(texts_of(file_lines(context.store, snapshot, "data.jsonl")))
     context.progress(len(sources), len(sources), "sources")
     return context.store.put_files({"contamination.json": canonical_json(as_json(index.found(seen))) + b"\n"})

@@ -59,7 +59,7 @@ def _rows(context: "StageContext", probe: Probe, path: Path) -> torch.Tensor:
         lines = [line for line in text.split(b"\n") if line.strip()]
         random.Random(f"{probe.seed}:{name}").shuffle(lines)  # noqa: S311 - an order, not a secret
         keys = "expand.probe.rows or expand.probe.tokens"
-        rows.append(first_windows(tokenizer, b"\n".join(lines), probe.rows, probe.tokens, name, keys))
+        rows.append(first_windows(tokenizer, lines, probe.rows, probe.tokens, name, keys))
     return torch.cat(rows)
 
 

@@ -21,6 +21,7 @@ from mansard.models.quantizable import check_quantizable
 from mansard.models.quantize import quantize_awq, release, save_quantized
 from mansard.models.windows import first_windows
 from mansard.records import SnapshotId
+from mansard.store_stream import file_lines
 
 if TYPE_CHECKING:
     from mansard.worker import StageContext
@@ -43,7 +44,7 @@ def run(context: "StageContext") -> SnapshotId:
         tokenizer = load_tokenizer(source)
         windows_WT = first_windows(
             tokenizer,
-            store.read_file(context.inputs["data"], "data.jsonl"),
+            file_lines(store, context.inputs["data"], "data.jsonl"),
             spec["samples"] + PROBE_WINDOWS,
             spec["sample_tokens"],
             f"calibration text {spec['source']!r}",

@@ -1,10 +1,11 @@
-"""Token windows from a JSONL text file ({"text", ...} a line): always the same ones, in file order.
+"""Token windows from the lines of a JSONL text file ({"text", ...} each): always the same ones, in file order.
 
 Texts are joined with the tokenizer's end-of-text token (where it has one) and cut into windows of equal length; nothing
 is shuffled, padded or dropped in between. For calibration and probes; training packs its own sequences.
 """
 
 import json
+from collections.abc import Iterable
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -14,7 +15,7 @@ from mansard.errors import BadInput
 
 def first_windows(
     tokenizer: PreTrainedTokenizerBase,
-    jsonl: bytes,
+    lines: Iterable[bytes],
     windows: int,
     window_tokens: int,
     name: str,
@@ -28,9 +29,11 @@ def first_windows(
     wanted = windows * window_tokens
     ids: list[int] = []
     end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-    for number, line in enumerate(jsonl.splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         if len(ids) >= wanted:
             break
+        if not line.strip():  # training steps over it too
+            continue
         ids += tokenizer(_text(line, number, name), add_special_tokens=False, verbose=False)["input_ids"] + end
     if len(ids) < wanted:
         raise BadInput(

@@ -17,6 +17,7 @@ import numpy
 import torch
 
 from mansard.errors import BadInput
+from mansard.store_stream import lines_of
 from mansard.training.packing import Rows, labels_of, pack
 
 
@@ -121,8 +122,9 @@ def read_texts(raw: bytes, name: str) -> list[str]:
 
 def each_text(chunks: Iterable[bytes], name: str) -> Iterator[str]:
     """The same of a file that comes in chunks, text by text."""
-    has_text = False
-    for number, (begin, line) in enumerate(_lines(chunks), start=1):
+    has_text, begin, end = False, 0, 0
+    for number, line in enumerate(lines_of(chunks), start=1):
+        begin, end = end, end + len(line) + 1
         if not line.strip():
             continue
         try:
@@ -143,17 +145,6 @@ def each_text(chunks: Iterable[bytes], name: str) -> Iterator[str]:
         yield text
     if not has_text:
         raise BadInput(f"{name}: the file holds no text; one {{'text': ...}} a line is expected")
-
-
-def _lines(chunks: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    """(first byte's place, line without its end) of each line."""
-    begin, rest = 0, b""
-    for chunk in chunks:
-        *lines, rest = (rest + chunk).split(b"\n")
-        for line in lines:
-            yield begin, line
-            begin += len(line) + 1
-    yield begin, rest
 
 
 def shuffled_order(count: int, key: str) -> "array[int]":

@@ -129,8 +129,8 @@ def test_windows_are_the_text_in_file_order(make_llama: Any) -> None:
     from mansard.models.windows import first_windows
 
     tokenizer = load_tokenizer(make_llama())
-    text = b'{"text": "abcd"}\n{"text": "ef"}\n{"text": "unread"}\n'
-    windows_WT = first_windows(tokenizer, text, 2, 4, "text")
+    lines = [b'{"text": "abcd"}', b"", b'{"text": "ef"}', b'{"text": "unread"}']
+    windows_WT = first_windows(tokenizer, lines, 2, 4, "text")
     assert tokenizer.decode(windows_WT[0]) == "abcd"
     assert windows_WT[1, 0] == tokenizer.eos_token_id and tokenizer.decode(windows_WT[1, 1:3]) == "ef"
 

@@ -19,7 +19,7 @@ from mansard.records import SnapshotId
 from mansard.snapshot import Blob
 from mansard.specs import Data, Train
 from mansard.store import Store
-from mansard.store_stream import CHUNK_BYTES, file_chunks
+from mansard.store_stream import CHUNK_BYTES, file_chunks, lines_of
 from mansard.training import packing, shards, stage
 from mansard.training.data import Mixture, Packed, pack_texts
 from mansard.training.learning import mapped_texts
@@ -167,6 +167,13 @@ def test_a_stored_file_comes_in_chunks(store: Store) -> None:
     assert list(file_chunks(store, snapshot, "empty")) == []
     with pytest.raises(BadInput, match="no file 'nothing' in it"):
         list(file_chunks(store, snapshot, "nothing"))
+
+
+@given(st.lists(st.binary(max_size=5), max_size=8))
+def test_lines_do_not_depend_on_where_a_file_is_cut(chunks: list[bytes]) -> None:
+    whole = b"".join(chunks)
+    *lines, last = whole.split(b"\n")
+    assert list(lines_of(chunks)) == ([*lines, last] if last else lines)
 
 
 def test_a_storeys_tokenizer_is_its_bases(store: Store, base_folder: Path) -> None:
