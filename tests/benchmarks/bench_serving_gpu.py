@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,10 +122,10 @@ def router(folder: Path, endpoint: str) -> Iterator[str]:
             child.kill()
 
 
-async def _one(session: aiohttp.ClientSession, url: str, prompt: int, output: int) -> tuple[float, float]:
+async def _one(session: aiohttp.ClientSession, url: str, prompt: int, output: int, model: str) -> tuple[float, float]:
     """Seconds to the first token and to the end of one streamed completion."""
     ids = [random.randrange(3, VOCABULARY) for _ in range(prompt)]
-    asked = {"model": "bench", "prompt": ids, "max_tokens": output, "ignore_eos": True, "stream": True}
+    asked = {"model": model, "prompt": ids, "max_tokens": output, "ignore_eos": True, "stream": True}
     start, first = time.perf_counter(), 0.0
     async with session.post(f"{url}/v1/completions", json=asked) as answer:
         assert answer.status == 200, await answer.text()
@@ -135,16 +135,19 @@ async def _one(session: aiohttp.ClientSession, url: str, prompt: int, output: in
     return first, time.perf_counter() - start
 
 
-async def load(url: str, users: int, requests: int, prompt: int, output: int) -> dict[str, float]:
-    """`users` at once, each asking anew as its answer ends, `requests` in all; times in ms, rates a second."""
+async def load(
+    url: str, users: int, requests: int, prompt: int, output: int, models: Sequence[str] = ("bench",)
+) -> dict[str, float]:
+    """`users` at once, each asking anew as its answer ends, `requests` in all, the models in turn; times in ms, rates a
+    second."""
     seen: list[tuple[float, float]] = []
     left = iter(range(requests))
     timeout = aiohttp.ClientTimeout(total=600)
     async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
 
         async def user() -> None:
-            for _ in left:
-                seen.append(await _one(session, url, prompt, output))
+            for number in left:
+                seen.append(await _one(session, url, prompt, output, models[number % len(models)]))
 
         start = time.perf_counter()
         await asyncio.gather(*(user() for _ in range(users)))

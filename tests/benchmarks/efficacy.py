@@ -39,12 +39,12 @@ STUDENT = 4.3027
 """Student's t at 97.5 % for three values."""
 DOMAIN_SHARE = 0.8
 PLACEMENTS = ("even", "upper-half", "importance")
-ANCHORS = (0.0, 0.3, 1.0, 3.0)
+ANCHORS = (0.3, 1.0, 3.0)
 RATES = {
-    "llama_pro": (3e-4, 1e-3, 3e-3),
-    "lora": (3e-4, 1e-3, 3e-3),
-    "existing_blocks": (1e-4, 3e-4, 1e-3),
-    "full_tuning": (1e-4, 3e-4, 1e-3),
+    "llama_pro": (1e-3, 3e-3, 1e-2),
+    "lora": (1e-3, 3e-3, 1e-2),
+    "existing_blocks": (3e-4, 1e-3, 3e-3),
+    "full_tuning": (3e-4, 1e-3, 3e-3),
 }
 Settings = dict[str, Any]
 
@@ -137,7 +137,7 @@ class Done:
 
 def choose(ground: Ground, done: Done) -> dict[str, Settings]:
     """Each method's settings, by the pilot seed: the rate with the best domain; for ours the placement with the best
-    domain, then the anchor with the best general text of those that keep plain LLaMA Pro's domain."""
+    domain, then the rate and anchor with the best domain that lose no more general text than plain LLaMA Pro."""
 
     def pilot(method: str, settings: Settings) -> dict[str, Any]:
         name = f"pilot/{method}/" + "/".join(str(v) for v in settings.values())
@@ -146,19 +146,22 @@ def choose(ground: Ground, done: Done) -> dict[str, Settings]:
     chosen: dict[str, Settings] = {}
     for method, rates in RATES.items():
         more: Settings = {"positions": "even", "anchor": 0.0} if method == "llama_pro" else {}
-        tried = [(pilot(method, {"rate": rate, **more})["domain"], rate) for rate in rates]
-        chosen[method] = {"rate": min(tried)[1], **more}
+        found = {rate: pilot(method, {"rate": rate, **more})["domain"] for rate in rates}
+        chosen[method] = {"rate": min(found, key=found.__getitem__), **more}
     rate = chosen["llama_pro"]["rate"]
     places: dict[str, Any] = {p: p for p in PLACEMENTS}
     places["importance"] = done.of("importance", lambda: {"blocks": importance(ground)})["blocks"]
-    found = {p: pilot("ours", {"rate": rate, "positions": places[p], "anchor": 0.0})["domain"] for p in PLACEMENTS}
-    best = places[min(found, key=found.__getitem__)]
-    anchored = [pilot("ours", {"rate": rate, "positions": best, "anchor": a}) for a in ANCHORS]
-    plain = pilot("llama_pro", chosen["llama_pro"])["domain"]
-    keeping = [run for run in anchored if run["domain"] <= plain] or anchored[:1]
-    anchor = min(keeping, key=lambda run: run["general"])["anchor"]
-    chosen["ours"] = {"rate": rate, "positions": best, "anchor": anchor}
+    by_place = {p: pilot("ours", {"rate": rate, "positions": places[p], "anchor": 0.0})["domain"] for p in PLACEMENTS}
+    best = places[min(by_place, key=by_place.__getitem__)]
+    tried = [{"rate": r, "positions": best, "anchor": a} for r in (rate, 2 * rate) for a in ANCHORS]
+    plain = pilot("llama_pro", chosen["llama_pro"])["general"]
+    keeping = [settings for settings in tried if pilot("ours", settings)["general"] <= plain] or tried[:1]
+    chosen["ours"] = min(keeping, key=lambda settings: pilot("ours", settings)["domain"])
     return chosen
+
+
+def named(method: str, chosen: dict[str, Settings], seed: int) -> str:
+    return "/".join([method, *(str(value) for value in chosen[method].values()), str(seed)])
 
 
 def interval(values: Iterable[float]) -> list[float]:
@@ -221,7 +224,9 @@ def main() -> None:
         base = done.of("base", ground.base_bits)
         chosen = choose(ground, done)
         runs = {
-            method: [done.of(f"{method}/{s}", lambda m=method, s=s: train(ground, m, chosen[m], s)) for s in SEEDS]
+            method: [
+                done.of(named(method, chosen, s), lambda m=method, s=s: train(ground, m, chosen[m], s)) for s in SEEDS
+            ]
             for method in ("llama_pro", "ours", "lora", "existing_blocks", "full_tuning")
         }
     found = summary(base, runs)
