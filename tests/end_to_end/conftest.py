@@ -138,7 +138,12 @@ def write_specs(folder: Path) -> None:
     harmful["expand"] = {"blocks": 2, "positions": "importance", "probe": {"rows": 4, "tokens": 128, "seed": 0}}
     harmful["fuse"] = {"method": "average", "weight": 0.5}
     weigh(harmful, code=0.9)
-    for name, spec in (("adopt/test", adopt), ("upgrade/test", upgrade), ("upgrade/harmful", harmful)):
+    customize = yaml.safe_load((ROOT / "configs/customize/demo.yaml").read_text())
+    customize["capture"] |= {"tokens": 60_000, "held_out_rows": 8}
+    customize["train"] |= {"tokens": 60_000}
+    customize |= {"cost": adopt["cost"], "release": upgrade["release"]}
+    specs = {"adopt/test": adopt, "upgrade/test": upgrade, "upgrade/harmful": harmful, "customize/demo": customize}
+    for name, spec in specs.items():
         (folder / f"configs/{name}.yaml").write_text(yaml.safe_dump(spec, sort_keys=False))
 
 

@@ -1,12 +1,13 @@
 """One model's life on real parts: adopted, upgraded, approved, released, rolled back; a harmful upgrade is stopped.
 
 The tests of this file are one story and run in order. Engines started: version 1, version 2, version 2 again after it
-was killed, the harmful candidate: four, with room for one more.
+was killed, the harmful candidate, the branch's states, the branch on the base: six, with room for one more.
 """
 
 import contextlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from mansard.models.storeys import read_expansion
 from mansard.release.journal import Journal
 from mansard.store import Store
 from tests.chaos.kills import Kill, strike, workers
-from tests.end_to_end.conftest import COMMAND_TIMEOUT_SECONDS, Story
+from tests.end_to_end.conftest import COMMAND_TIMEOUT_SECONDS, ROOT, Story
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -80,9 +81,7 @@ def kill_in_training(story: Story, spec: str) -> None:
         begun = subprocess.Popen(story.command("upgrade", spec), cwd=story.folder, stdout=output, stderr=output)
     work = story.site.store / "work"
     known = set(work.glob("*/*.safetensors"))
-    wait_for(
-        lambda: begun.poll() is not None or set(work.glob("*/*.safetensors")) - known, "a checkpoint is there"
-    )
+    wait_for(lambda: begun.poll() is not None or set(work.glob("*/*.safetensors")) - known, "a checkpoint is there")
     assert begun.poll() is None, log.read_text()
     begun.kill()
     begun.wait()
@@ -317,6 +316,32 @@ def test_removed_storey_leaves_version_1_as_a_candidate_that_starts_no_engine(st
     assert [link["version"] for link in told] == [removed["version"], 2, 1]
     assert (told[0]["model"], told[0]["artifact"], told[0]["storeys"]) == (one["model"], one["artifact"], [])
     assert story.json("remove-storey", 2, 1, "--as", "ada")["version"] == removed["version"]
+
+
+def test_the_readmes_commands_for_a_branch_per_customer(story: Story) -> None:
+    """The README's own words, with the version's real number; the shipped spec, with less training."""
+    commands = commands_under("## A branch per customer")
+    assert [words[0] for words in commands] == ["customize", "review", "approve", "release", "rollback"]
+    before = story.stable()
+    made = story.json(*commands[0])
+    assert made["verdict"] == "pass"
+    review, approve, release, rollback = (
+        [str(made["version"]) if word == "3" else word for word in words] for words in commands[1:]
+    )
+    assert "code-bits" in story.run(*review)
+    story.run(*approve)
+    with traffic(story) as counts:
+        story.run(*release)
+        assert story.stable() == made["version"]
+        story.run(*rollback)
+    assert (counts()["failed"], counts()["broken_streams"]) == (0, 0), counts()
+    assert story.stable() == before
+
+
+def commands_under(heading: str) -> list[list[str]]:
+    """The words of every `mansard` line in the README's first block under a heading."""
+    block = (ROOT / "README.md").read_text().split(heading, 1)[1].split("```")[1]
+    return [shlex.split(line, comments=True)[1:] for line in block.strip().splitlines()]
 
 
 def test_scheduled_upgrade_runs_by_cron_and_finds_everything_made(story: Story) -> None:
