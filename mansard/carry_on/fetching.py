@@ -17,8 +17,9 @@ from mansard.carry_on.sequences import TokenSequence
 from mansard.errors import StageFailed
 
 MAX_FAILURES = 3
-REQUESTS_PER_NODE = 2
-"""One is computed while the next one's tokens travel."""
+REQUESTS_PER_NODE = 4
+"""Some are computed while the states of others travel. On an H100, a 7B shape, 4,096 tokens a request (2026-11-26): 2
+give 30.0 thousand tokens/s, 4 give 42.2, 8 give 42.9; plain prefill does 46.0."""
 
 
 class GivesStates(Protocol):
