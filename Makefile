@@ -104,6 +104,13 @@ bench-training-gpu: setup
 bench-adapters: setup
 	@$(MAIN) tests/benchmarks/bench_adapters.py
 
+.PHONY: bench-branch-serving-gpu bench-capture
+bench-branch-serving-gpu: setup
+	@$(MAIN) tests/benchmarks/bench_branch_serving_gpu.py --python $(SERVE)
+
+bench-capture: setup
+	@$(MAIN) tests/benchmarks/bench_capture.py --python $(SERVE)
+
 .PHONY: bench-serving-gpu
 bench-serving-gpu: setup
 	@$(MAIN) tests/benchmarks/bench_serving_gpu.py
