@@ -416,8 +416,8 @@ class CanaryStep(Part):
 
 class Release(Part):
     """The walk. A step fails when the canary provably fails more than stable and by more than `max_error_excess`, when
-    its latency is provably above stable's times the ratio that evaluation measured times `latency_tolerance`, or
-    when its answers are provably more than `output_tolerance` times longer or shorter.
+    its latency is provably above stable's times the ratio that evaluation measured (at least 1) times
+    `latency_tolerance`, or when its answers are provably more than `output_tolerance` times longer or shorter.
     """
 
     steps: Annotated[list[CanaryStep], Field(min_length=1)]

@@ -221,6 +221,14 @@ def test_latency_is_held_against_what_evaluation_measured_and_never_against_1() 
     assert {k: round(v, 9) for k, v in slower.items()} == {"first_token": 2.0, "per_token": 1.5, "request": 1.75}
 
 
+def test_a_candidate_that_evaluation_found_faster_may_be_as_slow_as_stable() -> None:
+    """Tokens of a starved engine arrive in one burst: a step was aborted for not being 500 times as fast as stable."""
+    release = {"steps": [], "max_error_excess": 0.01, "latency_tolerance": 1.5, "output_tolerance": 2.0}
+    ratios = {"first_token_ms_p50": 5.06, "per_token_ms_p50": 0.002, "request_ms_p50": 0.9}
+    slower = Plan.from_release(release, ratios).limits.slower
+    assert slower == {"first_token": 5.06 * 1.5, "per_token": 1.5, "request": 1.5}
+
+
 def test_an_inconclusive_step_is_looked_at_at_its_deadline_and_then_aborted() -> None:
     canary, _ = advance(State(ONE_STEP), Observation(is_ready=True))
     for at in look_seconds(100.0):
