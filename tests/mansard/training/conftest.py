@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from mansard.store import Store
 from mansard.worker import Channel, StageContext
 
 Fill = Callable[[Store], dict[str, SnapshotId]]
-ROW_TOKENS = 32
+ROW_TOKENS, BATCH_ROWS = 32, 4
 SHAPE = {"vocabulary": 300, "hidden": 32, "intermediate": 64, "blocks": 2, "heads": 2, "max_tokens": 64}
 
 
@@ -64,3 +65,18 @@ def fill(base_folder: Path) -> Fill:
         return inputs
 
     return put
+
+
+def slice_(steps: int, **train: Any) -> dict[str, Any]:
+    """The stage's slice of a spec; keys of `train` replace those of the training section."""
+    sources = [
+        {"name": name, "train": name, "held_out": name, "weight": 0.5, "is_domain": name == "code"}
+        for name in ("code", "prose")
+    ]
+    return {
+        "data": {"sources": sources, "sequence_tokens": ROW_TOKENS, "min_domain_fraction": 0.3, "seed": 0},
+        "train": {
+            "tokens": steps * ROW_TOKENS * BATCH_ROWS, "batch_sequences": BATCH_ROWS, "precision": "fp32",
+            "learning_rates": {"new_blocks": 1e-2}, "evaluate_every_steps": 4, "checkpoint_every_steps": 1, **train,
+        },
+    }  # fmt: skip

@@ -29,6 +29,7 @@ from mansard.training.ranks import check_ranks
 from mansard.training.state import Checkpoints
 from mansard.worker import Channel, StageContext
 from tests.mansard.models.conftest import MakeFamily, make_family  # noqa: F401 - a fixture
+from tests.mansard.training import conftest
 from tests.mansard.training.conftest import jsonl, texts, tokenized
 
 pytestmark = pytest.mark.slow
@@ -43,17 +44,7 @@ def adapter(method: str, **others: Any) -> dict[str, Any]:
 
 
 def slice_(steps: int, **train: Any) -> dict[str, Any]:
-    sources = [
-        {"name": name, "train": name, "held_out": name, "weight": 0.5, "is_domain": name == "code"}
-        for name in ("code", "prose")
-    ]
-    return {
-        "data": {"sources": sources, "sequence_tokens": ROW_TOKENS, "min_domain_fraction": 0.3, "seed": 0},
-        "train": {
-            "tokens": steps * ROW_TOKENS * BATCH_ROWS, "batch_sequences": BATCH_ROWS, "precision": "fp32",
-            "learning_rates": {"new_blocks": 1e-2}, "evaluate_every_steps": steps, "checkpoint_every_steps": 1, **train,
-        },
-    }  # fmt: skip
+    return conftest.slice_(steps, **{"evaluate_every_steps": steps, **train})
 
 
 def section(**train: Any) -> Train:

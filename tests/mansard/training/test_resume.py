@@ -18,27 +18,13 @@ from mansard.records import SnapshotId
 from mansard.store import Store
 from mansard.training import stage
 from mansard.worker import Channel, StageContext
+from tests.mansard.training.conftest import BATCH_ROWS, ROW_TOKENS, slice_
 
 pytestmark = pytest.mark.slow
 
 Fill = Callable[[Store], dict[str, SnapshotId]]
-ROW_TOKENS, BATCH_ROWS = 32, 4
 FILE = "checkpoint.safetensors"
 DEADLINE_SECONDS = 60.0
-
-
-def slice_(steps: int, **train: Any) -> dict[str, Any]:
-    sources = [
-        {"name": name, "train": name, "held_out": name, "weight": 0.5, "is_domain": name == "code"}
-        for name in ("code", "prose")
-    ]
-    return {
-        "data": {"sources": sources, "sequence_tokens": ROW_TOKENS, "min_domain_fraction": 0.3, "seed": 0},
-        "train": {
-            "tokens": steps * ROW_TOKENS * BATCH_ROWS, "batch_sequences": BATCH_ROWS, "precision": "fp32",
-            "learning_rates": {"new_blocks": 1e-2}, "evaluate_every_steps": 4, "checkpoint_every_steps": 1, **train,
-        },
-    }  # fmt: skip
 
 
 class Heard(io.StringIO):
