@@ -81,6 +81,8 @@ class Traffic:
     _threads: list[threading.Thread] = field(default_factory=list)
 
     def start(self, num_threads: int = 2) -> None:
+        """Once the first answer is there: the host says "promoted" a moment before a data plane has read the split."""
+        wait_for("the first answer", lambda: ask(self.port)[0] == 200)
         self._stop.clear()
         for number in range(num_threads):
             thread = threading.Thread(target=self._run, args=(number,))
