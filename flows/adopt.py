@@ -8,7 +8,7 @@ from prefect import flow
 from flows.judgement import Candidate, judge_and_register, recorded_outcome
 from flows.outcome import Outcome
 from mansard.digest import digest_json
-from mansard.specs import AdoptSpec
+from mansard.specs.whole import AdoptSpec
 from tasks.derivation import recorded
 from tasks.intake import read_order, terms_of
 from tasks.quantization import quantize

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from flows.outcome import Outcome, outcome_of
 from mansard.records import Derivation, Registration, SnapshotId
-from mansard.specs import Suite
+from mansard.specs.judging import Suite
 from tasks.attempts import begin_attempt
 from tasks.derivation import Work
 from tasks.evaluations import Background, Subject, SuiteSnapshots, evaluate, judge, measure_cost, take_fingerprint

@@ -11,7 +11,7 @@ from flows.judgement import Candidate, judge_and_register, recorded_outcome
 from flows.outcome import Outcome
 from mansard.digest import digest_json
 from mansard.records import Derivation
-from mansard.specs import UpgradeSpec
+from mansard.specs.whole import UpgradeSpec
 from mansard.store import Store
 from tasks.attempts import expected_attempt
 from tasks.derivation import recorded

@@ -8,7 +8,9 @@ import yaml
 from pydantic import ValidationError
 
 from mansard.errors import BadInput
-from mansard.specs import Part, Spec, Suite
+from mansard.specs.judging import Suite
+from mansard.specs.part import Part
+from mansard.specs.whole import Spec
 
 T = TypeVar("T", bound=Part)
 

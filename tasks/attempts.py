@@ -17,7 +17,7 @@ from mansard.release.events import ATTEMPTED, EVIDENCE, PROMOTED
 from mansard.release.journal import Journal
 from mansard.site import Site
 from mansard.snapshot import Blob
-from mansard.specs import Gate
+from mansard.specs.judging import Gate
 from mansard.store import Store
 from tasks import policy
 

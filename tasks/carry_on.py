@@ -12,7 +12,9 @@ from mansard.records import Derivation, SnapshotId
 from mansard.release.journal import Journal
 from mansard.serving.engine_command import variables
 from mansard.site import Site
-from mansard.specs import Capture, ChooseAlpha, CustomizeSpec, Data
+from mansard.specs.carry_on import Capture, ChooseAlpha
+from mansard.specs.data import Data
+from mansard.specs.whole import CustomizeSpec
 from mansard.store import Store
 from tasks import policy
 from tasks.derivation import Asked, Work, derive_one, recipe

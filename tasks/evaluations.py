@@ -13,7 +13,8 @@ from mansard.launch import Request
 from mansard.models.placement import IMPORTANCE_FILE
 from mansard.models.storeys import read_expansion
 from mansard.records import Derivation, SnapshotId
-from mansard.specs import Cost, Fingerprint, Gate, Serve, Suite
+from mansard.specs.judging import Cost, Fingerprint, Gate, Suite
+from mansard.specs.whole import Serve
 from mansard.store import Store
 from tasks import policy
 from tasks.derivation import Asked, Work, derive_many, derive_one, is_remembered

@@ -15,7 +15,9 @@ from mansard.evaluation.suites import suite_files
 from mansard.records import Registration, SnapshotId
 from mansard.release.journal import Journal
 from mansard.site import Site
-from mansard.specs import Cost, Fingerprint, Gate, Quantize, Serve, Suite
+from mansard.specs.judging import Cost, Fingerprint, Gate, Suite
+from mansard.specs.surgery import Quantize
+from mansard.specs.whole import Serve
 from mansard.store import Store
 from tasks.intake import Terms
 

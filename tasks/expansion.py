@@ -2,7 +2,8 @@
 
 from mansard.launch import Request
 from mansard.records import Derivation, SnapshotId
-from mansard.specs import Data, Expand, Probe, Prove
+from mansard.specs.data import Data
+from mansard.specs.surgery import Expand, Probe, Prove
 from tasks import policy
 from tasks.derivation import Asked, Work, derive_one
 from tasks.snapshots import TakenData

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 
 from mansard.launch import Request
 from mansard.records import Derivation, SnapshotId
-from mansard.specs import Fuse, Suite, UpgradeSpec
+from mansard.specs.judging import Suite
+from mansard.specs.surgery import Fuse
+from mansard.specs.whole import UpgradeSpec
 from tasks import policy
 from tasks.derivation import Asked, Work, derive_one
 from tasks.evaluations import SuiteSnapshots

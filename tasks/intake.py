@@ -23,7 +23,8 @@ from mansard.release.journal import Journal
 from mansard.site import Site, load_site
 from mansard.snapshot import check_model_tree
 from mansard.spec_files import load_spec, load_suites
-from mansard.specs import Cost, Fingerprint, Gate, Serve, Spec, Suite
+from mansard.specs.judging import Cost, Fingerprint, Gate, Suite
+from mansard.specs.whole import Serve, Spec
 from mansard.store import Store
 from mansard.training.sources import check_text
 

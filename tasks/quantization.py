@@ -2,7 +2,7 @@
 
 from mansard.launch import Request
 from mansard.records import Derivation, SnapshotId
-from mansard.specs import Quantize
+from mansard.specs.surgery import Quantize
 from tasks import policy
 from tasks.derivation import Asked, Work, derive_one
 from tasks.evidence import Quantization

@@ -11,7 +11,7 @@ from mansard.errors import BadInput
 from mansard.records import SnapshotId
 from mansard.serving.host_client import HostClient
 from mansard.site import Site
-from mansard.specs import Serve
+from mansard.specs.whole import Serve
 from tasks import policy
 from tasks.terminal import say
 

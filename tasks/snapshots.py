@@ -16,7 +16,8 @@ from mansard.models.quantizable import check_quantizable
 from mansard.records import Derivation, SnapshotId
 from mansard.release.journal import Journal
 from mansard.snapshot import check_model_tree
-from mansard.specs import Base, Data, QuantizedSpec, Source, SourceText, Spec
+from mansard.specs.data import Data, Source, SourceText
+from mansard.specs.whole import Base, QuantizedSpec, Spec
 from mansard.store import Store
 from mansard.training.sources import take_text
 from tasks import policy, tracking

@@ -9,7 +9,8 @@ from mansard.launch import Request
 from mansard.models.tokenizer_files import take_tokenizer
 from mansard.records import Derivation, SnapshotId
 from mansard.site import Site
-from mansard.specs import Data, Train
+from mansard.specs.data import Data
+from mansard.specs.training import Train
 from mansard.store import Store
 from tasks import policy
 from tasks.derivation import Asked, Work, derive_many, derive_one

@@ -8,7 +8,7 @@ import pytest
 from flows.cli import VERBS, parser
 from mansard.site import load_site
 from mansard.spec_files import load_spec, load_suites
-from mansard.specs import AdoptSpec, CustomizeSpec, UpgradeSpec
+from mansard.specs.whole import AdoptSpec, CustomizeSpec, UpgradeSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

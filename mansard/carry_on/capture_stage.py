@@ -32,7 +32,7 @@ from mansard.errors import BadInput, Corrupt
 from mansard.models.loading import load_tokenizer
 from mansard.models.model_files import model_config
 from mansard.records import SnapshotId
-from mansard.specs import Data
+from mansard.specs.data import Data
 from mansard.training.data import Packed, pack_texts, read_texts, require_rows
 
 if TYPE_CHECKING:

@@ -29,8 +29,9 @@ from mansard.composition.mixture import check_tokenizers, others_of
 from mansard.composition.shape import BranchShape, shape_of, shape_of_size
 from mansard.errors import BadInput
 from mansard.records import SnapshotId
-from mansard.specs import Branch as BranchSpec
-from mansard.specs import BranchTrain, Data
+from mansard.specs.carry_on import Branch as BranchSpec
+from mansard.specs.carry_on import BranchTrain
+from mansard.specs.data import Data
 from mansard.training.data import Mixture, Packed
 from mansard.training.engines import CPU_THREADS
 from mansard.training.loop import Plan, run_loop

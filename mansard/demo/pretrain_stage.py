@@ -13,7 +13,7 @@ import torch
 from mansard.demo.base import save_base, train_tokenizer, untrained_model
 from mansard.errors import BadInput
 from mansard.records import SnapshotId
-from mansard.specs import Train
+from mansard.specs.training import Train
 from mansard.training.data import Mixture, Packed, pack_texts, read_texts, require_rows
 from mansard.training.engines import CPU_THREADS, LocalEngine
 from mansard.training.loop import Plan, run_loop

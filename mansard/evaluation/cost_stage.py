@@ -14,7 +14,8 @@ from mansard.errors import BadInput
 from mansard.evaluation.cost import Target, measure, plan_rounds
 from mansard.evaluation.engine_api import check_serves
 from mansard.records import SnapshotId
-from mansard.specs import Cost, Serve
+from mansard.specs.judging import Cost
+from mansard.specs.whole import Serve
 
 if TYPE_CHECKING:
     from mansard.worker import StageContext

@@ -15,7 +15,8 @@ from mansard.evaluation.engine_api import check_serves
 from mansard.evaluation.item_records import Record, check_complete, summary_of, to_lines
 from mansard.evaluation.suites import parse_items
 from mansard.records import SnapshotId
-from mansard.specs import Serve, Suite
+from mansard.specs.judging import Suite
+from mansard.specs.whole import Serve
 
 if TYPE_CHECKING:
     from mansard.worker import StageContext

@@ -12,7 +12,8 @@ from mansard.errors import StageFailed
 from mansard.evaluation.engine_api import check_serves
 from mansard.evaluation.fingerprint import compare, take
 from mansard.records import SnapshotId
-from mansard.specs import Fingerprint, Serve
+from mansard.specs.judging import Fingerprint
+from mansard.specs.whole import Serve
 
 if TYPE_CHECKING:
     from mansard.worker import StageContext

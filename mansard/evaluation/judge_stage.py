@@ -25,7 +25,7 @@ from mansard.evaluation.statistics import Comparison
 from mansard.evaluation.suites import Item, parse_items
 from mansard.evaluation.verdict_file import verdict_record
 from mansard.records import SnapshotId
-from mansard.specs import Gate, Suite, SuiteRole
+from mansard.specs.judging import Gate, Suite, SuiteRole
 
 if TYPE_CHECKING:
     from mansard.worker import StageContext

@@ -9,7 +9,7 @@ from mansard.evaluation.pairing import Changes
 from mansard.evaluation.power import Plan
 from mansard.evaluation.statistics import Estimate
 from mansard.evaluation.suites import Item
-from mansard.specs import SuiteRole
+from mansard.specs.judging import SuiteRole
 
 ARTIFACTS = ("candidate", "baseline", "anchor")
 """Whose item records a judgement rests on."""

@@ -14,7 +14,7 @@ from statistics import NormalDist
 from mansard.errors import BadInput
 from mansard.evaluation.bootstrap import widening
 from mansard.evaluation.statistics import POWER
-from mansard.specs import Suite, SuiteRole
+from mansard.specs.judging import Suite, SuiteRole
 
 SKEWNESS = 3.0
 """That files' paired differences are planned for. The formula is rough: with 3 it gives the power that simulated gates

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mansard.canonical import canonical_json
 from mansard.errors import BadInput
 from mansard.records import SnapshotId
-from mansard.specs import Suite
+from mansard.specs.judging import Suite
 
 if TYPE_CHECKING:
     from mansard.store import Store

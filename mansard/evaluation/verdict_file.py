@@ -14,7 +14,7 @@ from mansard.evaluation.pairing import Change, Changes
 from mansard.evaluation.power import Plan
 from mansard.evaluation.statistics import Comparison, Estimate, Spread
 from mansard.evaluation.wording import ITEMS_LISTED
-from mansard.specs import Gate, SuiteRole
+from mansard.specs.judging import Gate, SuiteRole
 
 
 def verdict_record(judgement: Judgement, gate: Gate) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from mansard.models.storeys import EXPANSION_FILE, Expansion, NewBlock, Storey, 
 from mansard.records import SnapshotId
 from mansard.safetensors_header import compose_header, header_metadata, header_prefix
 from mansard.snapshot import CONFIG_FILE, INDEX_FILE, Blob, Manifest, TensorFile, check_weight_files, read_json_object
-from mansard.specs import Expand
+from mansard.specs.surgery import Expand
 from mansard.store import Store
 
 

@@ -9,7 +9,7 @@ from mansard.models.expand import apply, plan
 from mansard.models.model_files import model_config
 from mansard.models.placement import IMPORTANCE_FILE, read_gains
 from mansard.records import SnapshotId
-from mansard.specs import Expand
+from mansard.specs.surgery import Expand
 
 if TYPE_CHECKING:
     from mansard.worker import StageContext

@@ -19,7 +19,7 @@ from mansard.models.loading import choose_device, load_model, load_tokenizer
 from mansard.models.placement import IMPORTANCE_FILE
 from mansard.models.windows import first_windows
 from mansard.records import SnapshotId
-from mansard.specs import NO_GENERAL_TEXT, Probe
+from mansard.specs.surgery import NO_GENERAL_TEXT, Probe
 
 if TYPE_CHECKING:
     from mansard.worker import StageContext

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 
 from mansard.errors import BadInput
-from mansard.specs import Expand
+from mansard.specs.surgery import Expand
 
 IMPORTANCE_FILE = "importance.json"
 

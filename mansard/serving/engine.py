@@ -34,7 +34,7 @@ from mansard.serving.engine_command import (
 from mansard.serving.engine_log import last_words, tail
 from mansard.serving.process import ProcessIdentity, identify, kill_group, send, wait_for_end
 from mansard.site import Site
-from mansard.specs import Serve
+from mansard.specs.whole import Serve
 
 DRAIN_SECONDS = 120.0
 """How long `stop` waits for an engine's own requests before SIGTERM."""

@@ -16,7 +16,7 @@ from mansard.canonical import sha256_json
 from mansard.errors import MansardError, StageFailed
 from mansard.records import SnapshotId
 from mansard.site import Site
-from mansard.specs import Serve
+from mansard.specs.whole import Serve
 
 SHUTDOWN_SECONDS = 30
 """What vLLM gets to finish running generations after SIGTERM; without it, it drops them (facts.md)."""

@@ -26,7 +26,7 @@ from mansard.serving.host_engines import Engines
 from mansard.serving.host_rollback import Rollback, RollbackRequest
 from mansard.serving.host_rollouts import Rollouts
 from mansard.site import Site
-from mansard.specs import Serve
+from mansard.specs.whole import Serve
 
 FORMAT = 1
 MAX_BODY_BYTES = 1 << 20

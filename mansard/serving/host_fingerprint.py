@@ -16,7 +16,7 @@ from mansard.records import Registration
 from mansard.release.journal import Journal
 from mansard.serving import engine_http
 from mansard.serving.engine import Engine
-from mansard.specs import Fingerprint as FingerprintSpec
+from mansard.specs.judging import Fingerprint as FingerprintSpec
 from mansard.store import Store
 
 STAGE = "fingerprint"

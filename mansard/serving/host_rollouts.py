@@ -27,7 +27,7 @@ from mansard.serving.host_traffic import Traffic
 from mansard.serving.host_walk import HOST, Walk, Walker
 from mansard.serving.host_windows import Windows
 from mansard.site import Site
-from mansard.specs import Release
+from mansard.specs.release import Release
 from mansard.store import Store
 
 log = logging.getLogger(__name__)

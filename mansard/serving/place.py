@@ -16,7 +16,7 @@ from mansard.composition.compose import compose_slots, composition_of, shape_of
 from mansard.records import Registration, SnapshotId
 from mansard.serving.engine_command import EngineIdentity
 from mansard.site import Site
-from mansard.specs import Serve
+from mansard.specs.whole import Serve
 from mansard.store import Store
 
 ALPHA_FILE = "alpha.json"

@@ -17,7 +17,7 @@ from torch import nn
 
 from mansard.errors import BadInput, StageFailed
 from mansard.models.freeze import digest_tensors, freeze_except
-from mansard.specs import Adapter, Train
+from mansard.specs.training import Adapter, Train
 from mansard.training.blocks import Frozen, Names, groups_of
 from mansard.training.frozen_linear import require_fp8
 from mansard.training.optimizer import Group

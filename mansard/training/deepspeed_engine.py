@@ -22,7 +22,7 @@ from deepspeed.utils import (
 from torch import distributed, nn
 
 from mansard.models.freeze import digest_tensors
-from mansard.specs import Train
+from mansard.specs.training import Train
 from mansard.training.adamw import BETAS, EPSILON, set_rates
 from mansard.training.anchor import Anchor
 from mansard.training.data import Batch

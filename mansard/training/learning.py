@@ -14,7 +14,8 @@ import torch
 from mansard.errors import BadInput
 from mansard.models.loading import choose_device, load_model
 from mansard.models.storeys import NewBlock, read_expansion
-from mansard.specs import Data, Train
+from mansard.specs.data import Data
+from mansard.specs.training import Train
 from mansard.training.adapters import plan as plan_adapters
 from mansard.training.adapters import train_adapters
 from mansard.training.anchor import Anchor

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from mansard.errors import BadInput, StageFailed
-from mansard.specs import Train
+from mansard.specs.training import Train
 from mansard.training.data import Batch, Mixture, PackedText
 from mansard.training.engines import Engine, Loss
 from mansard.training.feed import feed

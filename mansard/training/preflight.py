@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from mansard.errors import BadInput
-from mansard.specs import Train
+from mansard.specs.training import Train
 from mansard.training.attention import preferred_kernels
 from mansard.training.data import Batch
 from mansard.training.engines import LocalEngine

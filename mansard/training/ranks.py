@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from mansard.errors import BadInput, MansardError, StageFailed, error_named
 from mansard.models.storeys import NewBlock
-from mansard.specs import Train
+from mansard.specs.training import Train
 from mansard.training.learning import Learned
 from mansard.training.loop import kept
 from mansard.training.rank_files import START, RankBeat, RankFiles

@@ -16,7 +16,7 @@ from mansard.errors import BadInput
 from mansard.objects import file_state
 from mansard.records import SnapshotId
 from mansard.snapshot import Blob, Manifest
-from mansard.specs import SourceText
+from mansard.specs.data import SourceText
 from mansard.store import Store
 from mansard.training.hub_text import check_hub, hub_rows
 from mansard.training.text_files import JSONL, Document, check_files, documents, files_of, format_of

@@ -21,7 +21,8 @@ from mansard.models.loading import choose_device, load_model
 from mansard.models.probe import forward_logits
 from mansard.models.slots import view
 from mansard.records import SnapshotId
-from mansard.specs import Adapter, Data, Train
+from mansard.specs.data import Data
+from mansard.specs.training import Adapter, Train
 from mansard.training.adapters import merged
 from mansard.training.anchor import Anchor
 from mansard.training.blocks import Names, checkpoint_names

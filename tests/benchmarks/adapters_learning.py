@@ -17,7 +17,7 @@ from mansard import Text, expand, train
 from mansard.demo.base import save_base, train_tokenizer, untrained_model
 from mansard.demo.corpus import listed_files, read_domains, up_to
 from mansard.models.loading import load_tokenizer
-from mansard.specs import LearningRates, Train
+from mansard.specs.training import LearningRates, Train
 from mansard.training.data import Mixture, pack_texts
 from mansard.training.engines import LocalEngine
 from mansard.training.loop import Plan, run_loop

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from mansard.specs import LearningRates, Train
+from mansard.specs.training import LearningRates, Train
 from mansard.training.adapters import train_adapters
 from mansard.training.blocks import Names, names_in, train_only
 from mansard.training.data import Batch

@@ -16,7 +16,7 @@ import yaml
 
 from flows.demo import BASE, CORPUS
 from mansard.api import Model, Text, _derive, expand, fuse, train
-from mansard.specs import UpgradeSpec
+from mansard.specs.whole import UpgradeSpec
 from mansard.store import Store
 
 ROOT = Path(__file__).resolve().parents[2]

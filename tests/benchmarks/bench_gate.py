@@ -21,7 +21,8 @@ from mansard.evaluation.bootstrap import deviations, widening
 from mansard.evaluation.power import Plan, alpha_of_attempt, plan_guard
 from mansard.evaluation.score_interval import design_effect, tango_interval
 from mansard.spec_files import load_spec
-from mansard.specs import Gate, SuiteRole, UpgradeSpec
+from mansard.specs.judging import Gate, SuiteRole
+from mansard.specs.whole import UpgradeSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 PAIRS = 10_000

@@ -26,7 +26,7 @@ import numpy as np
 from mansard.release.analysis import Limits, judge
 from mansard.release.looks import ALPHA, look_seconds
 from mansard.release.rollout import Look, Observation, Plan, SetWeight, State, Step, advance
-from mansard.specs import Release
+from mansard.specs.release import Release
 
 import_path.insert(0, str(Path(__file__).parent))
 from rollout_population import (

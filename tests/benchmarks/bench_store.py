@@ -28,7 +28,7 @@ from mansard.models.model_files import model_config
 from mansard.models.storeys import read_expansion
 from mansard.safetensors_header import compose_header, header_prefix
 from mansard.snapshot import CONFIG_FILE, INDEX_FILE, TensorFile
-from mansard.specs import Expand
+from mansard.specs.surgery import Expand
 from mansard.store import Store
 
 CONFIG: dict[str, Any] = {

@@ -24,7 +24,7 @@ from mansard.models.storeys import read_expansion
 from mansard.records import SnapshotId
 from mansard.safetensors_header import compose_header, header_prefix
 from mansard.snapshot import CONFIG_FILE, INDEX_FILE, Blob, Manifest, TensorFile
-from mansard.specs import Expand
+from mansard.specs.surgery import Expand
 from mansard.store import Store
 
 CONFIG: dict[str, Any] = {

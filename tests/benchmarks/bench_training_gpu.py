@@ -21,7 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mansard.models.expand import plan
 from mansard.models.freeze import freeze_except
-from mansard.specs import Expand, LearningRates, Train
+from mansard.specs.surgery import Expand
+from mansard.specs.training import LearningRates, Train
 from mansard.training.data import Batch, as_batch
 from mansard.training.engines import LocalEngine
 from mansard.training.optimizer import Group

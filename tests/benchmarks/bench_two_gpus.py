@@ -20,7 +20,7 @@ import torch
 from torch import distributed
 
 from mansard.models.freeze import freeze_except
-from mansard.specs import LearningRates, Train
+from mansard.specs.training import LearningRates, Train
 from mansard.training.engines import LocalEngine
 from mansard.training.optimizer import Group
 from mansard.training.quantized_blocks import quantize_linears

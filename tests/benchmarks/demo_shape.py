@@ -12,7 +12,9 @@ from mansard.demo.corpus import listed_files, read_domains, up_to
 from mansard.models.expand import apply, plan
 from mansard.models.loading import load_model, load_tokenizer
 from mansard.models.model_files import model_config
-from mansard.specs import Data, Expand, LearningRates, Source, Train
+from mansard.specs.data import Data, Source
+from mansard.specs.surgery import Expand
+from mansard.specs.training import LearningRates, Train
 from mansard.store import Store
 from mansard.training.blocks import Names, checkpoint_names
 from mansard.training.data import Mixture, Packed, pack_texts

@@ -26,7 +26,8 @@ from mansard.models.expand import plan
 from mansard.models.freeze import freeze_except
 from mansard.models.importance import losses
 from mansard.models.loading import load_model
-from mansard.specs import Expand, LearningRates
+from mansard.specs.surgery import Expand
+from mansard.specs.training import LearningRates
 from mansard.training.anchor import Anchor
 from mansard.training.blocks import checkpoint_names, train_only
 from mansard.training.data import Mixture

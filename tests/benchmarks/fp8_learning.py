@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mansard.demo.corpus import read_domains
 from mansard.models.freeze import freeze_except
-from mansard.specs import LearningRates, Train
+from mansard.specs.training import LearningRates, Train
 from mansard.training.data import Batch, as_batch
 from mansard.training.engines import LocalEngine
 from mansard.training.optimizer import Group, Schedule

@@ -21,7 +21,8 @@ from mansard.models.model_files import model_config
 from mansard.models.tokenizer_files import take_tokenizer
 from mansard.serving.engine import Engine, EngineIdentity
 from mansard.site import Site, load_site
-from mansard.specs import Serve, Suite
+from mansard.specs.judging import Suite
+from mansard.specs.whole import Serve
 from mansard.store import Store
 from tests.end_to_end.conftest import ROOT, write_site
 

@@ -17,7 +17,7 @@ from mansard.evaluation.pairing import Change, Changes
 from mansard.evaluation.power import plan_guard
 from mansard.evaluation.statistics import Comparison, Estimate, Spread
 from mansard.records import Registration
-from mansard.specs import SuiteRole
+from mansard.specs.judging import SuiteRole
 
 FACTS: dict[str, Any] = {
     "model": "demo",

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mansard.models.families import family_of
-from mansard.specs import LearningRates, Train
+from mansard.specs.training import LearningRates, Train
 from mansard.training.adapters import train_adapters
 from mansard.training.blocks import names_in
 from mansard.training.data import as_batch

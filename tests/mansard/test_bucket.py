@@ -23,7 +23,7 @@ from mansard.errors import BadInput, Corrupt, MansardError, NotAllowed
 from mansard.launch import Request, derive, this_interpreter
 from mansard.site import Site, load_site
 from mansard.snapshot import TensorFile
-from mansard.specs import Expand
+from mansard.specs.surgery import Expand
 from mansard.store import Store
 
 MakeCheckpoint = Callable[..., Path]

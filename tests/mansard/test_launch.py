@@ -18,7 +18,7 @@ from mansard.errors import BadInput, StageFailed
 from mansard.launch import Request, derive, derive_all, recipe_of, this_interpreter
 from mansard.records import SnapshotId
 from mansard.site import Site
-from mansard.specs import Expand, Quantize
+from mansard.specs.surgery import Expand, Quantize
 from mansard.store import Store
 
 ROOT = Path(__file__).resolve().parents[2]

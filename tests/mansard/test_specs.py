@@ -7,7 +7,7 @@ import pytest
 from mansard.errors import BadInput
 from mansard.site import load_site
 from mansard.spec_files import load_spec
-from mansard.specs import UpgradeSpec
+from mansard.specs.whole import UpgradeSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 UPGRADE = (ROOT / "configs/upgrade/demo.yaml").read_text()

@@ -11,7 +11,7 @@ from mansard.records import Registration
 from mansard.release.events import ATTEMPTED
 from mansard.release.journal import Journal
 from mansard.site import Site, load_site
-from mansard.specs import Gate
+from mansard.specs.judging import Gate
 from mansard.store import Store
 from tasks.attempts import begin_attempt, expected_attempt
 

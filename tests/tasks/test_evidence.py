@@ -8,7 +8,8 @@ import pytest
 from mansard.errors import BadInput
 from mansard.evaluation.suites import suite_files
 from mansard.site import Environment, Site
-from mansard.specs import Cost, Gate, Serve, Suite
+from mansard.specs.judging import Cost, Gate, Suite
+from mansard.specs.whole import Serve
 from mansard.store import Store
 from tasks.evidence import Evidence, check_suites_unchanged
 

@@ -10,7 +10,7 @@ from mansard.errors import BadInput, NotAllowed
 from mansard.evaluation.suites import take_suite
 from mansard.release import keys
 from mansard.site import load_site
-from mansard.specs import UpgradeSpec
+from mansard.specs.whole import UpgradeSpec
 from mansard.store import Store
 from tasks.intake import asked_for, check_power, read_order, terms_of
 

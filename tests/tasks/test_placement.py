@@ -11,7 +11,8 @@ from mansard.models.expand import apply, plan
 from mansard.models.model_files import model_config
 from mansard.records import Derivation
 from mansard.spec_files import load_spec
-from mansard.specs import Expand, UpgradeSpec
+from mansard.specs.surgery import Expand
+from mansard.specs.whole import UpgradeSpec
 from mansard.store import Store
 from tasks.evaluations import Background, provenance
 from tasks.expansion import expand_request, importance_asked

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mansard.evaluation.wording import _alpha_rows
-from mansard.specs import Capture, ChooseAlpha, Data
+from mansard.specs.carry_on import Capture, ChooseAlpha
+from mansard.specs.data import Data
 from tasks.carry_on import best_alpha, rows_of
 
 CURVES = [

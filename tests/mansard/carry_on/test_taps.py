@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from mansard.composition.description import BranchDescription, described
 from mansard.composition.shape import BranchShape, shape_of
 from mansard.errors import BadInput
-from mansard.specs import Branch as BranchSpec
+from mansard.specs.carry_on import Branch as BranchSpec
 from mansard.worker import Channel, StageContext
 from tests.mansard.carry_on.conftest import DATA, ROWS, SERVE, Filled, ServeStates
 

@@ -20,7 +20,7 @@ from mansard.evaluation.judge_stage import judge, run
 from mansard.evaluation.judgement import Background
 from mansard.evaluation.report import render, with_cost
 from mansard.evaluation.verdict_file import judgement_of
-from mansard.specs import Gate, Suite
+from mansard.specs.judging import Gate, Suite
 from mansard.store import Store
 
 SUITES = [

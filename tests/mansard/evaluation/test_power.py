@@ -4,7 +4,7 @@ import pytest
 
 from mansard.errors import BadInput
 from mansard.evaluation.power import alpha_of_attempt, check_power, plan_guard, power_at_no_change, size_needed
-from mansard.specs import Suite, SuiteRole
+from mansard.specs.judging import Suite, SuiteRole
 
 BITS = Suite(format=1, name="docs", kind="bits_per_byte", items="a.jsonl")
 QUESTIONS = Suite(format=1, name="quiz", kind="multiple_choice", items="a.jsonl")

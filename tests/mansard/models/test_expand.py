@@ -15,7 +15,7 @@ from mansard.models.families import LLAMA
 from mansard.models.model_files import model_config
 from mansard.models.storeys import EXPANSION_FILE, read_expansion
 from mansard.snapshot import check_model_tree
-from mansard.specs import Expand
+from mansard.specs.surgery import Expand
 from mansard.store import Store
 
 MakeCheckpoint = Callable[..., Path]

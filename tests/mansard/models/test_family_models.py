@@ -11,7 +11,7 @@ from mansard.models.expand import apply, plan
 from mansard.models.families import FAMILIES
 from mansard.models.model_files import model_config, weight_files
 from mansard.models.storeys import read_expansion
-from mansard.specs import Expand
+from mansard.specs.surgery import Expand
 from mansard.store import Store
 
 pytestmark = pytest.mark.slow
@@ -142,7 +142,7 @@ def test_gradients_reach_every_new_tensor_within_two_steps_and_no_other(
     from mansard.models.freeze import digest_tensors
     from mansard.models.loading import load_model
     from mansard.models.slots import view
-    from mansard.specs import LearningRates
+    from mansard.specs.training import LearningRates
     from mansard.training.blocks import checkpoint_names, train_only
     from mansard.training.data import Packed
     from mansard.training.engines import LocalEngine

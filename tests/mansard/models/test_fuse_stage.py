@@ -9,7 +9,7 @@ from mansard.models.expand import apply, plan
 from mansard.models.families import LLAMA
 from mansard.models.model_files import model_config
 from mansard.models.storeys import read_expansion
-from mansard.specs import Expand, Fuse
+from mansard.specs.surgery import Expand, Fuse
 from mansard.store import Store
 
 pytestmark = pytest.mark.slow

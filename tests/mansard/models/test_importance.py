@@ -75,7 +75,7 @@ def test_a_gain_is_the_loss_of_the_model_without_the_block(make_context: MakeCon
 
     from mansard.models.importance_stage import _rows
     from mansard.models.loading import load_model
-    from mansard.specs import Probe
+    from mansard.specs.surgery import Probe
 
     store: Store = make_context({}, {}).store
     folder = make_family("llama")

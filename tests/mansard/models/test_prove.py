@@ -13,7 +13,7 @@ from mansard.models.expand import apply, plan
 from mansard.models.model_files import model_config
 from mansard.safetensors_header import compose_header, header_prefix
 from mansard.snapshot import Manifest, TensorFile
-from mansard.specs import Expand
+from mansard.specs.surgery import Expand
 from mansard.store import Store
 
 pytestmark = pytest.mark.slow

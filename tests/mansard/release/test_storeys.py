@@ -19,7 +19,7 @@ from mansard.records import Registration
 from mansard.release.journal import Journal
 from mansard.site import Site
 from mansard.snapshot import Blob, Manifest
-from mansard.specs import Expand
+from mansard.specs.surgery import Expand
 from mansard.store import Store
 
 

@@ -15,7 +15,7 @@ from mansard.errors import BadInput, MansardError
 from mansard.serving.engine_command import EngineIdentity, command, variables
 from mansard.serving.engine_log import last_words
 from mansard.serving.process import identify
-from mansard.specs import Serve
+from mansard.specs.whole import Serve
 
 pytestmark = pytest.mark.slow
 

@@ -20,7 +20,8 @@ from mansard.models.loading import load_model
 from mansard.models.model_files import model_config
 from mansard.models.storeys import newest_tensors
 from mansard.records import SnapshotId
-from mansard.specs import Adapter, Expand, Train
+from mansard.specs.surgery import Expand
+from mansard.specs.training import Adapter, Train
 from mansard.store import Store
 from mansard.training import adapters, stage
 from mansard.training.blocks import checkpoint_names

@@ -13,7 +13,7 @@ from mansard import Text, expand, fuse, save, train
 from mansard.api import Model
 from mansard.errors import BadInput
 from mansard.models.loading import load_model, load_tokenizer
-from mansard.specs import Train
+from mansard.specs.training import Train
 from mansard.training import head_loss
 from mansard.training.anchor import Anchor
 from mansard.training.data import Mixture, Packed, as_batch

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mansard.errors import BadInput, MansardError
-from mansard.specs import LearningRates, Train
+from mansard.specs.training import LearningRates, Train
 from mansard.training.data import Mixture, Packed, as_batch
 from mansard.training.engines import LocalEngine
 from mansard.training.loop import Moment, Plan, run_loop

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mansard.errors import BadInput
-from mansard.specs import LearningRates, Train
+from mansard.specs.training import LearningRates, Train
 from mansard.training.data import Batch, as_batch
 from mansard.training.engines import LocalEngine
 from mansard.training.memory import available_bytes, taken_bytes

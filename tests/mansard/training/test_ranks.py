@@ -21,7 +21,7 @@ from safetensors.torch import load
 import mansard
 from mansard.errors import BadInput, StageFailed
 from mansard.records import SnapshotId
-from mansard.specs import Train
+from mansard.specs.training import Train
 from mansard.store import Store
 from mansard.training import stage
 from mansard.training.rank_files import RankFiles

@@ -17,7 +17,8 @@ from mansard.models.loading import load_tokenizer
 from mansard.models.tokenizer_files import take_tokenizer
 from mansard.records import SnapshotId
 from mansard.snapshot import Blob
-from mansard.specs import Data, Train
+from mansard.specs.data import Data
+from mansard.specs.training import Train
 from mansard.store import Store
 from mansard.store_stream import CHUNK_BYTES, file_chunks, lines_of
 from mansard.training import packing, shards, stage
@@ -179,7 +180,7 @@ def test_lines_do_not_depend_on_where_a_file_is_cut(chunks: list[bytes]) -> None
 def test_a_storeys_tokenizer_is_its_bases(store: Store, base_folder: Path) -> None:
     from mansard.models.expand import apply, plan
     from mansard.models.model_files import model_config
-    from mansard.specs import Expand
+    from mansard.specs.surgery import Expand
 
     base = store.snapshot(base_folder)
     expansion = apply(store, base, plan(model_config(store, base), Expand(blocks=2)))

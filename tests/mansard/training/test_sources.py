@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from mansard.errors import BadInput
 from mansard.records import SnapshotId
-from mansard.specs import Source, SourceText
+from mansard.specs.data import Source, SourceText
 from mansard.store import Store
 from mansard.training.data import read_texts
 from mansard.training.hub_text import check_hub, hub_rows

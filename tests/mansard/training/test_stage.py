@@ -23,7 +23,7 @@ from mansard.models.loading import load_model
 from mansard.models.probe import are_bit_equal, forward_logits
 from mansard.records import SnapshotId
 from mansard.site import Site
-from mansard.specs import Data
+from mansard.specs.data import Data
 from mansard.store import Store
 from mansard.training import stage
 from mansard.training.data import Mixture, Packed
