@@ -21,6 +21,7 @@ from mansard.carry_on.loader import Part
 from mansard.carry_on.wire import decode, moved
 from mansard.training.data import Batch
 from mansard.training.engines import Loss
+from mansard.training.optimizer import HeldBytes
 from mansard.training.state import random_states, take_random_states
 
 
@@ -37,6 +38,8 @@ class Moves(Protocol):
     def masters(self) -> Mapping[str, torch.Tensor]: ...
 
     def step(self, factor: float, clip_norm: float) -> float: ...
+
+    def held_bytes(self) -> HeldBytes: ...
 
     def state(self) -> dict[str, torch.Tensor]: ...
 
@@ -73,6 +76,10 @@ class BranchEngine:
     def value_bytes(self) -> int:
         """Bytes of a weight."""
         return int(self._branch.project.element_size())
+
+    @property
+    def optimizer_bytes(self) -> HeldBytes:
+        return self._optimizer.held_bytes()
 
     @property
     def vocabulary(self) -> int:

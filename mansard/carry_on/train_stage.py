@@ -149,7 +149,8 @@ def make_engine(
     if head.width != shape.base_width:
         raise BadInput(f"the base's head has width {head.width}, its states have {shape.base_width}")
     weights = FlatWeights(branch)
-    optimizer = MasterAdamW([Group("branch", train.learning_rate, weights.parameters)], train.weight_decay)
+    group = Group("branch", train.learning_rate, weights.parameters)
+    optimizer = MasterAdamW([group], train.weight_decay, train.optimizer, train.master)
     return branch, BranchEngine(weights, head, loader, optimizer, train.alpha, train.clip_norm)
 
 
@@ -176,9 +177,9 @@ def _texts(cache: CachedStates, data: Data, train: BranchTrain) -> tuple[Mixture
 
 def _tell(context: "StageContext", shape: BranchShape, engine: BranchEngine, plan: Plan, sequence_tokens: int) -> None:
     """Parameters and the memory account, before the first step."""
-    value_bytes = engine.value_bytes
+    micro_tokens = max(MICRO_TOKENS, sequence_tokens)
     found = account(
-        shape, engine.vocabulary, plan.tokens_per_step, max(MICRO_TOKENS, sequence_tokens), value_bytes, 8.0
+        shape, engine.vocabulary, plan.tokens_per_step, micro_tokens, engine.value_bytes, engine.optimizer_bytes
     )
     taps = f", reading layers {', '.join(map(str, shape.taps))} too" if shape.taps else ""
     text = f"branch of {shape.parameters:,} parameters, {shape.blocks} blocks of width {shape.width}{taps}"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mansard.training.adamw import make_optimizer, moment_bytes, set_rates, state_of, state_tensors
+from mansard.training.adamw import RoundedAdamW, make_optimizer, moment_bytes, set_rates, state_of, state_tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,15 @@ class StepBytes:
     moments: int
     passing: int
     moved: int
+
+
+@dataclass(frozen=True, slots=True)
+class HeldBytes:
+    """Beside parameters and gradients: masters and moments, from the first step on; `passing` while a step lasts."""
+
+    masters: int
+    moments: int
+    passing: int
 
 
 def torch_groups(
@@ -89,6 +98,15 @@ class MasterAdamW:
         weights = sum(p.nbytes + m.nbytes for p, m in zip(self._parameters.values(), masters, strict=True))
         is_new = not self._optimizer.state
         return StepBytes(moments if is_new else 0, widened + 16 * largest, 2 * (moments + weights + widened))
+
+    def held_bytes(self) -> HeldBytes:
+        """What it takes for itself. One that rounds widens a tensor at a time; torchao's works in place."""
+        masters = {name: m for name, m in self.masters.items() if m is not self._parameters[name]}
+        widened = sum(4 * m.numel() for m in masters.values())
+        is_widening = isinstance(self._optimizer, RoundedAdamW)
+        passing = 16 * max(m.numel() for m in self.masters.values()) if is_widening else 0
+        moments = sum(moment_bytes(self._optimizer, m) for m in self.masters.values())
+        return HeldBytes(sum(m.nbytes for m in masters.values()), moments, widened + passing)
 
     def step(self, factor: float, clip_norm: float) -> float:
         """Clip the gradients' total norm, move the masters at `factor` of their peak rates, round them down into the

@@ -138,7 +138,7 @@ def memory_and_speed(width: int, vocabulary: int, steps: int) -> dict[str, Any]:
         spent["step"] += time.perf_counter() - middle
     seconds = (time.perf_counter() - begun) / steps
     tokens = STEP_ROWS * ROW_TOKENS
-    found = account(shape, vocabulary, tokens, MICRO_TOKENS, 2, 2.0 + 8.0 / 256)
+    found = account(shape, vocabulary, tokens, MICRO_TOKENS, 2, engine.optimizer_bytes)
     reserved = torch.cuda.max_memory_reserved()
     free_after, _ = torch.cuda.mem_get_info()
     flops = 6 * shape.parameters + 4 * width * vocabulary

@@ -90,6 +90,24 @@ def test_a_branch_learns_and_the_curves_start_at_the_base(
     assert whole["code"] < half["code"] < base["code"], report["alphas"]
 
 
+@pytest.mark.filterwarnings("ignore:::torch")  # the compiler's first import calls what torch itself deprecates
+def test_a_branch_learns_in_bf16_with_moments_in_8_bits_and_no_masters(
+    filled: Filled, serve_states: ServeStates, tmp_path: Path, capsys: Any
+) -> None:
+    from mansard.carry_on.train_stage import run
+
+    capture = captured(filled, serve_states, tmp_path / "c", "fp8")
+    lean = {"precision": "bf16", "optimizer": "adamw_8bit", "master": "stochastic_rounding"}
+    made = run(train_context(filled, capture, tmp_path / "t", **lean))
+    assert "optimizer's masters" not in capsys.readouterr().err
+    report = json.loads(filled.store.read_file(made, "branch.json"))
+    base, _, whole = (point["bits_per_byte"] for point in report["alphas"])
+    assert whole["code"] < base["code"], report["alphas"]
+    wide = run(train_context(filled, capture, tmp_path / "u", precision="bf16"))
+    assert "optimizer's masters" in capsys.readouterr().err
+    assert wide != made
+
+
 def test_training_opens_nothing_of_the_base_but_its_head(
     filled: Filled, serve_states: ServeStates, tmp_path: Path
 ) -> None:

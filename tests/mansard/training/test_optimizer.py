@@ -141,3 +141,18 @@ def test_a_rounded_state_continues_bit_for_bit(kind: str) -> None:
     eight = {"exp_avg.codes/w", "exp_avg.scale/w", "exp_avg_sq.codes/w", "exp_avg_sq.scale/w"}
     moments = eight if kind == "adamw_8bit" else {"exp_avg/w", "exp_avg_sq/w"}
     assert kept.keys() == moments | {"master/w", "step/w"}
+
+
+@COMPILES
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("master", ["fp32", "stochastic_rounding"])
+def test_what_an_optimizer_says_it_holds_is_what_a_step_leaves(kind: str, master: str) -> None:
+    weight = nn.Parameter(torch.ones(64, 256, dtype=torch.bfloat16))
+    optimizer = MasterAdamW([Group("g", 1e-3, {"w": weight})], 0.0, kind, master)
+    said = optimizer.held_bytes()
+    one_step(optimizer, weight)
+    left = {name: tensor.nbytes for name, tensor in optimizer.state().items() if not name.startswith("step")}
+    assert said.masters == (left.pop("master/w") if master == "fp32" else 0)
+    left.pop("master/w", None)
+    assert said.moments == sum(left.values())
