@@ -22,7 +22,8 @@ from typing import Any
 from mansard.digest import digest_json
 from mansard.errors import BadInput, StageFailed, error_named
 from mansard.records import Derivation, SnapshotId
-from mansard.site import Environment, Site
+from mansard.site import Site
+from mansard.site_sections import Environment
 from mansard.stages import declaration
 from mansard.store import Store
 

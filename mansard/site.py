@@ -6,119 +6,27 @@ missing files are refused with file, key, value and what would be right. Relativ
 
 import dataclasses
 import os
-import re
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import yaml
 
 from mansard.canonical import sha256_json
 from mansard.errors import BadInput
+from mansard.site_checks import check
+from mansard.site_sections import (
+    ApprovalPolicy,
+    EngineSite,
+    Environment,
+    InferenceNode,
+    Person,
+    Ports,
+    RouterSite,
+    Schedule,
+    TrainingSite,
+)
 from mansard.strict_records import read
-
-ROUTER_PLANES = ("workers", "haproxy")
-ROLES = ("author", "reviewer", "operator")
-RESERVED_NAMES = ("host",)
-"""Not for people: what the journal says where the host itself decided."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ports:
-    """Loopback TCP ports. Engines take the first free one from `engines_from` up."""
-
-    prefect: int = 4200
-    mlflow: int = 5000
-    router: int = 8000
-    engines_from: int = 8100
-
-
-@dataclass(frozen=True, slots=True)
-class Environment:
-    """An interpreter and the lock file that says which versions it holds."""
-
-    python: Path
-    lock: Path
-    variables: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class EngineSite:
-    """How engines run here. `cores` lists one core set per slot, e.g. ["0", "1"]; empty lets vLLM choose.
-
-    `branch_slots`: so many carry-on branches of one base and shape are served by one engine; 0: each by its own.
-    """
-
-    environment: str = "serve"
-    cores: tuple[str, ...] = ()
-    kv_cache_gib: int = 1
-    start_timeout_seconds: int = 900
-    arguments: tuple[str, ...] = ()
-    branch_slots: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingSite:
-    """Where training runs: in one process, or in `processes` ranks under the DeepSpeed configuration `deepspeed`.
-
-    `launcher` are the words that start the ranks (torchrun's, with nodes and rendezvous; none: torchrun on this
-    machine); a rank that says nothing for `hang_seconds` hangs.
-    """
-
-    processes: int = 1
-    deepspeed: Path | None = None
-    launcher: tuple[str, ...] = ()
-    hang_seconds: int = 1800
-
-
-@dataclass(frozen=True, slots=True)
-class RouterSite:
-    """`plane` is `workers` (Mansard's own, so many processes on one socket) or `haproxy`."""
-
-    plane: str = "workers"
-    workers: int = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Person:
-    """`public_key` is the key itself (64 hex digits, raw Ed25519) or the path of a file that holds it.
-
-    The key counts from `valid_from` to just before `valid_until`, and never once `revoked` says why it does not.
-    """
-
-    roles: tuple[str, ...]
-    public_key: str
-    valid_from: datetime | None = None
-    valid_until: datetime | None = None
-    revoked: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class ApprovalPolicy:
-    """So many different reviewers must approve a version, and so long an approval counts."""
-
-    approvals: int = 1
-    days: int = 30
-
-
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """A cron line on which the upgrade of `spec` runs, signed by the service key of `author`."""
-
-    name: str
-    spec: Path
-    cron: str
-    author: str
-
-
-@dataclass(frozen=True, slots=True)
-class InferenceNode:
-    """A vLLM engine in pooling mode that gives states away for carry-ons: http://HOST:PORT, and its served name."""
-
-    endpoint: str
-    served_name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,12 +39,12 @@ class Site:
     models: tuple[str, ...]
     environments: dict[str, Environment]
     stages: dict[str, str]
-    ports: Ports = Ports()
-    engine: EngineSite = EngineSite()
-    training: TrainingSite = TrainingSite()
+    ports: Ports = field(default_factory=Ports)
+    engine: EngineSite = field(default_factory=EngineSite)
+    training: TrainingSite = field(default_factory=TrainingSite)
     people: dict[str, Person] = field(default_factory=dict)
-    router: RouterSite = RouterSite()
-    approval: ApprovalPolicy = ApprovalPolicy()
+    router: RouterSite = field(default_factory=RouterSite)
+    approval: ApprovalPolicy = field(default_factory=ApprovalPolicy)
     api_keys: Path | None = None
     operator_tokens: Path | None = None
     rollback_window: int = 2
@@ -291,66 +199,5 @@ def load_site(path: Path) -> Site:
     if tree.pop("format", None) != 1:
         raise BadInput(f"{path}: format: 1 is expected as the first key")
     site: Site = read(Site, {**tree, "path": str(path.resolve())}, f"{path}", path.resolve().parent)
-    _check(site)
+    check(site)
     return site
-
-
-def _check(site: Site) -> None:
-    if "default" not in site.stages:
-        raise BadInput(f"{site.path}: stages.default: name the environment that runs stages")
-    for stage, name in [*site.stages.items(), ("engine", site.engine.environment)]:
-        if name not in site.environments:
-            known = ", ".join(site.environments)
-            raise BadInput(f"{site.path}: {stage}: environment {name!r} is not one of: {known}")
-    if site.training.processes < 1:
-        raise BadInput(f"{site.path}: training.processes: {site.training.processes} is not a number from 1 up")
-    if site.training.processes > 1 and site.training.deepspeed is None:
-        raise BadInput(f"{site.path}: training.deepspeed: {site.training.processes} processes need a DeepSpeed "
-                       "configuration, e.g. ../deepspeed/zero2.json")  # fmt: skip
-    _check_people(site)
-    if site.journal_url:
-        _check_journal(site)
-    if site.router.plane not in ROUTER_PLANES:
-        raise BadInput(f"{site.path}: router.plane: {site.router.plane!r} is not one of {', '.join(ROUTER_PLANES)}")
-    if site.engine.branch_slots < 0:
-        raise BadInput(f"{site.path}: engine.branch_slots: {site.engine.branch_slots} is not a number from 0 up")
-    if site.engine.branch_slots and site.router.plane != "workers":
-        raise BadInput(f"{site.path}: engine.branch_slots: {site.router.plane} cannot tell an engine which branch is "
-                       "asked; take router.plane workers, or engine.branch_slots 0")  # fmt: skip
-    if site.router.workers < 1:
-        raise BadInput(f"{site.path}: router.workers: {site.router.workers} is not a number from 1 up")
-    if not site.models:
-        raise BadInput(f"{site.path}: models: name at least one model")
-    if site.store_url is not None and not re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]+(/[^/\s]+)*/?", site.store_url):
-        raise BadInput(f"{site.path}: store: {site.store_url!r} is not of the form s3://BUCKET or s3://BUCKET/PREFIX")
-
-
-def _check_people(site: Site) -> None:
-    for name, person in site.people.items():
-        where = f"{site.path}: people.{name}"
-        if name in RESERVED_NAMES:
-            raise BadInput(f"{where}: the journal names the host so; take another name")
-        for role in person.roles:
-            if role not in ROLES:
-                raise BadInput(f"{where}.roles: {role!r} is not one of {', '.join(ROLES)}")
-        begins, ends = person.valid_from, person.valid_until
-        if begins is not None and ends is not None and begins >= ends:
-            raise BadInput(f"{where}.valid_until: {ends} is not after valid_from {begins}")
-    for key in ("approvals", "days"):
-        if getattr(site.approval, key) < 1:
-            raise BadInput(f"{site.path}: approval.{key}: {getattr(site.approval, key)} is less than 1")
-
-
-def _check_journal(site: Site) -> None:
-    try:
-        url = urlsplit(site.journal_url)
-        is_known = url.scheme in ("postgresql", "postgres")
-    except ValueError:  # a port that is no number, brackets that do not close
-        is_known = False
-    if not is_known:
-        raise BadInput(
-            f"{site.path}: journal: {site.journal_url!r} is not postgresql://USER@HOST/DATABASE; "
-            "leave the key out for a file of SQLite under home"
-        )
-    if url.password is not None or "password" in url.query:
-        raise BadInput(f"{site.path}: journal: a password in the URL; leave it out and set PGPASSWORD where it runs")

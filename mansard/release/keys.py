@@ -17,7 +17,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from mansard.canonical import canonical_json, write_atomically
 from mansard.errors import BadInput, MansardError, NotAllowed
-from mansard.site import RESERVED_NAMES, Person, Site
+from mansard.site import Site
+from mansard.site_checks import RESERVED_NAMES
+from mansard.site_sections import Person
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 

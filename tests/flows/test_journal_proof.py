@@ -13,7 +13,8 @@ from flows.journal_proof import journal_text, verify_journal
 from mansard.errors import Corrupt
 from mansard.release.journal import Journal
 from mansard.release.tip import Tip, sign_tip, write_tip
-from mansard.site import Environment, Ports, Site
+from mansard.site import Site
+from mansard.site_sections import Environment, Ports
 
 
 @pytest.fixture

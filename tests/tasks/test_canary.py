@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from mansard.serving.host_client import HostDown
-from mansard.site import Environment, Site
+from mansard.site import Site
+from mansard.site_sections import Environment
 from tasks.canary import _Watch
 
 

@@ -7,7 +7,8 @@ import pytest
 
 from mansard.errors import BadInput
 from mansard.evaluation.suites import suite_files
-from mansard.site import Environment, Site
+from mansard.site import Site
+from mansard.site_sections import Environment
 from mansard.specs.judging import Cost, Gate, Suite
 from mansard.specs.whole import Serve
 from mansard.store import Store

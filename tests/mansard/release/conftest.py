@@ -13,7 +13,8 @@ from mansard.release.approval import approve, sign_registration
 from mansard.release.journal import Journal
 from mansard.release.keys import generate_key
 from mansard.serving import split as splits
-from mansard.site import Environment, Person, Site, load_site
+from mansard.site import Site, load_site
+from mansard.site_sections import Environment, Person
 from mansard.store import Store
 from tests.mansard.postgres_server import PostgresServer
 

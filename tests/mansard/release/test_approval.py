@@ -12,7 +12,8 @@ from mansard.records import Registration
 from mansard.release.approval import approve, check_evidence, reject, sign_registration
 from mansard.release.journal import Journal
 from mansard.release.permission import check_approval
-from mansard.site import Person, Site
+from mansard.site import Site
+from mansard.site_sections import Person
 from mansard.store import Store
 
 Make = Callable[..., Registration]

@@ -7,7 +7,8 @@ import pytest
 
 from mansard.errors import BadInput, NotAllowed
 from mansard.release import keys
-from mansard.site import Person, Site
+from mansard.site import Site
+from mansard.site_sections import Person
 
 
 def test_a_key_pair_signs_and_verifies(site: Site) -> None:

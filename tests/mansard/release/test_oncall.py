@@ -20,7 +20,8 @@ from mansard.release.events import Pointers
 from mansard.release.journal import Journal
 from mansard.release.roots import version_roots
 from mansard.serving import split as splits
-from mansard.site import Person, Site
+from mansard.site import Site
+from mansard.site_sections import Person
 from mansard.store import Store
 
 Make = Callable[..., Registration]

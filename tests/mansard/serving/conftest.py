@@ -32,7 +32,8 @@ from mansard.release.journal import Journal
 from mansard.release.keys import generate_key
 from mansard.serving.host_client import HostClient
 from mansard.serving.split import ModelSplit, read_split
-from mansard.site import Environment, Site, load_site
+from mansard.site import Site, load_site
+from mansard.site_sections import Environment
 from mansard.store import Store
 
 ROOT = Path(__file__).resolve().parents[3]
