@@ -10,9 +10,11 @@ base width, V vocabulary, C rows of a chunk.
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from mansard.carry_on.replay import Replay
 from mansard.errors import BadInput
 from mansard.models.model_files import model_config, weight_files
 from mansard.records import SnapshotId
@@ -109,21 +111,29 @@ class HeadLoss:
     labels: int
 
 
-def head_loss(head: Head, y_ND: torch.Tensor, labels_N: torch.Tensor, pull_ND: torch.Tensor | None) -> HeadLoss:
+def head_loss(
+    head: Head,
+    y_ND: torch.Tensor,
+    labels_N: torch.Tensor,
+    pull_ND: torch.Tensor | None,
+    replay: Replay | None = None,
+) -> HeadLoss:
     """Cross-entropy of the head's softmax at y in one pass over the vocabulary.
 
     Where `pull_ND` (float32, like y) lends the memory for it, y is overwritten with the gradient of the *mean* over
-    labels. `labels_N` (int64, on the CPU) is IGNORED where nothing is predicted.
+    labels. `labels_N` (int64, on the CPU) is IGNORED where nothing is predicted. With `replay` a whole chunk's part in
+    the sums is recorded and played again.
     """
     tokens, device = len(y_ND), y_ND.device
     labels_there, count = labels_N.to(device), int((labels_N != IGNORED).sum())
     order, bounds = _by_chunk(labels_N, head.vocabulary, head.chunk_rows)
     rows_ND, (most_N, sum_N) = torch.zeros_like(y_ND), head.room(tokens)
     labels = _Labels(order.to(device), bounds, labels_there, rows_ND)
-    _pass(head, y_ND, most_N, sum_N, pull_ND, labels)
+    replay = replay or Replay(device, is_recording=False)
+    _pass(head, y_ND, most_N, sum_N, pull_ND, labels, replay)
     if not float(sum_N.max()) < LARGEST_SUM:  # the first chunk's maximum lay too far below the whole one's
         most_N.copy_(_true_maximum(head, y_ND))
-        _pass(head, y_ND, most_N, sum_N, pull_ND, None)
+        _pass(head, y_ND, most_N, sum_N, pull_ND, None, replay)
     label_N = torch.zeros(tokens, device=device)
     for block in _blocks(tokens, LABEL_TOKENS):
         label_N[block] = (y_ND[block].float() * rows_ND[block].float()).sum(-1)
@@ -158,6 +168,7 @@ def _pass(
     sum_N: torch.Tensor,
     pull_ND: torch.Tensor | None,
     labels: _Labels | None,
+    replay: Replay,
 ) -> None:
     """Sums of p and of p W over the vocabulary into `sum_N` and `pull_ND`. With `labels`, the first of two passes at
     most: their rows are collected, and m becomes the first chunk's maximum; without, m is as it is."""
@@ -170,7 +181,8 @@ def _pass(
             if number == 0:
                 for block in _blocks(len(y_ND), BLOCK_TOKENS):
                     most_N[block] = _product(y_ND[block], rows_CD).amax(-1)
-        _add_chunk(y_ND, rows_CD, most_N, sum_N, pull_ND)
+        fixed = [y_ND, rows_CD, most_N, sum_N, *([] if pull_ND is None else [pull_ND])]
+        replay.run("chunk", partial(_add_chunk, y_ND, rows_CD, most_N, sum_N, pull_ND), *fixed)
 
 
 def _true_maximum(head: Head, y_ND: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ states' width.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -18,6 +19,7 @@ from mansard.carry_on.branch import joined, packed_mask
 from mansard.carry_on.flat import FlatWeights
 from mansard.carry_on.head import Head, head_loss
 from mansard.carry_on.loader import Part
+from mansard.carry_on.replay import Replay
 from mansard.carry_on.wire import decode, moved
 from mansard.training.data import Batch
 from mansard.training.engines import Loss
@@ -47,7 +49,11 @@ class Moves(Protocol):
 
 
 class BranchEngine:
-    """Loss, gradients and steps of one branch. `alpha` is the one of training; evaluation may take others."""
+    """Loss, gradients and steps of one branch. `alpha` is the one of training; evaluation may take others.
+
+    `is_recording`: gradients are played from CUDA graphs (replay.py). Written and not yet run on a GPU (2026-11), so
+    nothing but the benchmark asks for it.
+    """
 
     def __init__(
         self,
@@ -57,6 +63,7 @@ class BranchEngine:
         optimizer: Moves,
         alpha: float,
         clip_norm: float,
+        is_recording: bool = False,
     ) -> None:
         self._weights = weights
         self._branch = weights.branch
@@ -67,6 +74,7 @@ class BranchEngine:
         self._clip_norm = clip_norm
         self._lent = torch.empty(0, dtype=torch.uint8)
         self._y_ND = torch.empty(0)
+        self._replay = Replay(self.device, is_recording)
 
     @property
     def device(self) -> torch.device:
@@ -87,16 +95,17 @@ class BranchEngine:
 
     def gradients(self, batch: Batch) -> Loss:
         """Forward and backward of the mean loss over the batch's labels."""
-        parts = self._states.parts(batch)
-        y_ND = self._y_ND = self._joined(parts, self._alpha, self._y_ND)
-        found = head_loss(self._head, y_ND, batch.labels_BT.flatten(), self._sums(y_ND))
-        self._weights.lend(self._lent)
-        for part in parts:
-            states_BTW, positions_BT, mask = self._inputs(part)
-            delta_BTD = self._branch(states_BTW, positions_BT, mask)
-            pulled_BTD = y_ND[part.rows].view(delta_BTD.shape).mul_(self._alpha)  # the gradient took y's place
-            delta_BTD.backward(pulled_BTD.to(delta_BTD.dtype))
-        return Loss(float(found.nats_N.sum()), found.labels)
+        with self._replay.stream():
+            parts = self._states.parts(batch)
+            y_ND = self._y_ND = self._joined(parts, self._alpha, self._y_ND, self._replay)
+            found = head_loss(self._head, y_ND, batch.labels_BT.flatten(), self._sums(y_ND), self._replay)
+            self._weights.lend(self._lent)
+            for part in parts:
+                states_BTW, positions_BT = self._inputs(part, self._replay)
+                slope_BTD = y_ND[part.rows].view(*positions_BT.shape, -1)  # the gradient took y's place
+                pull = partial(self._pull, states_BTW, positions_BT, slope_BTD)
+                self._replay.run("pull", pull, states_BTW, positions_BT, slope_BTD, self._lent)
+            return Loss(float(found.nats_N.sum()), found.labels)
 
     def step(self, factor: float) -> float:
         """Move the branch at `factor` of its peak rate; the gradients' norm before clipping."""
@@ -109,7 +118,7 @@ class BranchEngine:
         """The loss at another alpha; at 0 it is the base's own."""
         nats, labels = 0.0, 0
         for batch in batches:
-            y_ND = self._joined(self._states.parts(batch), alpha, None)
+            y_ND = self._joined(self._states.parts(batch), alpha, None, Replay(self.device, is_recording=False))
             found = head_loss(self._head, y_ND, batch.labels_BT.flatten(), None)
             nats += float(found.nats_N.sum())
             labels += found.labels
@@ -126,32 +135,41 @@ class BranchEngine:
     def load_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self._optimizer.load_state(take_random_states(tensors))
 
-    def _joined(self, parts: Sequence[Part], alpha: float, into_ND: torch.Tensor | None) -> torch.Tensor:
+    def _joined(
+        self, parts: Sequence[Part], alpha: float, into_ND: torch.Tensor | None, replay: Replay
+    ) -> torch.Tensor:
         """y [N, D] of the whole batch, without a graph; in `into_ND` where that has the shape."""
-        tokens = parts[-1].rows.stop
-        y_ND: torch.Tensor | None = None
+        wanted = (parts[-1].rows.stop, self._branch.shape.base_width)
+        if into_ND is None or into_ND.shape != wanted:
+            into_ND = torch.empty(wanted, dtype=self._branch.project.dtype, device=self.device)
         with torch.no_grad():
             for part in parts:
-                states_BTW, positions_BT, mask = self._inputs(part)
-                x_BTD = states_BTW[..., : self._branch.shape.base_width]
-                if y_ND is None:
-                    wanted = (tokens, x_BTD.shape[-1])
-                    fits = into_ND is not None and into_ND.shape == wanted
-                    y_ND = into_ND if fits else torch.empty(wanted, dtype=x_BTD.dtype, device=x_BTD.device)
-                assert y_ND is not None, "made for the first part"
-                made = x_BTD
-                if alpha != 0.0:
-                    made = joined(x_BTD, self._branch(states_BTW, positions_BT, mask), alpha)
-                y_ND[part.rows] = made.flatten(0, 1)
-        assert y_ND is not None, "a batch has rows"
-        return y_ND
+                states_BTW, positions_BT = self._inputs(part, replay)
+                y_BTD = into_ND[part.rows].view(*positions_BT.shape, -1)
+                join = partial(self._join, states_BTW, positions_BT, y_BTD, alpha)
+                replay.run(f"join {alpha}", join, states_BTW, positions_BT, y_BTD)
+        return into_ND
 
-    def _inputs(self, part: Part) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """States [b, T, W], x first, in the branch's type, positions and mask of a micro-batch, on its device."""
+    def _join(
+        self, states_BTW: torch.Tensor, positions_BT: torch.Tensor, y_BTD: torch.Tensor, alpha: float
+    ) -> None:
+        """x + alpha g f into `y_BTD`."""
+        x_BTD = states_BTW[..., : self._branch.shape.base_width]
+        if alpha != 0.0:
+            x_BTD = joined(x_BTD, self._branch(states_BTW, positions_BT, packed_mask(positions_BT)), alpha)
+        y_BTD.copy_(x_BTD)
+
+    def _pull(self, states_BTW: torch.Tensor, positions_BT: torch.Tensor, slope_BTD: torch.Tensor) -> None:
+        """dL/dy times alpha goes backward through g f, into the branch's gradients."""
+        delta_BTD = self._branch(states_BTW, positions_BT, packed_mask(positions_BT))
+        delta_BTD.backward((slope_BTD * self._alpha).to(delta_BTD.dtype))
+
+    def _inputs(self, part: Part, replay: Replay) -> tuple[torch.Tensor, torch.Tensor]:
+        """States [b, T, W], x first, in the branch's type, and positions of a micro-batch, on its device."""
         coded = moved(part.coded, self.device)
         states_NW = decode(coded, part.first_rows.to(self.device, non_blocking=True), self._branch.project.dtype)
-        positions_BT = part.positions_BT.to(self.device, non_blocking=True)
-        return states_NW.view(*positions_BT.shape, -1), positions_BT, packed_mask(positions_BT)
+        positions_BT = replay.fixed("positions", part.positions_BT.to(self.device, non_blocking=True))
+        return replay.fixed("states", states_NW.view(*positions_BT.shape, -1)), positions_BT
 
     def _sums(self, y_ND: torch.Tensor) -> torch.Tensor:
         """Float32 like y, in the memory that holds the gradients in phase 3: the two are never there together."""

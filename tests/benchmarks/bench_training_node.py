@@ -3,7 +3,8 @@
 A branch of 100 M parameters beside the 32B shape (D 5,120, vocabulary 152,064), 8,192 tokens a step, states and head
 random; then the 7B shape (D 4,096, vocabulary 32,000): a first epoch computes the base's states (a random Llama of 32
 layers, forward only, by transformers) and trains on them, later ones read them from the cache in the store. Prints one
-JSON line last (`--no-epochs` leaves the second part out, `--profile` lists kernels). Needs a CUDA device, torchao, an
+JSON line last (`--no-epochs` leaves the second part out, `--profile` lists kernels and says how much of a step's wall
+time they take, `--graphs` plays recorded CUDA graphs). Needs a CUDA device, torchao, an
 optimizer that keeps moments in 8 bits and rounds stochastically (MasterAdamW's kinds of the training engine), and, for
 the epochs, transformers. The base's forward is transformers', not vLLM's.
 """
@@ -103,7 +104,7 @@ def engine_of(width: int, vocabulary: int, states: Any) -> tuple[BranchEngine, A
     weights = FlatWeights(branch)
     groups = [Group("branch", 1e-4, weights.parameters)]
     optimizer = MasterAdamW(groups, 0.0, "adamw_8bit", "stochastic_rounding")
-    return BranchEngine(weights, head, states, optimizer, 1.0, 1.0), shape
+    return BranchEngine(weights, head, states, optimizer, 1.0, 1.0, "--graphs" in sys.argv), shape
 
 
 def memory_and_speed(width: int, vocabulary: int, steps: int) -> dict[str, Any]:
@@ -163,11 +164,17 @@ def memory_and_speed(width: int, vocabulary: int, steps: int) -> dict[str, Any]:
 
 
 def profile(engine: BranchEngine, batch: Batch) -> None:
-    """Where a step's time goes on the device, kernel by kernel."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
-        engine.gradients(batch)
+    """Where gradients and step spend their time on the device, kernel by kernel, beside the wall time."""
+    for name, act in {"gradients": lambda: engine.gradients(batch), "step": lambda: engine.step(1.0)}.items():
         torch.cuda.synchronize()
-    print(seen.key_averages().table(sort_by="self_cuda_time_total", row_limit=14, max_name_column_width=60))
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+            begun = time.perf_counter()
+            act()
+            torch.cuda.synchronize()
+            wall = time.perf_counter() - begun
+        kernels = sum(event.self_device_time_total for event in seen.key_averages()) / 1e6
+        print(f"{name}: {1000 * wall:.1f} ms, of which kernels and copies {1000 * kernels:.1f} ms (both streams)")
+        print(seen.key_averages().table(sort_by="self_cuda_time_total", row_limit=14, max_name_column_width=60))
 
 
 def epochs(scheme: Any, rows: int) -> dict[str, Any]:

@@ -72,7 +72,9 @@ class Held:
         return Coded(self.x_BTD[rows].flatten(0, 1)), []
 
 
-def test_the_three_phases_give_the_gradients_of_one_whole_graph() -> None:
+@pytest.mark.parametrize("is_recording", [False, True])
+def test_the_three_phases_give_the_gradients_of_one_whole_graph(is_recording: bool) -> None:
+    """Recorded work reads fixed tensors; on a CPU it is done from them, which shows that they hold what they should."""
     import torch
 
     from mansard.carry_on.branch import Branch, packed_mask
@@ -98,7 +100,7 @@ def test_the_three_phases_give_the_gradients_of_one_whole_graph() -> None:
     weights = FlatWeights(branch)
     optimizer = MasterAdamW([Group("branch", 1e-3, weights.parameters)], 0.0)
     head = Head(rows_VD, torch.device("cpu"), torch.float32, 10)
-    engine = BranchEngine(weights, head, Held(x_BTD), optimizer, 0.7, 1.0)
+    engine = BranchEngine(weights, head, Held(x_BTD), optimizer, 0.7, 1.0, is_recording)
     for _ in range(2):  # the second step finds the memory that the first one left
         loss = engine.gradients(Batch(tokens_BT, positions_BT, labels_BT))
         found = {n: p.grad.clone() for n, p in branch.named_parameters()}
