@@ -33,7 +33,10 @@ from mansard.models.loading import load_tokenizer
 from mansard.models.model_files import model_config
 from mansard.records import SnapshotId
 from mansard.specs.data import Data
-from mansard.training.data import Packed, pack_texts, read_texts, require_rows
+from mansard.store_stream import file_chunks
+from mansard.training.data import Packed, each_text, require_rows
+from mansard.training.packing import first_rows
+from mansard.training.tokenize_stage import end_of, tokenized
 
 if TYPE_CHECKING:
     from mansard.worker import StageContext
@@ -45,6 +48,7 @@ REQUEST_TOKENS = 4096
 REQUEST_SEQUENCES = 32
 """The node describes each sequence in one header line, which HTTP bounds."""
 PREFETCH = 8
+"""Answers that may wait, for each node."""
 
 
 def run(context: "StageContext") -> SnapshotId:
@@ -89,18 +93,20 @@ def run(context: "StageContext") -> SnapshotId:
 def read_packed(
     context: "StageContext", data: Data, tokenizer: Any  # noqa: ANN401 - a transformers tokenizer
 ) -> dict[str, dict[str, Packed]]:
-    """Source -> train and held-out text, packed as training packs them."""
+    """Source -> the rows taken of train and held-out text, packed as training packs them; the rest of a text is not in
+    memory."""
     texts: dict[str, dict[str, Packed]] = {}
+    taken = context.spec["rows"]
     for source in data.sources:
         for part in ("train", "held_out"):
             name = f"data.{source.name}.{part}"
-            lines = read_texts(context.store.read_file(context.inputs[name], "data.jsonl"), name)
-            packed = pack_texts(source.name, lines, tokenizer, data.sequence_tokens, data.seed)
-            limit = context.spec["rows"][source.name][part]
-            packed = require_rows(packed, name, 1)
-            texts.setdefault(source.name, {})[part] = Packed(
-                packed.name, packed.tokens_RT[:limit], packed.positions_RT[:limit], packed.bytes_per_token
-            )
+            lines = each_text(file_chunks(context.store, context.inputs[name], "data.jsonl"), name)
+            found = tokenized(lines, tokenizer, context.work / "ids")
+            ordered = found.shuffled(f"{data.seed}:{source.name}", end_of(tokenizer))
+            rows = first_rows(ordered, data.sequence_tokens, tokenizer.bos_token_id, limit=taken[source.name][part])
+            packed = Packed(source.name, *rows, found.size_bytes / max(len(found.ids), 1))
+            texts.setdefault(source.name, {})[part] = require_rows(packed, name, 1)
+    (context.work / "ids").unlink(missing_ok=True)
     return texts
 
 

@@ -1,6 +1,6 @@
 """Several nodes work on a list of requests at once; answers come out in the list's order, each once.
 
-At most `prefetch` answers wait to be taken. A request that fails on a node goes to another one; a node that fails
+At most `prefetch` answers for each node wait to be taken. A request that fails on a node goes to another one; a node that fails
 `MAX_FAILURES` times running is left alone. Nothing is lost or repeated: a request is either waiting, at one node, or
 answered.
 """
@@ -67,7 +67,7 @@ def fetch(
     nodes: Sequence[GivesStates], requests: Sequence[Sequence[TokenSequence]], prefetch: int
 ) -> Iterator[list[torch.Tensor]]:
     """The states of each request, in order. StageFailed when no node is left."""
-    board = _Board(list(range(len(requests))), prefetch, failures={n.endpoint: 0 for n in nodes})
+    board = _Board(list(range(len(requests))), prefetch * len(nodes), failures={n.endpoint: 0 for n in nodes})
     threads = [
         threading.Thread(target=_work, args=(board, node, requests), daemon=True, name=f"states from {node.endpoint}")
         for node in nodes

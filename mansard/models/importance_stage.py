@@ -6,7 +6,6 @@ significant digits: below that lies float noise, which must not place a block.
 """
 
 import math
-import random
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +19,7 @@ from mansard.models.placement import IMPORTANCE_FILE
 from mansard.models.windows import first_windows
 from mansard.records import SnapshotId
 from mansard.specs.surgery import NO_GENERAL_TEXT, Probe
+from mansard.store_stream import shuffled_lines
 
 if TYPE_CHECKING:
     from mansard.worker import StageContext
@@ -55,9 +55,7 @@ def _rows(context: "StageContext", probe: Probe, path: Path) -> torch.Tensor:
     tokenizer = load_tokenizer(path)
     rows = []
     for name in names:
-        text = context.store.read_file(context.inputs[name], "data.jsonl")
-        lines = [line for line in text.split(b"\n") if line.strip()]
-        random.Random(f"{probe.seed}:{name}").shuffle(lines)  # noqa: S311 - an order, not a secret
+        lines = shuffled_lines(context.store, context.inputs[name], "data.jsonl", f"{probe.seed}:{name}")
         keys = "expand.probe.rows or expand.probe.tokens"
         rows.append(first_windows(tokenizer, lines, probe.rows, probe.tokens, name, keys))
     return torch.cat(rows)

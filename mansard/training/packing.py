@@ -26,8 +26,25 @@ Ids = NDArray[numpy.integer[Any]]
 
 def pack(documents: Iterable[Sequence[int] | Ids], row_tokens: int, bos: int | None) -> tuple[Rows, Rows]:
     """(tokens_RT, positions_RT) of the documents in order; what does not fill a last row is dropped."""
-    chunks = [(numpy.empty((0, row_tokens), numpy.int32),) * 2, *packed_rows(documents, row_tokens, bos)]
-    return numpy.concatenate([tokens for tokens, _ in chunks]), numpy.concatenate([places for _, places in chunks])
+    return _whole(packed_rows(documents, row_tokens, bos), row_tokens)
+
+
+def first_rows(
+    documents: Iterable[Sequence[int] | Ids], row_tokens: int, bos: int | None, limit: int
+) -> tuple[Rows, Rows]:
+    """The first `limit` of these rows (fewer where there are no more); later documents are not asked for."""
+    parts, count = [], 0
+    for tokens_RT, positions_RT in packed_rows(documents, row_tokens, bos):
+        parts.append((tokens_RT[: limit - count], positions_RT[: limit - count]))
+        count += len(parts[-1][0])
+        if count == limit:
+            break
+    return _whole(parts, row_tokens)
+
+
+def _whole(chunks: Iterable[tuple[Rows, Rows]], row_tokens: int) -> tuple[Rows, Rows]:
+    parts = [(numpy.empty((0, row_tokens), numpy.int32),) * 2, *chunks]
+    return numpy.concatenate([tokens for tokens, _ in parts]), numpy.concatenate([places for _, places in parts])
 
 
 def packed_rows(

@@ -66,10 +66,9 @@ def run(context: "StageContext") -> SnapshotId:
         tokenizer = load_tokenizer(tree)
         found = tokenized(_texts(context, name, text), tokenizer, spool)
     special = [t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None]
-    end = special[-1:] if tokenizer.eos_token_id is not None else []
     if not len(found.ids):
         raise BadInput(f"{name}: the tokenizer makes no token of its {found.size_bytes} bytes; name other text")
-    documents = found.shuffled(f"{context.spec['seed']}:{source}", end)
+    documents = found.shuffled(f"{context.spec['seed']}:{source}", end_of(tokenizer))
     chunks = _told(context, packed_rows(documents, row_tokens, tokenizer.bos_token_id), name, len(found.ids))
     facts = {
         "documents": len(found.ends),
@@ -96,6 +95,11 @@ def tokenized(texts: Iterable[str], tokenizer: Any, spool: Path) -> Tokenized:  
                 file.write(ids.data)
     ids = numpy.memmap(spool, numpy.uint32, "r") if count else numpy.empty(0, numpy.uint32)
     return Tokenized(ids, ends, size_bytes, highest)
+
+
+def end_of(tokenizer: Any) -> list[int]:  # noqa: ANN401 - of transformers
+    """What follows every document: EOS, where the tokenizer has one."""
+    return [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:

@@ -76,6 +76,26 @@ def test_captured_states_are_the_bases_and_every_sequence_was_asked_for_once(
     torch.testing.assert_close(x_BTD, wanted, atol=0.03, rtol=0.01)
 
 
+def test_captured_rows_are_the_first_of_the_text_as_it_is_packed_whole(
+    filled: Filled, serve_states: ServeStates, tmp_path: Path
+) -> None:
+    from mansard.carry_on.cached import open_cache
+    from mansard.models.loading import load_tokenizer
+    from mansard.training.data import pack_texts
+
+    cache = open_cache(filled.store, captured(filled, serve_states, tmp_path / "c"))
+    tokenizer = load_tokenizer(filled.store.materialize(filled.base))
+    for found in cache.texts("train"):
+        raw = filled.store.read_file(filled.inputs[f"data.{found.name}.train"], "data.jsonl")
+        lines = [json.loads(line)["text"] for line in raw.splitlines()]
+        whole = pack_texts(found.name, lines, tokenizer, DATA["sequence_tokens"], DATA["seed"])
+        assert len(found) == ROWS[found.name]["train"] < len(whole)
+        assert (found.tokens_RT == whole.tokens_RT[: len(found)]).all()
+        assert (found.positions_RT == whole.positions_RT[: len(found)]).all()
+        assert found.bytes_per_token == whole.bytes_per_token
+    assert not (tmp_path / "c" / "ids").exists()
+
+
 def test_a_branch_learns_and_the_curves_start_at_the_base(
     filled: Filled, serve_states: ServeStates, tmp_path: Path
 ) -> None:

@@ -1,5 +1,6 @@
 """States on the wire, from nodes, and on disk."""
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,6 +95,21 @@ def test_no_more_answers_wait_than_the_prefetch_allows() -> None:
     next(answers)
     assert node.calls <= 1 + 3
     answers.close()
+
+
+def test_every_node_works_at_all_its_requests_at_once() -> None:
+    from mansard.carry_on.fetching import REQUESTS_PER_NODE, fetch
+
+    together = threading.Barrier(3 * REQUESTS_PER_NODE, timeout=60)
+
+    class Waits(Answers):
+        def states(self, wanted: Any) -> list[Any]:
+            together.wait()
+            return super().states(wanted)
+
+    asked = [[s] for s in sequences([2] * 3 * REQUESTS_PER_NODE)]
+    nodes = [Waits(f"node {number}") for number in range(3)]
+    assert len(list(fetch(nodes, asked, prefetch=REQUESTS_PER_NODE))) == len(asked)
 
 
 @pytest.mark.parametrize(("scheme", "most"), [("bf16", 0.004), ("fp8", 0.04), ("int8", 0.02)])

@@ -1,6 +1,7 @@
 """A text in shards trains as the same text in memory does, whatever its size, and a damaged shard is found."""
 
 import json
+import random
 import tracemalloc
 from io import StringIO
 from pathlib import Path
@@ -20,7 +21,7 @@ from mansard.snapshot import Blob
 from mansard.specs.data import Data
 from mansard.specs.training import Train
 from mansard.store import Store
-from mansard.store_stream import CHUNK_BYTES, file_chunks, lines_of
+from mansard.store_stream import CHUNK_BYTES, file_chunks, lines_of, shuffled_lines
 from mansard.training import packing, shards, stage
 from mansard.training.data import Mixture, Packed, pack_texts
 from mansard.training.learning import mapped_texts
@@ -175,6 +176,28 @@ def test_lines_do_not_depend_on_where_a_file_is_cut(chunks: list[bytes]) -> None
     whole = b"".join(chunks)
     *lines, last = whole.split(b"\n")
     assert list(lines_of(chunks)) == ([*lines, last] if last else lines)
+
+
+@given(lines=st.lists(st.text("ab \r", max_size=4).map(str.encode), max_size=12), ends=st.booleans())
+def test_shuffled_lines_are_the_lines_shuffled(
+    lines: list[bytes], ends: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    store = Store(tmp_path_factory.mktemp("lines") / "store")
+    snapshot = store.put_files({"data.jsonl": b"\n".join(lines) + b"\n" * ends})
+    wanted = [line for line in lines if line.strip()]
+    random.Random("key").shuffle(wanted)
+    assert list(shuffled_lines(store, snapshot, "data.jsonl", "key")) == wanted
+
+
+def test_lines_are_shuffled_without_the_text_in_memory(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_stream, "CHUNK_BYTES", 1 << 16)
+    snapshot = store.put_files({"data.jsonl": (b"x" * 1000 + b"\n") * 20_000})
+    tracemalloc.start()
+    try:
+        assert sum(map(len, shuffled_lines(store, snapshot, "data.jsonl", "key"))) == 20_000_000
+        assert tracemalloc.get_traced_memory()[1] < 20_000 * 32 + 8 * (1 << 16)
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_storeys_tokenizer_is_its_bases(store: Store, base_folder: Path) -> None:
