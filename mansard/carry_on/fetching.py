@@ -1,8 +1,8 @@
 """Several nodes work on a list of requests at once; answers come out in the list's order, each once.
 
-At most `prefetch` answers for each node wait to be taken. A request that fails on a node goes to another one; a node that fails
-`MAX_FAILURES` times running is left alone. Nothing is lost or repeated: a request is either waiting, at one node, or
-answered.
+At most `prefetch` answers for each node wait to be taken. A request that fails on a node goes to another one; a node
+that fails `MAX_FAILURES` times running is left alone. Nothing is lost or repeated: a request is either waiting, at one
+node, or answered.
 """
 
 import threading
