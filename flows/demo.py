@@ -26,7 +26,7 @@ from mansard.launch import Request, derive
 from mansard.records import Derivation
 from mansard.release.events import PROMOTED
 from mansard.release.journal import Journal
-from mansard.serving.host_client import HostClient
+from mansard.serving.client import HostClient
 from mansard.site import Site, find_site, load_site
 from mansard.store import Store
 from tasks.terminal import stage_progress

@@ -22,7 +22,7 @@ from flows import stack_process
 from flows.stack_process import Program
 from mansard.canonical import sha256_json
 from mansard.errors import BadInput, MansardError
-from mansard.serving.host_client import HostClient
+from mansard.serving.client import HostClient
 from mansard.site import Site
 
 LOOPBACK = "127.0.0.1"
@@ -167,7 +167,7 @@ def _host(site: Site) -> Program:
     return _program(
         site,
         "host",
-        ("-m", "mansard.serving.host", "--site", str(site.path)),
+        ("-m", "mansard.serving.host.host", "--site", str(site.path)),
         lambda: _socket_answers(site.host_socket, "/status"),
         stop_seconds=120.0,  # it ends its engines, and they their running requests
     )
@@ -175,7 +175,7 @@ def _host(site: Site) -> Program:
 
 def _router(site: Site) -> Program:
     is_own = site.router.plane == "workers"
-    module, workers = ("router_supervisor", site.router.workers) if is_own else ("haproxy_driver", 1)
+    module, workers = ("router.supervisor", site.router.workers) if is_own else ("haproxy.driver", 1)
     return _program(
         site,
         "router",

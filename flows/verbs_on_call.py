@@ -14,8 +14,8 @@ from mansard.errors import JournalDamaged, JournalDown, MansardError
 from mansard.release import oncall
 from mansard.release.direct_rollback import Request, rollback_directly
 from mansard.release.oncall_text import history_text, status_text, why_text
-from mansard.serving.host_client import HostClient, HostDown
-from mansard.serving.host_down import end_engine, engine_answers, follow_pointers, traffic_split
+from mansard.serving.client import HostClient, HostDown
+from mansard.serving.host.when_down import end_engine, engine_answers, follow_pointers, traffic_split
 from mansard.site import Site, find_site, load_site
 
 ROLLBACK_TIMEOUT_SECONDS = 1800.0

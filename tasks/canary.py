@@ -7,7 +7,7 @@ from typing import Any
 
 from mansard.digest import digest_json
 from mansard.errors import MansardError
-from mansard.serving.host_client import HostDown
+from mansard.serving.client import HostDown
 from mansard.site import Site
 from tasks import policy, tracking
 from tasks.derivation import PrefectProgress

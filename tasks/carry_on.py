@@ -10,7 +10,7 @@ from mansard.composition.compose import composition_of
 from mansard.launch import Request
 from mansard.records import Derivation, SnapshotId
 from mansard.release.journal import Journal
-from mansard.serving.engine_command import variables
+from mansard.serving.engine.command import variables
 from mansard.site import Site
 from mansard.specs.carry_on import Capture, ChooseAlpha
 from mansard.specs.data import Data

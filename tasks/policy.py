@@ -12,7 +12,7 @@ from prefect import Task, task
 from prefect.cache_policies import NO_CACHE
 
 from mansard.errors import MansardError
-from mansard.serving.host_client import HostDown
+from mansard.serving.client import HostDown
 
 P = ParamSpec("P")
 R = TypeVar("R")

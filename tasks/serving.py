@@ -9,7 +9,7 @@ from typing import Any
 
 from mansard.errors import BadInput
 from mansard.records import SnapshotId
-from mansard.serving.host_client import HostClient
+from mansard.serving.client import HostClient
 from mansard.site import Site
 from mansard.specs.whole import Serve
 from tasks import policy

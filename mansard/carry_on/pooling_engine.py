@@ -15,8 +15,8 @@ from typing import Any
 
 from mansard.carry_on.nodes import Node, NodeFailed
 from mansard.errors import StageFailed
-from mansard.serving.engine_command import free_port
-from mansard.serving.engine_log import last_words
+from mansard.serving.engine.command import free_port
+from mansard.serving.engine.log import last_words
 
 POLL_SECONDS = 0.5
 STOP_SECONDS = 30.0

@@ -2,7 +2,7 @@
 
 Guarantees: standard library and PyYAML until `why` reads evidence in the store, which loads BLAKE3; damage that is
 found is told in the answer, not raised, where the answer is still of use; status and history go on with what this
-machine remembers while the journal's database is down. Not covered: talking to the host (serving/host_client.py) and
+machine remembers while the journal's database is down. Not covered: talking to the host (serving/client.py) and
 the form on the screen (oncall_text.py).
 """
 

@@ -4,7 +4,7 @@ Laws: promoted and aborted are final; weights only rise until the end; a step is
 minimum sample and a passing look are there; a step that is not passed by its deadline is aborted, so low traffic never
 promotes; a dead engine, a failed probe, a changed fingerprint or five consecutive failures abort at once, whatever the
 sample. `resumed` gives the state again from the journal, after a crash at any point. Clocks, processes, journal and
-traffic belong to the controller (serving/host_rollouts.py), which does the actions in their order.
+traffic belong to the controller (serving/host/rollouts.py), which does the actions in their order.
 """
 
 from collections.abc import Iterable, Mapping

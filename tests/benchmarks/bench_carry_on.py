@@ -39,8 +39,8 @@ from mansard.composition.tapping import tapped_config
 from mansard.demo.base import save_base, train_tokenizer, untrained_model
 from mansard.errors import MansardError
 from mansard.evaluation.engine_api import get_json, post_json
-from mansard.serving.engine_command import free_port, variables
-from mansard.serving.engine_log import last_words
+from mansard.serving.engine.command import free_port, variables
+from mansard.serving.engine.log import last_words
 from mansard.site import load_site
 from mansard.store import Store
 from mansard.worker import Channel, StageContext

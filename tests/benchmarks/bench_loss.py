@@ -107,7 +107,7 @@ class Story:
         self.say(f"version {version} after the host's return: {ended['state']}: {ended['reason'][:80]}")
 
     def _worker_pid(self) -> int:
-        from mansard.serving.host_client import router_observations_by_worker
+        from mansard.serving.client import router_observations_by_worker
 
         return int(router_observations_by_worker(self.place.site, 5.0).get("0", {"pid": 0})["pid"])
 

@@ -171,7 +171,7 @@ def _router(folder: Path, engine_port: int, core: int | None) -> Iterator[int]:
     write_split(folder / "home/split.json", with_canary(split, "tiny", 2, endpoint, "tiny", 25, 2))
     site = folder / "site.yaml"
     site.write_text(SITE)
-    worker = ("-m", "mansard.serving.router_worker", "--lease-seconds", "86400", "--site", str(site))
+    worker = ("-m", "mansard.serving.router.worker", "--lease-seconds", "86400", "--site", str(site))
     with _process(*worker, core=core) as port:
         yield port
 

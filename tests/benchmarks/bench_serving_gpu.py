@@ -112,7 +112,7 @@ def router(folder: Path, endpoint: str) -> Iterator[str]:
     write_split(folder / "home/split.json", with_stable(Split(), "bench", 1, endpoint, "bench", 1))
     site = folder / "site.yaml"
     site.write_text(SITE)
-    command = [sys.executable, "-m", "mansard.serving.router_worker", "--lease-seconds", "86400", "--site", str(site)]
+    command = [sys.executable, "-m", "mansard.serving.router.worker", "--lease-seconds", "86400", "--site", str(site)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as child:
         try:

@@ -102,7 +102,7 @@ def harmed(requests: Requests, is_canary: Bools, harm: Harm, rng: np.random.Gene
 
 
 def sums(requests: Requests, at: float) -> tuple[Floats, Floats]:
-    """(sums, counts) per metric and user at the moment `at`: what host_keys adds up, unfinished requests by age."""
+    """(sums, counts) per metric and user at the moment `at`: what the host adds up, unfinished requests by age."""
     begun = requests.at <= at
     done = begun & (requests.at + requests.whole <= at)
     started = begun & (requests.at + requests.first <= at)

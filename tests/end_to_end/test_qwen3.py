@@ -19,7 +19,7 @@ from mansard.evaluation.suites import take_suite
 from mansard.launch import Request, derive
 from mansard.models.model_files import model_config
 from mansard.models.tokenizer_files import take_tokenizer
-from mansard.serving.engine import Engine, EngineIdentity
+from mansard.serving.engine.engine import Engine, EngineIdentity
 from mansard.site import Site, load_site
 from mansard.specs.judging import Suite
 from mansard.specs.whole import Serve

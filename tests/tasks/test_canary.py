@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mansard.serving.host_client import HostDown
+from mansard.serving.client import HostDown
 from mansard.site import Site
 from mansard.site_sections import Environment
 from tasks.canary import _Watch

@@ -26,7 +26,7 @@ from mansard.release.memory import recall, remember
 from mansard.release.permission import guard_of
 from mansard.release.pointer import recent_move
 from mansard.serving import split as splits
-from mansard.serving.host_down import follow_pointers
+from mansard.serving.host.when_down import follow_pointers
 from mansard.site import Site, load_site
 
 Make = Callable[..., Registration]
@@ -185,7 +185,7 @@ def test_of_operators_at_once_one_moves(three: Site) -> None:
 import sys
 from pathlib import Path
 from mansard.release.direct_rollback import Request, rollback_directly
-from mansard.serving.host_down import follow_pointers
+from mansard.serving.host.when_down import follow_pointers
 from mansard.site import load_site
 site = load_site(Path(sys.argv[1]))
 sys.stdin.readline()

@@ -15,8 +15,8 @@ from mansard.errors import BadInput
 from mansard.records import Registration
 from mansard.release.journal import Journal
 from mansard.release.notify import notify
-from mansard.serving.host_notices import notice_of
-from mansard.serving.host_watch import JournalWatch
+from mansard.serving.host.journal_watch import JournalWatch
+from mansard.serving.host.notices import notice_of
 from mansard.site import Site, load_site
 
 Make = Callable[..., Registration]

@@ -30,7 +30,7 @@ from mansard.records import Registration
 from mansard.release.approval import approve, sign_registration
 from mansard.release.journal import Journal
 from mansard.release.keys import generate_key
-from mansard.serving.host_client import HostClient
+from mansard.serving.client import HostClient
 from mansard.serving.split import ModelSplit, read_split
 from mansard.site import Site, load_site
 from mansard.site_sections import Environment
@@ -159,7 +159,7 @@ class Place:
     # Processes
 
     def start_host(self) -> None:
-        self.host = self._start("host.log", "-m", "mansard.serving.host", "--site", str(self.site.path))
+        self.host = self._start("host.log", "-m", "mansard.serving.host.host", "--site", str(self.site.path))
         wait_for("the host", lambda: self._answers(self.client))
 
     def start_host_script(self, script: Path, *words: object) -> None:
@@ -168,13 +168,13 @@ class Place:
         wait_for("the host", lambda: self._answers(self.client))
 
     def start_router(self) -> None:
-        self.router = self._start("router.log", "-m", "mansard.serving.router_worker", "--site", str(self.site.path))
+        self.router = self._start("router.log", "-m", "mansard.serving.router.worker", "--site", str(self.site.path))
         admin = HostClient(self.site.run / "router-0.sock")
         wait_for("the router", lambda: self._answers(admin, "/observations"))
 
     def start_supervisor(self) -> "subprocess.Popen[bytes]":
         """The router with all its workers; the caller ends it."""
-        supervisor = self._start("router.log", "-m", "mansard.serving.router_supervisor", "--site", str(self.site.path))
+        supervisor = self._start("router.log", "-m", "mansard.serving.router.supervisor", "--site", str(self.site.path))
         for index in range(self.site.router.workers):
             admin = HostClient(self.site.run / f"router-{index}.sock")
             wait_for("a router worker", lambda admin=admin: self._answers(admin, "/observations"))

@@ -2,7 +2,8 @@
 
 import sys
 
-from mansard.serving import engine_metrics, host
+from mansard.serving.engine import metrics as engine_metrics
+from mansard.serving.host import host
 
 if __name__ == "__main__":
     site, seconds = sys.argv[1:]

@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 from mansard.release.journal import Journal
-from mansard.serving import host
+from mansard.serving.host import host
 
 
 def strike_at(kind: str, nth: int, moment: str, pid: int) -> None:

@@ -25,7 +25,7 @@ from mansard.demo.base import save_base, train_tokenizer, untrained_model
 from mansard.errors import BadInput
 from mansard.evaluation.fingerprint import take
 from mansard.release.journal import Journal
-from mansard.serving.place import branch_folder
+from mansard.serving.host.place import branch_folder
 from mansard.serving.split import VersionSplit
 from mansard.site import load_site
 from tests.mansard.serving.conftest import ask

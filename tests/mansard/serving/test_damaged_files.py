@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from mansard.errors import MansardError
-from mansard.serving.router_keys import KeyFile
-from mansard.serving.router_split import SplitWatch
+from mansard.serving.router.keys import KeyFile
+from mansard.serving.router.split_watch import SplitWatch
 from mansard.serving.split import Split, check_split, parse_split, split_bytes, with_canary, with_stable
 from mansard.site import load_site
 

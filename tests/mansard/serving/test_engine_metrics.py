@@ -2,7 +2,7 @@
 
 import pytest
 
-from mansard.serving.engine_metrics import (
+from mansard.serving.engine.metrics import (
     HUNG_SECONDS,
     Account,
     in_flight,

@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mansard.errors import BadInput
-from mansard.serving.haproxy_config import config_text
-from mansard.serving.haproxy_runtime import Carried, Server, plan, wanted
+from mansard.serving.haproxy.config import config_text
+from mansard.serving.haproxy.runtime import Carried, Server, plan, wanted
 from mansard.serving.split import Split, with_canary, with_endpoint, with_stable
 from mansard.site import Site
 from mansard.site_sections import Environment

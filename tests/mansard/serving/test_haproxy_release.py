@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from mansard.errors import MansardError
-from mansard.serving.haproxy_runtime import Runtime
-from mansard.serving.host_client import HostClient
+from mansard.serving.client import HostClient
+from mansard.serving.haproxy.runtime import Runtime
 from mansard.site import load_site
 
 HAPROXY = shutil.which("haproxy") or shutil.which("haproxy", path="/usr/sbin")
@@ -28,7 +28,7 @@ def behind_haproxy(place: Any) -> Iterator[Any]:
     path = place.site.path
     path.write_text(json.dumps({**json.loads(path.read_text()), "router": {"plane": "haproxy"}}))
     place.site = load_site(path)
-    driver = place._start("router.log", "-m", "mansard.serving.haproxy_driver", "--site", str(path))
+    driver = place._start("router.log", "-m", "mansard.serving.haproxy.driver", "--site", str(path))
     admin = HostClient(place.site.run / "router-0.sock")
     place.wait_for("HAProxy's driver", lambda: place._answers(admin, "/observations"))
     try:

@@ -12,7 +12,7 @@ import pytest
 
 from mansard.errors import BadInput, Conflict, NotAllowed
 from mansard.release.journal import Journal
-from mansard.serving.host_client import router_observations
+from mansard.serving.client import router_observations
 from mansard.serving.process import identify
 
 pytestmark = pytest.mark.slow

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mansard.errors import BadInput, Conflict, MansardError, NotAllowed
-from mansard.serving.host_client import HostClient, HostDown
+from mansard.serving.client import HostClient, HostDown
 
 
 @contextlib.contextmanager

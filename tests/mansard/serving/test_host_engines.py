@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from mansard.errors import BadInput, MansardError
-from mansard.serving.engine_command import EngineIdentity, command, variables
-from mansard.serving.engine_log import last_words
+from mansard.serving.engine.command import EngineIdentity, command, variables
+from mansard.serving.engine.log import last_words
 from mansard.serving.process import identify
 from mansard.specs.whole import Serve
 
@@ -87,7 +87,7 @@ def test_bad_requests_are_refused_in_one_line(shared: Any, path: str, body: dict
 
 def test_there_is_one_host_per_site(shared: Any) -> None:
     second = subprocess.run(
-        [sys.executable, "-m", "mansard.serving.host", "--site", str(shared.site.path)],
+        [sys.executable, "-m", "mansard.serving.host.host", "--site", str(shared.site.path)],
         capture_output=True,
         text=True,
         timeout=120,

@@ -11,7 +11,7 @@ import aiohttp
 import pytest
 
 from mansard.errors import MansardError
-from mansard.serving.host_fingerprint import Fingerprints
+from mansard.serving.host.fingerprint import Fingerprints
 
 RECORDED = {"format": 1, "answers": [{"prompt": "p", "tokens": [], "logprobs": [], "alternatives": []}]}
 ASKED = {"prompts": ["p"], "tokens": 4, "tolerance": 0.1}

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mansard.release.analysis import METRICS
-from mansard.serving.host_keys import (
+from mansard.serving.host.sticky_keys import (
     FIELDS,
     Record,
     Table,

@@ -3,7 +3,7 @@
 import pytest
 
 from mansard.errors import MansardError
-from mansard.serving.host_observations import (
+from mansard.serving.host.observations import (
     Counts,
     Reports,
     Seen,

@@ -13,7 +13,7 @@ import pytest
 
 from mansard.errors import NotAllowed
 from mansard.release.journal import Journal
-from mansard.serving.host_client import HostClient
+from mansard.serving.client import HostClient
 from mansard.serving.process import identify
 from mansard.site import load_site
 

@@ -17,8 +17,8 @@ from mansard.release.direct_rollback import Request, rollback_directly
 from mansard.release.journal import Journal
 from mansard.release.memory import recall
 from mansard.release.tip import read_tip
-from mansard.serving.host_down import follow_pointers
-from mansard.serving.host_watch import JournalWatch
+from mansard.serving.host.journal_watch import JournalWatch
+from mansard.serving.host.when_down import follow_pointers
 from mansard.site import load_site
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mansard.serving.router_engine import MAX_HEAD_BYTES, EngineConnection, EngineFailed, EngineHead
+from mansard.serving.router.engine_connection import MAX_HEAD_BYTES, EngineConnection, EngineFailed, EngineHead
 
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 QUIET = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

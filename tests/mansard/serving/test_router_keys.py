@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mansard.errors import BadInput
-from mansard.serving.router_keys import Holder, KeyFile, parse_holders
-from mansard.serving.router_policy import Refused
-from mansard.serving.router_rates import BURST_SECONDS, Rates, shared_memory
+from mansard.serving.router.keys import Holder, KeyFile, parse_holders
+from mansard.serving.router.policy import Refused
+from mansard.serving.router.rates import BURST_SECONDS, Rates, shared_memory
 
 
 def digest_of(key: str) -> str:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mansard.serving.router_policy import (
+from mansard.serving.router.policy import (
     ALLOWED,
     Refused,
     check_path,

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mansard.serving import router_records
-from mansard.serving.router_metrics import Observations
-from mansard.serving.router_records import Ended, Records
+from mansard.serving.router import records as router_records
+from mansard.serving.router.metrics import Observations
+from mansard.serving.router.records import Ended, Records
 
 
 def numbered(number: int) -> Ended:

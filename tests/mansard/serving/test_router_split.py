@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mansard.serving.router_split import SplitWatch
+from mansard.serving.router.split_watch import SplitWatch
 from mansard.serving.split import Split, choose, key_digest, renewed, split_bytes, with_canary, with_stable, write_split
 
 

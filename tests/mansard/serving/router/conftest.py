@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from mansard.serving.host_client import HostClient
+from mansard.serving.client import HostClient
 from mansard.serving.split import (
     Split,
     with_canary,
@@ -194,7 +194,7 @@ def engine(name: str) -> Iterator[Engine]:
 
 
 @contextlib.contextmanager
-def rig_in(folder: Path, *arguments: str, site: str = SITE, module: str = "router_worker") -> Iterator[Rig]:
+def rig_in(folder: Path, *arguments: str, site: str = SITE, module: str = "router.worker") -> Iterator[Rig]:
     (folder / "site.yaml").write_text(site)
     worker = ("-m", f"mansard.serving.{module}", "--site", str(folder / "site.yaml"), *arguments)
     with engine("one") as one, engine("two") as two, process(*worker) as (child, ready):
@@ -226,11 +226,11 @@ def rig(shared: Rig) -> Rig:
 def make_rig(tmp_path: Path) -> Callable[..., contextlib.AbstractContextManager[Rig]]:
     """make_rig("--argument", site_lines="key: value") is a context manager with a worker of its own.
 
-    With module="router_supervisor" it has several.
+    With module="router.supervisor" it has several.
     """
 
     def make(
-        *arguments: str, site_lines: str = "", module: str = "router_worker", port: int = 0
+        *arguments: str, site_lines: str = "", module: str = "router.worker", port: int = 0
     ) -> contextlib.AbstractContextManager[Rig]:
         site = SITE.replace("router: 0", f"router: {port}") + site_lines
         return rig_in(tmp_path, *arguments, site=site, module=module)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mansard.errors import MansardError
-from mansard.serving.haproxy_runtime import Runtime
+from mansard.serving.haproxy.runtime import Runtime
 from mansard.serving.split import NUM_BUCKETS, Split, renewed, with_canary, with_stable, without_canary, write_split
 
 HAPROXY = shutil.which("haproxy") or shutil.which("haproxy", path="/usr/sbin")
@@ -32,7 +32,7 @@ def haproxy(make_rig: Callable[..., Any]) -> Callable[..., contextlib.AbstractCo
             probe.bind(("127.0.0.1", 0))
             port = int(probe.getsockname()[1])
         lines = "router: {plane: haproxy}\n"
-        return ended_with(make_rig(*arguments, site_lines=lines, module="haproxy_driver", port=port))
+        return ended_with(make_rig(*arguments, site_lines=lines, module="haproxy.driver", port=port))
 
     return make
 

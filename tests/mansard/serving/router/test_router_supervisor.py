@@ -24,7 +24,7 @@ DEADLINE_SECONDS = 60.0
 REQUEST = (
     b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 15\r\n\r\n" b'{"prompt": "x"}'
 )
-SUPERVISOR = "router_supervisor"
+SUPERVISOR = "router.supervisor"
 
 
 def received(client: socket.socket) -> bytes:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from mansard.serving.host_client import router_observations
+from mansard.serving.client import router_observations
 from mansard.serving.split import renewed, write_split
 from mansard.site import load_site
 
@@ -131,7 +131,7 @@ def test_a_taken_port_and_a_taken_index_end_with_one_line(tmp_path: Path, make_r
         for port, code, words in ((rig.port, 2, "name a free port"), (0, 7, "choose another --index")):
             other = tmp_path / "other.yaml"
             other.write_text((tmp_path / "site.yaml").read_text().replace("router: 0", f"router: {port}"))
-            command = [sys.executable, "-m", "mansard.serving.router_worker", "--site", str(other)]
+            command = [sys.executable, "-m", "mansard.serving.router.worker", "--site", str(other)]
             ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=DEADLINE_SECONDS)
             assert (ended.returncode, ended.stderr.count("\n")) == (code, 1)
             assert words in ended.stderr

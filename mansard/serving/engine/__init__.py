@@ -1,0 +1,1 @@
+"""An engine: a vLLM process that serves one artifact."""

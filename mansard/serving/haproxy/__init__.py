@@ -1,0 +1,1 @@
+"""HAProxy as the data plane in the router's place."""

@@ -1,0 +1,46 @@
+"""HAProxy's configuration for a site, from infra/haproxy/haproxy.cfg."""
+
+import os
+import string
+from pathlib import Path
+
+from mansard.errors import BadInput
+from mansard.serving.router.public import Limits
+from mansard.site import Site
+
+SOCKET_PATH_BYTES = 97
+"""HAProxy's own limit; the system's is ten more."""
+TEMPLATE = Path(__file__).resolve().parents[3] / "infra/haproxy/haproxy.cfg"
+
+
+def runtime_socket(site: Site) -> Path:
+    return site.run / "haproxy.sock"
+
+
+def routes_file(site: Site) -> Path:
+    """HAProxy reads it at its start and knows the map by this name; after that it lives in HAProxy."""
+    return site.run / "haproxy-routes.map"
+
+
+def log_socket(site: Site) -> Path:
+    return site.run / "haproxy-log.sock"
+
+
+def config_text(site: Site, port: int) -> str:
+    """The whole file. BadInput for a site of several models (HAProxy does not look into bodies to choose one), or for a
+    home whose path is too long for HAProxy's sockets."""
+    if len(site.models) != 1:
+        raise BadInput(f"{site.path}: router.plane haproxy serves one model, the site has {', '.join(site.models)}")
+    too_many = len(os.fsencode(log_socket(site))) - SOCKET_PATH_BYTES
+    if too_many > 0:
+        raise BadInput(f"{site.path}: home {site.home}: {too_many} bytes too long for HAProxy's sockets; shorten it")
+    values = {
+        "socket": runtime_socket(site),
+        "log": log_socket(site),
+        "map": routes_file(site),
+        "threads": os.cpu_count() or 1,
+        "port": port,
+        "body_bytes": Limits().body_bytes,
+        "model": site.models[0],
+    }
+    return string.Template(TEMPLATE.read_text()).substitute(values)

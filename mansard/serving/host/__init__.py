@@ -1,0 +1,1 @@
+"""The host: the process that owns engines, journal connection and rollouts."""

@@ -1,0 +1,231 @@
+"""`python -m mansard.serving.host.host --site FILE`: the process that owns engines, journal connection and rollouts.
+
+Guarantees: one host per site (a lock); /status answers at once, everything else after engines of a host before this one
+were adopted; a rollout that the host before left open is walked on. SIGTERM and SIGINT end rollouts, engines and host;
+SIGHUP ends the host and leaves engines and rollouts to the next one.
+Nothing here is needed for users' requests: the router reads the split.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import fcntl
+import functools
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from aiohttp import web
+
+from mansard.errors import BadInput, MansardError
+from mansard.release import emergency
+from mansard.release.approval import check_evidence
+from mansard.release.journal import Journal
+from mansard.release.permission import check_approval, guard_of
+from mansard.serving.engine.engine import Engine
+from mansard.serving.host.api import make_app
+from mansard.serving.host.engines import Engines
+from mansard.serving.host.fingerprint import Fingerprints
+from mansard.serving.host.journal_watch import JournalWatch
+from mansard.serving.host.residents import Residents
+from mansard.serving.host.rollback import Rollback
+from mansard.serving.host.rollouts import Rollouts
+from mansard.serving.host.traffic import Traffic
+from mansard.site import Site, find_site, load_site
+from mansard.store import Store
+
+DOWN_DRAIN_SECONDS = 20.0
+"""At `mansard down` the router has ended before, so little is in flight."""
+UNIX_PATH_BYTES = 107
+
+log = logging.getLogger(__name__)
+
+
+class Host:
+    """The parts, put together."""
+
+    def __init__(self, site: Site, journal: Journal, session: aiohttp.ClientSession) -> None:
+        self.site = site
+        self.journal = journal
+        self.store = Store.of(site)
+
+        def name_of(model: str, version: int) -> str:
+            return self.residents.name(model, version)
+
+        self.traffic = Traffic(site, name_of)
+        fingerprints = Fingerprints(journal, self.store, session, name_of)
+        self.residents = Residents(site, journal, self.store, self.traffic, fingerprints.warn)
+        self.engines = Engines(site, self.store, session, self.residents.pinned, self._engine_ended)
+        self.residents.engines = self.engines
+        self.rollouts = Rollouts(
+            site,
+            journal,
+            self.store,
+            self.traffic,
+            self.residents,
+            self._check_approval,
+            functools.partial(check_evidence, self.store),
+            fingerprints.find_change,
+            session,
+        )
+        self.rollback = Rollback(site, journal, self.traffic, self.residents, self.rollouts, session)
+        self._begun_at = time.time()
+        self._is_open = asyncio.Event()
+
+    async def wait_until_open(self) -> None:
+        await self._is_open.wait()
+
+    def open(self) -> None:
+        """Adopt engines, bring the split in line with the journal, walk on with rollouts that a dead host left open."""
+        emergency.import_waiting(self.site, self.journal)
+        for engine in self.engines.adopt():
+            log.info("adopted engine %s, process %d at %s", engine.identity.key, engine.pid, engine.endpoint)
+        for model in self.site.models:
+            self.residents.look(model)
+            self.rollouts.resume(model)
+        self._is_open.set()
+
+    def status(self) -> dict[str, Any]:
+        tip = self.journal.tip()
+        return {
+            "pid": os.getpid(),
+            "state": "ready" if self._is_open.is_set() else "starting",
+            "uptime_seconds": round(time.time() - self._begun_at, 1),
+            "term": self.journal.term(),
+            "journal_sequence": 0 if tip is None else tip.sequence,
+            "models": {model: self._model_status(model) for model in self.site.models},
+            "engines": self.engines.describe(),
+        }
+
+    def _model_status(self, model: str) -> dict[str, Any]:
+        pointers = self.journal.pointers(model)
+        versions = {}
+        for version in self.residents.versions(model):
+            place = self.residents.place(model, version)
+            engine = self.engines.find(place.engine)
+            versions[str(version)] = {
+                "state": "cold" if engine is None else engine.state,
+                "endpoint": self.residents.endpoint(model, version),
+                "start_seconds": self.engines.last_start_seconds(place.engine),
+                "warning": "" if engine is None else engine.warnings.get(place.name, ""),
+            }
+        return {
+            "stable": pointers.stable,
+            "canary": pointers.canary,
+            "previous": pointers.previous,
+            "term": pointers.term,
+            "versions": versions,
+            "rollout": self.rollouts.describe(model),
+        }
+
+    def _check_approval(self, model: str, version: int) -> None:
+        """The site is read again: its people may have changed since the host started."""
+        check_approval(load_site(self.site.path), self.journal, model, version)
+
+    def _engine_ended(self, engine: Engine) -> None:
+        log.error("%s", engine.problem)
+        self.rollouts.engine_ended(engine)
+        self.residents.wake()
+
+
+async def serve(site: Site) -> None:
+    """Run until a signal."""
+    stop = asyncio.Event()
+    keep_engines = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    loop.add_signal_handler(signal.SIGHUP, _set_both, keep_engines, stop)
+    with Journal.open(site.journal, guard=guard_of(site.path)) as journal, JournalWatch(site):
+        async with aiohttp.ClientSession() as session:
+            host = Host(site, journal, session)
+            async with _listening(host, site.host_socket):
+                host.open()
+                log.info("host of %s listens on %s", site.path, site.host_socket)
+                try:
+                    await _run_until(stop, host)
+                except BaseException:
+                    keep_engines.set()  # our own fault: users keep what serves them
+                    raise
+                finally:
+                    if not keep_engines.is_set():
+                        host.rollouts.abort_all("aborted: host stopped")
+                    await host.rollouts.close()
+                    await host.engines.close(keep_engines.is_set(), DOWN_DRAIN_SECONDS)
+
+
+def _set_both(first: asyncio.Event, second: asyncio.Event) -> None:
+    first.set()
+    second.set()
+
+
+async def _run_until(stop: asyncio.Event, host: Host) -> None:
+    """Keep the residents until `stop` is set, or raise what ended that."""
+    async with asyncio.TaskGroup() as group:
+        keeper = group.create_task(host.residents.run(), name="residents")
+        await stop.wait()
+        keeper.cancel()
+
+
+@contextlib.asynccontextmanager
+async def _listening(host: Host, socket: Path) -> AsyncIterator[None]:
+    if len(os.fsencode(socket)) > UNIX_PATH_BYTES:
+        raise BadInput(f"{socket}: a socket's path has at most {UNIX_PATH_BYTES} bytes; choose a shorter home")
+    socket.unlink(missing_ok=True)
+    # Requests in flight end with the host; their clients read from the journal what became of them.
+    runner = web.AppRunner(make_app(host), access_log=None, shutdown_timeout=1.0)
+    await runner.setup()
+    old_mask = os.umask(0o177)
+    try:
+        await web.UnixSite(runner, str(socket)).start()
+    finally:
+        os.umask(old_mask)
+    try:
+        yield
+    finally:
+        await runner.cleanup()
+        socket.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _only_host(site: Site) -> Iterator[None]:
+    """Hold the site's host lock; it ends with the process, however it ends."""
+    site.run.mkdir(parents=True, exist_ok=True)
+    with (site.run / "host.lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.seek(0)
+            raise MansardError(
+                f"a host of {site.home} runs already, process {lock.read().strip() or 'unknown'}; "
+                "one host per site: look at mansard status"
+            ) from error
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        yield
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m mansard.serving.host.host", description=__doc__)
+    parser.add_argument("--site", help="the site file")
+    given = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stdout)
+    try:
+        site = load_site(find_site(given.site))
+        with _only_host(site):
+            asyncio.run(serve(site))
+    except MansardError as error:
+        print(f"host: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""The router: worker processes that pass users' requests on to engines."""
