@@ -1,19 +1,20 @@
 """What each decoder block is worth to a text: the loss that the model gains when the block is left out.
 
-A block is left out exactly: it answers with the states it was given, so the residual stream passes by. Blocks below it
-are not computed again: the states that reach a block are kept from the whole model's pass, so that one block costs on
-average half a forward pass. One CPU thread, because sums over another number of threads round differently.
+A block is left out exactly (bypass.py). Blocks below it are not computed again: the states that reach a block are kept
+from the whole model's pass, so that one block costs on average half a forward pass. One CPU thread, because sums over
+another number of threads round differently.
 
 Shapes: B rows, T tokens, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
 
+from mansard.models.bypass import bypassed
 from mansard.models.probe import one_thread
 
 
@@ -23,13 +24,13 @@ def losses(
     told: Callable[[int], None] = lambda block: None,
 ) -> tuple[float, list[float]]:
     """Summed nats of the B * (T - 1) next tokens: of the model, and of the model without each of its blocks."""
-    blocks = list(model.get_decoder().layers)
+    layers = model.get_decoder().layers
     without = []
     with torch.inference_mode(), one_thread():
-        with _entering(blocks) as states:
+        with _entering(layers) as states:
             whole = _nats(model, ids_BT)
-        for index in range(len(blocks)):
-            with _answering(blocks[: index + 1], states[index]):
+        for index in range(len(layers)):
+            with bypassed(layers, range(index + 1), states[index]):
                 without.append(_nats(model, ids_BT))
             told(index)
     return whole, without
@@ -42,7 +43,7 @@ def _nats(model: Any, ids_BT: torch.Tensor) -> float:  # noqa: ANN401 - a transf
 
 
 @contextmanager
-def _entering(blocks: Sequence[Any]) -> Iterator[list[torch.Tensor]]:
+def _entering(blocks: Iterable[Any]) -> Iterator[list[torch.Tensor]]:
     """The states with which each block is called while the context lasts, in order."""
     states: list[torch.Tensor] = []
     hooks = [b.register_forward_pre_hook(lambda _, positional: states.append(positional[0])) for b in blocks]
@@ -51,15 +52,3 @@ def _entering(blocks: Sequence[Any]) -> Iterator[list[torch.Tensor]]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@contextmanager
-def _answering(blocks: Sequence[Any], states_BTH: torch.Tensor) -> Iterator[None]:
-    """These blocks compute nothing and answer with `states_BTH` while the context lasts."""
-    for block in blocks:
-        block.forward = lambda *positional, **keywords: states_BTH
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block.forward

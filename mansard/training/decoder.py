@@ -6,13 +6,11 @@ are compiled one by one, so that all of one kind share a compilation. A CPU comp
 training more than it gives, and needs a C++ compiler.
 """
 
-from collections.abc import Callable, Collection, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 COMPILATIONS = 64
@@ -21,17 +19,6 @@ COMPILATIONS = 64
 
 class _Reached(Exception):
     """The forward pass came to the first block, and that was all that was wanted."""
-
-
-class _PassedBy(nn.Module):
-    """Stands where a block was. The decoder may ask what kind of attention the block has."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.attention_type = getattr(block, "attention_type", None)
-
-    def forward(self, states_BTH: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:  # noqa: ANN401 - what a block takes
-        return states_BTH
 
 
 class Decoder:
@@ -73,18 +60,6 @@ class Decoder:
             block.gradient_checkpointing = index in chosen
             block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
         return [index in chosen for index in range(len(self.blocks))]
-
-    @contextmanager
-    def passing_by(self, indices: Collection[int]) -> Iterator[None]:
-        """These blocks hand on what they get while the context lasts. `blocks` stays what it is."""
-        layers = self.module.layers
-        try:
-            for index in indices:
-                layers[index] = _PassedBy(self.blocks[index])
-            yield
-        finally:
-            for index in indices:
-                layers[index] = self.blocks[index]
 
     def arguments(self, run: Callable[[], Any]) -> tuple[torch.Tensor, dict[str, Any]]:
         """The states and the keyword arguments with which `run` calls the first block; `run` goes no further."""

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from mansard.models.bypass import bypassed
 from mansard.models.freeze import digest_tensors
 from mansard.training.anchor import Anchor
 from mansard.training.attention import attention_inputs, preferred_kernels, use_packed_attention
@@ -95,7 +96,7 @@ class Objective(nn.Module):
         if self.anchor is None or not self.training or len(rows) == 0:
             return hidden_BTH.new_zeros((), dtype=torch.float32)
         general = batch.rows(rows)
-        with torch.no_grad(), self.decoder.passing_by(self.anchor.new_blocks):
+        with torch.no_grad(), bypassed(self.decoder.module.layers, self.anchor.new_blocks):
             base_BTH = self.hidden(general)
         is_label_N = (general.labels_BT != IGNORED).flatten().to(self.device, non_blocking=True)
         here_BTH = hidden_BTH[rows.to(self.device)]
