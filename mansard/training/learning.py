@@ -14,6 +14,7 @@ import torch
 from mansard.errors import BadInput
 from mansard.models.loading import choose_device, load_model
 from mansard.models.storeys import NewBlock, read_expansion
+from mansard.models.tokenizer_files import take_tokenizer
 from mansard.specs.data import Data
 from mansard.specs.training import Train
 from mansard.training.adapters import plan as plan_adapters
@@ -111,15 +112,20 @@ def learn(
 
 def mapped_texts(context: "StageContext", data: Data, train: Train) -> tuple[list[Shards], list[Shards]]:
     """The training and the held-out texts of the sources, mapped; BadInput names the input that is missing, made for
-    another data section or too short."""
+    another data section or model, or too short."""
+    tokenizer = take_tokenizer(context.store, context.inputs["expansion"])
 
     def opened(source: str, part: str, rows: int) -> Shards:
         name = f"data.{source}.{part}"
         if name not in context.inputs:
             raise BadInput(f"{name}: no such input; what stage tokenize makes of each of data.sources is expected")
         text = open_shards(context.store, context.inputs[name], source)
-        if text.row_tokens != data.sequence_tokens:
-            raise BadInput(f"{name}: rows of {text.row_tokens} tokens, data.sequence_tokens is {data.sequence_tokens}")
+        asked = {"sequence_tokens": data.sequence_tokens, "seed": data.seed, "source": source, "tokenizer": tokenizer}
+        made = {"sequence_tokens": text.row_tokens, **text.made_with}
+        for key, right in asked.items():
+            if made[key] != right:
+                told = f"tokenized with {key} {made[key]!r}, this training's is {right!r}"
+                raise BadInput(f"{name}: {told}; tokenize again")
         return require_rows(text, name, rows)
 
     training = [opened(s.name, "train", train.batch_sequences) for s in data.sources]

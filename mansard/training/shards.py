@@ -23,6 +23,7 @@ from mansard.training.data import Batch, as_batch
 from mansard.training.packing import Rows
 
 FACTS_FILE = "shards.json"
+FORMAT = 2
 SHARD_BYTES = 64 << 20
 """Small enough that several are hashed and sent to a bucket at once."""
 
@@ -31,9 +32,11 @@ Mapped = NDArray[Any]
 
 @dataclass(frozen=True, slots=True)
 class Shards:
-    """One text in packed rows, mapped. `highest_token` is the largest id in it."""
+    """One text in packed rows, mapped. `highest_token` is the largest id in it; `made_with` what decided its rows:
+    `seed`, `source` (the order of documents is theirs) and `tokenizer` (a snapshot)."""
 
     name: str
+    made_with: Mapping[str, Any]
     bytes_per_token: float
     row_tokens: int
     rows_per_shard: int
@@ -58,8 +61,8 @@ class Shards:
 def open_shards(store: Store, snapshot: SnapshotId, name: str) -> Shards:
     """BadInput where the snapshot is none of stage `tokenize`."""
     facts = json.loads(store.read_file(snapshot, FACTS_FILE))
-    if facts["format"] != 1:
-        raise BadInput(f"snapshot {snapshot}: shards of format {facts['format']!r}, 1 is expected")
+    if facts["format"] != FORMAT:
+        raise BadInput(f"snapshot {snapshot}: shards of format {facts['format']!r}, not {FORMAT}; tokenize again")
     files = store.manifest(snapshot).files
 
     def mapped(kind: str) -> tuple[Mapped, ...]:
@@ -73,6 +76,7 @@ def open_shards(store: Store, snapshot: SnapshotId, name: str) -> Shards:
 
     return Shards(
         name,
+        facts["made_with"],
         facts["bytes_per_token"],
         facts["row_tokens"],
         facts["rows_per_shard"],
@@ -109,7 +113,7 @@ def write_shards(
     shape = {"row_tokens": row_tokens, "rows": rows, "rows_per_shard": rows_per_shard,
              "shards": -(-rows // rows_per_shard), "highest_token": highest_token}  # fmt: skip
     types = {f"{kind}_dtype": dtype for kind, dtype in dtypes.items()}
-    (folder / FACTS_FILE).write_bytes(canonical_json({"format": 1, **shape, **types, **facts}))
+    (folder / FACTS_FILE).write_bytes(canonical_json({"format": FORMAT, **shape, **types, **facts}))
     return rows
 
 

@@ -31,7 +31,7 @@ from mansard.training.sources import TEXT_FILE
 if TYPE_CHECKING:
     from mansard.worker import StageContext
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 PACKAGES = ("numpy", "tokenizers", "transformers")
 
 BATCH_CHARACTERS = 1 << 20
@@ -71,6 +71,7 @@ def run(context: "StageContext") -> SnapshotId:
     documents = found.shuffled(f"{context.spec['seed']}:{source}", end_of(tokenizer))
     chunks = _told(context, packed_rows(documents, row_tokens, tokenizer.bos_token_id), name, len(found.ids))
     facts = {
+        "made_with": {"seed": context.spec["seed"], "source": source, "tokenizer": context.inputs["tokenizer"]},
         "documents": len(found.ends),
         "text_bytes": found.size_bytes,
         "text_tokens": len(found.ids),

@@ -2,9 +2,11 @@
 
 import json
 import random
+import shutil
 import tracemalloc
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -107,7 +109,7 @@ def test_tokens_take_the_bytes_that_the_vocabulary_needs(
 ) -> None:
     rows: Rows = numpy.array([[highest, 1, 2], [3, 4, 5]], numpy.int32)
     (folder := tmp_path / "made").mkdir()
-    write_shards(folder, [(rows, rows % 3)], 3, highest, {"bytes_per_token": 2.0})
+    write_shards(folder, [(rows, rows % 3)], 3, highest, {"bytes_per_token": 2.0, "made_with": {}})
     found = open_shards(store, store.snapshot(folder), "code")
     assert json.loads((folder / "shards.json").read_bytes())["tokens_dtype"] == dtype
     assert found.rows([1, 0])[0].tolist() == rows[[1, 0]].tolist()
@@ -136,22 +138,60 @@ def test_a_flipped_bit_in_a_shard_is_found_before_training(store: Store, base_fo
     assert raised.value.exit_code == 6 and "\n" not in str(raised.value)
 
 
-def test_training_refuses_shards_of_another_data_section_and_damaged_ones(store: Store, base_folder: Path) -> None:
-    base = store.snapshot(base_folder)
-    source = {"name": "code", "train": "t", "held_out": "h", "weight": 1.0, "is_domain": True}
+def training_context(store: Store, base: SnapshotId, made: SnapshotId, **data: Any) -> StageContext:
+    """Of stage `train`, whose one source `code` (or another name) has `made` for both of its texts."""
+    source = {"name": data.pop("name", "code"), "train": "t", "held_out": "h", "weight": 1.0, "is_domain": True}
     spec = {
-        "data": {"sources": [source], "sequence_tokens": 2 * ROW_TOKENS},
+        "data": {"sources": [source], "sequence_tokens": ROW_TOKENS, "seed": 0, **data},
         "train": {"tokens": 10_000, "batch_sequences": 2, "learning_rates": {"new_blocks": 1e-3}},
     }
+    inputs = {"expansion": base, **{f"data.{source['name']}.{part}": made for part in ("train", "held_out")}}
+    return StageContext(store, "a" * 64, inputs, spec, {}, store.work("a" * 64), Channel(StringIO()))
+
+
+def opened(context: StageContext) -> None:
+    mapped_texts(context, Data.model_validate(context.spec["data"]), Train.model_validate(context.spec["train"]))
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"sequence_tokens": 64}, r"data\.code\.train: tokenized with sequence_tokens 32, this training's is 64"),
+        ({"seed": 7}, r"data\.code\.train: tokenized with seed 0, this training's is 7"),
+        ({"name": "prose"}, r"data\.prose\.train: tokenized with source 'code', this training's is 'prose'"),
+    ],
+)
+def test_training_refuses_shards_of_another_data_section(
+    store: Store, base_folder: Path, asked: dict[str, Any], told: str
+) -> None:
+    base = store.snapshot(base_folder)
     made = tokenized(store, base, "data.code.train", jsonl(texts("code", 40)), ROW_TOKENS)
-    inputs = {"expansion": base, "data.code.train": made, "data.code.held_out": made}
-    context = StageContext(store, "a" * 64, inputs, spec, {}, store.work("a" * 64), Channel(StringIO()))
-    data, train = Data.model_validate(spec["data"]), Train.model_validate(spec["train"])
-    with pytest.raises(BadInput, match=r"data\.code\.train: rows of 32 tokens, data\.sequence_tokens is 64"):
-        mapped_texts(context, data, train)
+    opened(training_context(store, base, made))
+    with pytest.raises(BadInput, match=told + "; tokenize again$") as raised:
+        opened(training_context(store, base, made, **asked))
+    assert "\n" not in str(raised.value)
+
+
+def test_training_refuses_shards_of_another_tokenizer(store: Store, base_folder: Path, tmp_path: Path) -> None:
+    """Its ids fit the vocabulary, so nothing else would notice."""
+    shutil.copytree(base_folder, tmp_path / "other")
+    file = tmp_path / "other/tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    tokenizer["model"]["merges"].pop()
+    file.write_text(json.dumps(tokenizer))
+    base, other = store.snapshot(base_folder), store.snapshot(tmp_path / "other")
+    made = tokenized(store, other, "data.code.train", jsonl(texts("code", 40)), ROW_TOKENS)
+    opened(training_context(store, other, made))
+    with pytest.raises(BadInput, match=r"data\.code\.train: tokenized with tokenizer '\w+', this training's is '\w+'"):
+        opened(training_context(store, base, made))
+
+
+def test_training_refuses_damaged_shards(store: Store, base_folder: Path) -> None:
+    base = store.snapshot(base_folder)
+    made = tokenized(store, base, "data.code.train", jsonl(texts("code", 40)), ROW_TOKENS)
     flip(store, made, "tokens-00000.bin")
     with pytest.raises(Corrupt, match=r"data\.code\.train: .*tokens-00000\.bin"):
-        stage.run(context)
+        stage.run(training_context(store, base, made))
 
 
 def test_a_flipped_bit_in_a_text_is_found_while_it_is_tokenized(store: Store, base_folder: Path) -> None:
