@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 
-class _PassedBy(nn.Module):
+class _PassedBy(nn.Module):  # type: ignore[misc]
     """Stands where a block was. The decoder may ask what kind of attention the block has."""
 
     def __init__(self, block: nn.Module, states_BTH: torch.Tensor | None) -> None:

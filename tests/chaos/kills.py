@@ -47,7 +47,8 @@ def _kills_of_the_work(chance: random.Random) -> list[Kill]:
     # Not the worker of the proof alone: the training beside it would go on to its end before the command fails.
     proof = Kill("prove", chance.choice(("command", "both")), chance.random())
     first, *more = [Kill(ANYWHERE, whom, chance.random()) for whom in WHOM]
-    begun = [first, *at("check"), *at("contamination"), *at("expand"), proof, *at("train", 3), *more]
+    begun = [first, *at("check"), *at("contamination"), *at("expand"), proof, *at("tokenize", 2)]
+    begun += [*at("train", 3), *more]
     return [*begun, *at("fuse"), *at("quantize", 2), *at("judge"), Kill(REGISTERED, "command", 0.0)]
 
 
