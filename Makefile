@@ -93,8 +93,13 @@ bench-carry-on-learning: setup
 bench-carry-on-reasoning: setup
 	@$(MAIN) tests/benchmarks/carry_on_reasoning.py
 
+# ms-swift's tuners beside .venv; where the package cannot be had, the benchmark says so and goes on.
+.swift/.ready: infra/constraints/swift.txt
+	@$(MAIN) -m pip install --quiet --no-deps --target .swift -r $< && touch $@
+
 .PHONY: bench-training bench-training-gpu
 bench-training: setup
+	-@$(MAKE) --no-print-directory .swift/.ready
 	@$(MAIN) tests/benchmarks/bench_training.py
 
 bench-training-gpu: setup

@@ -1,12 +1,14 @@
 """The training engine beside Hugging Face's Trainer on a CPU: the demo's shape, tokens and rows, one thread each.
 
-Both train the four inserted blocks of the same expansion in float32 on the same packed rows with AdamW, warm-up, cosine
-and clipping; Trainer logs and saves nothing. They take turns, so that a noisy machine is noisy for both. Trainer is
-given the rows' positions, from which transformers keeps documents apart, as ours does; `ratio_to_leaking_trainer` is
-against one that lets documents see each other. `bf16_ratio_to_trainer` is of both in bf16: ours holds the model in it,
-with float32 masters, Trainer has its switch `bf16`. Then ours with the demo's checkpoints. The last line is JSON:
-ratio_to_trainer, checkpoint_time_fraction (of the loop's seconds, those in which it waited for checkpoints),
-forecast_error (the preflight's memory over the peak, of the whole process, libraries included), tokens_per_second.
+Both train the four inserted blocks of the same expansion in float32 on the same packed rows with AdamW, warm-up,
+cosine and clipping; Trainer logs and saves nothing. They take turns, so that a noisy machine is noisy for both.
+Trainer is given the rows' positions, from which transformers keeps documents apart, as ours does;
+`ratio_to_leaking_trainer` is against one that lets documents see each other. `bf16_ratio_to_trainer` is of both in
+bf16: ours holds the model in it, with float32 masters, Trainer has its switch `bf16`. `ratio_to_swift` is against
+Trainer on what ms-swift's `llamapro` tuner makes of the base (swift_tuner.py). Then ours with the demo's checkpoints.
+The last line is JSON: ratio_to_trainer, checkpoint_time_fraction (of the loop's seconds, those in which it waited for
+checkpoints), forecast_error (the preflight's memory over the peak, of the whole process, libraries included),
+tokens_per_second.
 """
 
 import json
@@ -19,9 +21,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from demo_shape import BATCH_SEQUENCES, SEQUENCE_TOKENS, Upgrade, make_upgrade, train_section
+from demo_shape import BATCH_SEQUENCES, NEW_BLOCKS, SEQUENCE_TOKENS, Upgrade, make_upgrade, train_section
+from swift_tuner import has_swift, prepared
 
 from mansard.models.freeze import freeze_except
+from mansard.models.loading import load_model
 from mansard.training.blocks import train_only
 from mansard.training.engines import CPU_THREADS, LocalEngine
 from mansard.training.loop import Moment, Plan, run_loop
@@ -76,8 +80,8 @@ def ours(
     return (steps - 1 - WARM_STEPS) * TOKENS_PER_STEP / seconds, checkpoints.waited_seconds / (times[-1] - times[1])
 
 
-def trainer(upgrade: Upgrade, work: Path, keeps_apart: bool, bf16: bool = False) -> float:
-    """Tokens a second of Hugging Face's Trainer."""
+def trainer(upgrade: Upgrade, work: Path, keeps_apart: bool, bf16: bool = False, with_swift: bool = False) -> float:
+    """Tokens a second of Hugging Face's Trainer; `with_swift` on ms-swift's expansion of the base."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     times = [0.0]
@@ -86,8 +90,11 @@ def trainer(upgrade: Upgrade, work: Path, keeps_apart: bool, bf16: bool = False)
         def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
             times.append(time.perf_counter())
 
-    model = upgrade.model()
-    freeze_except(model, set(upgrade.names.parameters(upgrade.names.new)))
+    if with_swift:
+        model = prepared(load_model(upgrade.base, torch.float32), NEW_BLOCKS)
+    else:
+        model = upgrade.model()
+        freeze_except(model, set(upgrade.names.parameters(upgrade.names.new)))
     rows = []
     for step in range(STEPS):
         batch = upgrade.mixture.batch(step)
@@ -120,11 +127,14 @@ def main() -> int:
             "ours_bf16": lambda: ours(upgrade, work, STEPS, STEPS + 1, torch.bfloat16)[0],
             "trainer_bf16": lambda: trainer(upgrade, work, keeps_apart=True, bf16=True),
         }
+        if has_swift():
+            cases["swift"] = lambda: trainer(upgrade, work, keeps_apart=True, with_swift=True)
         speeds = [{name: case() for name, case in cases.items()} for _ in range(TURNS)]
     figures = {
         "ratio_to_trainer": median(turn["ours"] / turn["trainer"] for turn in speeds),
         "ratio_to_leaking_trainer": median(turn["ours"] / turn["leaking_trainer"] for turn in speeds),
         "bf16_ratio_to_trainer": median(turn["ours_bf16"] / turn["trainer_bf16"] for turn in speeds),
+        **({"ratio_to_swift": median(turn["ours"] / turn["swift"] for turn in speeds)} if "swift" in cases else {}),
         "checkpoint_time_fraction": fraction,
         "forecast_error": forecast.peak_bytes / peak - 1,
         "tokens_per_second": median(turn["ours"] for turn in speeds),

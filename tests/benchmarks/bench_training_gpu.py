@@ -2,10 +2,11 @@
 
 Llama-2-7B's shape with 8 even new blocks, sequence 4096, random weights, made on the device. "Trainer" is Hugging
 Face's own Trainer on the same model with the same blocks training: with gradient checkpointing and input gradients
-forced, as peers set it, and without. The limit is the dense bf16 rate of 8192^3 products on random data over the FLOPs
-a token needs: causal attention counted as causal, no input gradient below the first new block, no weight gradient of
-what is frozen. The learning part trains a small base on this Python's own library, expands it, and trains the same
-storey in bf16 and in FP8. `--cases` picks cases; the last line is JSON.
+forced, as peers set it, and without; "swift" is the same loop on what ms-swift's `llamapro` tuner makes of the base
+(swift_tuner.py; not among the cases where it is not installed). The limit is the dense bf16 rate of 8192^3 products on
+random data over the FLOPs a token needs: causal attention counted as causal, no input gradient below the first new
+block, no weight gradient of what is frozen. The learning part trains a small base on this Python's own library,
+expands it, and trains the same storey in bf16 and in FP8. `--cases` picks cases; the last line is JSON.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from swift_tuner import has_swift, prepared
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mansard.models.expand import plan
@@ -132,9 +134,14 @@ def ours(rows: int, micro: int, **section: Any) -> dict[str, Any]:
 
 
 def trainer(
-    blocks: int, rows: int, checkpointing: bool, trains: list[int] | None, micro_batches: int = 1
+    blocks: int,
+    rows: int,
+    checkpointing: bool,
+    trains: list[int] | None,
+    micro_batches: int = 1,
+    with_swift: bool = False,
 ) -> dict[str, Any]:
-    """Hugging Face's Trainer; `trains` None trains everything."""
+    """Hugging Face's Trainer; `trains` None trains everything, or what ms-swift's tuner leaves to train."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     class Clock(TrainerCallback):
@@ -148,7 +155,9 @@ def trainer(
             self.seconds = (time.perf_counter() - self.began) / max(state.global_step - WARM_STEPS, 1)
 
     model = make_model(blocks)
-    if trains is not None:
+    if with_swift:
+        model = prepared(model, NEW_BLOCKS)
+    elif trains is not None:
         freeze_except(model, trained_names(model, trains))
     if checkpointing:
         model.enable_input_require_grads()
@@ -177,6 +186,7 @@ def learning() -> dict[str, Any]:
 LEAN = {"frozen": "fp8", "new_blocks": "fp8", "optimizer": "adamw_8bit", "master": "stochastic_rounding"}
 CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "trainer_checkpointing_4": lambda: trainer(40, 4, True, new_indices(), MICRO_BATCHES),
+    "swift_4": lambda: trainer(32, 4, True, None, MICRO_BATCHES, with_swift=True),
     "trainer_1": lambda: trainer(40, 1, False, new_indices()),
     "full_tuning_1": lambda: trainer(32, 1, False, None),
     "bf16_4": lambda: ours(4 * MICRO_BATCHES, 4),
@@ -191,7 +201,8 @@ MEMORY_GIB = 24.0
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cases", default=",".join(CASES))
+    there = [name for name in CASES if name != "swift_4" or has_swift()]
+    parser.add_argument("--cases", default=",".join(there))
     chosen = parser.parse_args().cases.split(",")
     rate = dense_rate()
     found: dict[str, Any] = {
@@ -218,6 +229,7 @@ def ratios(found: dict[str, Any]) -> dict[str, float]:
 
     made: dict[str, Callable[[], float]] = {
         "ratio_to_trainer": lambda: speed("fp8_4") / speed("trainer_checkpointing_4"),
+        "ratio_to_swift": lambda: speed("fp8_4") / speed("swift_4"),
         "ratio_to_limit": lambda: speed("fp8_4") / found["limit_tokens_per_second"],
         "memory_of_full_tuning": lambda: found["fp8_lean_1"]["peak_gib"] / found["full_tuning_1"]["peak_gib"],
         "lean_ratio_to_trainer": lambda: speed("fp8_lean_1") / speed("trainer_1"),

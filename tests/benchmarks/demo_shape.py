@@ -20,6 +20,7 @@ from mansard.training.blocks import Names, checkpoint_names
 from mansard.training.data import Mixture, Packed, pack_texts
 
 SHAPE = {"vocabulary": 2048, "hidden": 128, "intermediate": 384, "blocks": 4, "heads": 2, "max_tokens": 1024}
+NEW_BLOCKS = 4
 SEQUENCE_TOKENS = 256
 BATCH_SEQUENCES = 4
 TEXT_BYTES = 400_000
@@ -38,8 +39,9 @@ def data_section() -> Data:
 
 @dataclass(frozen=True, slots=True)
 class Upgrade:
-    """An expansion on disk, which of its tensors train, and its mixture."""
+    """A base and its expansion on disk, which of its tensors train, and its mixture."""
 
+    base: Path
     folder: Path
     names: Names
     mixture: Mixture
@@ -56,8 +58,9 @@ def make_upgrade(work: Path) -> Upgrade:
     save_base(untrained_model(SHAPE, 0), train_tokenizer(texts["docstrings"], SHAPE["vocabulary"], 1024), base)
     store = Store(work / "store")
     taken = store.snapshot(base)
-    expansion = apply(store, taken, plan(model_config(store, taken), Expand(blocks=4)))
+    expansion = apply(store, taken, plan(model_config(store, taken), Expand(blocks=NEW_BLOCKS)))
     folder = store.materialize(expansion)
     tokenizer = load_tokenizer(folder)
     packed = [pack_texts(name, found, tokenizer, SEQUENCE_TOKENS, 0) for name, found in texts.items()]
-    return Upgrade(folder, checkpoint_names(store, expansion), Mixture(packed, [0.5, 0.5], BATCH_SEQUENCES, 0), packed)
+    mixture = Mixture(packed, [0.5, 0.5], BATCH_SEQUENCES, 0)
+    return Upgrade(base, folder, checkpoint_names(store, expansion), mixture, packed)
