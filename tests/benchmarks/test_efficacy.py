@@ -1,0 +1,106 @@
+"""The program of `make bench-efficacy` on a base of a few thousand parameters: how it chooses, how it counts, and that
+every way of learning runs. What it finds is not looked at: nothing is learned in a step."""
+
+import importlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from mansard.demo.base import train_tokenizer
+from mansard.models.loading import load_tokenizer
+from mansard.training.data import pack_texts
+
+METHODS = ("llama_pro", "ours", "lora", "existing_blocks", "full_tuning")
+ROW_TOKENS = 32
+
+
+@pytest.fixture
+def efficacy(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    return importlib.import_module("efficacy")
+
+
+def ground_of(work: Path) -> Any:
+    """A base of two blocks and two texts; one step an upgrade."""
+    from efficacy_ground import SMALL, Ground, pretrain
+
+    shape = {"vocabulary": 300, "hidden": 32, "intermediate": 64, "blocks": 2, "heads": 2, "max_tokens": ROW_TOKENS}
+    sizes = {"new_blocks": 1, "sequence": ROW_TOKENS, "batch": 2, "base_batch": 2, "held_out_rows": 2}
+    tokens = {"tokens": 2 * ROW_TOKENS, "base_tokens": 4 * ROW_TOKENS}
+    scale = replace(SMALL, shape=shape, **sizes, **tokens)
+    texts = {n: [f"{n} {i}: " + " ".join(f"{n}{(i * 7 + j) % 23}" for j in range(40)) for i in range(12)]
+             for n in ("general", "domain")}  # fmt: skip
+    train_tokenizer(texts["general"], shape["vocabulary"], ROW_TOKENS).save_pretrained(work / "base")
+    tokenizer = load_tokenizer(work / "base")
+    packed = {name: pack_texts(name, found, tokenizer, ROW_TOKENS, 0) for name, found in texts.items()}
+    ground = Ground(scale, work, work / "base", packed, packed, torch.device("cpu"))
+    pretrain(ground, tokenizer)
+    return ground
+
+
+def test_every_way_runs_from_choice_to_table(efficacy: ModuleType, tmp_path: Path) -> None:
+    ground, done = ground_of(tmp_path), efficacy.Done(tmp_path / "runs.json")
+    base = ground.base_bits()
+    chosen = efficacy.choose(ground, done)
+    assert set(chosen) == set(METHODS) and chosen["ours"]["anchor"] in efficacy.ANCHORS
+    runs = {method: [efficacy.train(ground, method, chosen[method], 1)] * 3 for method in METHODS}
+    found = efficacy.summary(base, runs)
+    assert set(found["methods"]) == set(METHODS)
+    counts = {method: row["parameters"] for method, row in found["methods"].items()}
+    assert counts["llama_pro"] == counts["ours"] == counts["existing_blocks"] < counts["full_tuning"]
+    assert counts["lora"] == pytest.approx(counts["ours"], rel=0.2)
+    again = efficacy.Done(tmp_path / "runs.json")
+    assert again.runs == done.runs and efficacy.choose(ground, again) == chosen, "what is done is not done again"
+
+
+def finished(efficacy: ModuleType, file: Path, general_of_ours: float) -> Any:
+    """All runs of the pilot seed, as if they had been made: the second rate is best, `importance` the best place, and
+    ours is the better on the domain the weaker its anchor."""
+    runs: dict[str, Any] = {"importance": {"blocks": [1]}}
+    for method, rates in efficacy.RATES.items():
+        more = "/even/0.0" if method == "llama_pro" else ""
+        for rate, domain in zip(rates, (1.2, 1.0, 1.1), strict=True):
+            runs[f"pilot/{method}/{rate}{more}"] = {"domain": domain, "general": 2.0}
+    plain = efficacy.RATES["llama_pro"][1]
+    for place, domain in (("even", 1.0), ("upper-half", 0.9), ([1], 0.8)):
+        runs[f"pilot/ours/{plain}/{place}/0.0"] = {"domain": domain, "general": 2.0}
+    for rate in (plain, 2 * plain):
+        for anchor in efficacy.ANCHORS:
+            general = general_of_ours if anchor < 1.0 else 2.0
+            runs[f"pilot/ours/{rate}/[1]/{anchor}"] = {"domain": 0.5 + 0.1 * anchor + rate, "general": general}
+    file.write_text(json.dumps(runs))
+    return efficacy.Done(file)
+
+
+@pytest.mark.parametrize(("general_of_ours", "anchor"), [(1.9, 0.3), (2.0, 0.3), (2.1, 1.0)])
+def test_ours_is_the_best_on_the_domain_among_those_that_keep_what_plain_keeps(
+    efficacy: ModuleType, tmp_path: Path, general_of_ours: float, anchor: float
+) -> None:
+    done = finished(efficacy, tmp_path / "runs.json", general_of_ours)
+    chosen = efficacy.choose(None, done)
+    rates = {method: settings["rate"] for method, settings in chosen.items() if method != "ours"}
+    assert rates == {method: of_method[1] for method, of_method in efficacy.RATES.items()}
+    assert chosen["ours"] == {"rate": rates["llama_pro"], "positions": [1], "anchor": anchor}
+
+
+def test_the_table_pairs_seeds_and_says_how_sure_it_is(efficacy: ModuleType) -> None:
+    assert efficacy.interval([1.0, 2.0, 3.0]) == [2.0, pytest.approx(4.3027 / 3**0.5, abs=1e-5)]
+    base = {"domain": 2.0, "general": 1.0}
+    cost = {"seconds": 1.0, "peak_gib": None, "parameters": 7}
+
+    def of(domain: float, general: float) -> list[dict[str, Any]]:
+        return [{"domain": domain + noise, "general": general, **cost} for noise in (0.0, 0.1, 0.2)]
+
+    runs = {method: of(1.5, 1.1) for method in METHODS} | {"ours": of(1.4, 1.05), "full_tuning": of(1.2, 1.3)}
+    found = efficacy.summary(base, runs)
+    assert found["methods"]["ours"]["domain_gain"][0] == pytest.approx(0.5)
+    assert found["methods"]["ours"]["general_loss"] == [pytest.approx(0.05), pytest.approx(0.0)]
+    assert found["domain_of_ours_less_plain"] == [pytest.approx(-0.1), pytest.approx(0.0)], "seed by seed"
+    assert found["forgetting_full_over_ours"] == pytest.approx(6.0)
+    harmless = {**runs, "ours": of(1.4, 0.9)}
+    assert efficacy.summary(base, harmless)["forgetting_full_over_ours"] is None
