@@ -21,11 +21,11 @@ from safetensors.torch import save_file
 
 from mansard.canonical import canonical_json
 from mansard.carry_on.cached import CAPTURE_FILE
-from mansard.carry_on.fetching import fetch
+from mansard.carry_on.filling import fill
 from mansard.carry_on.nodes import Node, check_agreement
 from mansard.carry_on.pooling_engine import pooling_engine
-from mansard.carry_on.sequences import distinct, groups
-from mansard.carry_on.shards import Shard, check_room, expected_bytes, plan_shards, write_shard
+from mansard.carry_on.sequences import distinct
+from mansard.carry_on.shards import Shard, check_room, expected_bytes, plan_shards
 from mansard.carry_on.wire import check_scheme
 from mansard.composition.tapping import check_taps, tapped_config
 from mansard.errors import BadInput, Corrupt
@@ -44,14 +44,9 @@ if TYPE_CHECKING:
 CODE_VERSION = 2
 PACKAGES = ("numpy", "safetensors", "tokenizers", "torch", "transformers")
 
-REQUEST_TOKENS = 4096
-REQUEST_SEQUENCES = 32
-"""The node describes each sequence in one header line, which HTTP bounds."""
-PREFETCH = 8
-"""Answers that may wait, for each node."""
-
 
 def run(context: "StageContext") -> SnapshotId:
+    torch.set_num_threads(1)  # the threads that fetch code, each for itself
     spec = context.spec
     check_scheme(spec["scheme"])
     data = Data.model_validate(spec["data"])
@@ -127,7 +122,7 @@ def _nodes(context: "StageContext", tree: Path) -> Iterator[list[Node]]:
 def _capture(
     context: "StageContext", nodes: list[Node], folder: Path, shards: list[Shard], missing: list[Shard], width: int
 ) -> None:
-    """Fetch what is missing; a shard is written when its last sequence is there."""
+    """Fetch what is missing, from nodes that were compared with the base and with each other."""
     longest = max(len(s.tokens) for shard in missing for s in shard.sequences)
     for node in nodes:
         node.check(context.inputs["artifact"], longest)
@@ -140,19 +135,11 @@ def _capture(
             + (f" and {len(taps)} taps; start nodes with --hf-overrides '{json.dumps(overrides)}'" if taps else "")
             + ("" if taps else "; name nodes of the base")
         )
-    wanted = [s for shard in missing for s in shard.sequences]
-    states = _one_by_one(fetch(nodes, groups(wanted, REQUEST_TOKENS, REQUEST_SEQUENCES), PREFETCH))
     total = sum(shard.tokens for shard in shards)
     done = total - sum(shard.tokens for shard in missing)
-    for shard in missing:
-        write_shard(folder, shard, [next(states) for _ in shard.sequences], context.spec["scheme"], 1 + len(taps))
+    for shard in fill(nodes, folder, missing, context.spec["scheme"], 1 + len(taps)):
         done += shard.tokens
         context.progress(done, total, "tokens", f"{len(nodes)} nodes")
-
-
-def _one_by_one(answers: Iterator[list[torch.Tensor]]) -> Iterator[torch.Tensor]:
-    for answer in answers:
-        yield from answer
 
 
 def _width(context: "StageContext") -> int:

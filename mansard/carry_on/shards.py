@@ -18,7 +18,7 @@ from safetensors.torch import save
 
 from mansard.canonical import canonical_json, write_atomically
 from mansard.carry_on.sequences import TokenSequence
-from mansard.carry_on.wire import Scheme, bytes_per_token, encode
+from mansard.carry_on.wire import Coded, Scheme, bytes_per_token, in_a_row
 from mansard.errors import BadInput
 
 SHARD_TOKENS = 65_536
@@ -82,18 +82,16 @@ def check_room(expected: int, folder: Path, room: int | None = None) -> None:
         )
 
 
-def write_shard(
-    folder: Path, shard: Shard, states: Sequence[torch.Tensor], scheme: Scheme, states_per_token: int = 1
-) -> None:
-    """Write the shard and its digest; `states` are [tokens, D], one a sequence (D of all states of a token)."""
-    assert [len(s) for s in states] == [len(s.tokens) for s in shard.sequences], "a state for every token"
+def write_shard(folder: Path, shard: Shard, coded: list[Coded], scheme: Scheme) -> None:
+    """Write the shard and its digest from its coded sequences; `coded` is emptied: memory holds the shard once less."""
+    assert [len(c.states_ND) for c in coded] == [len(s.tokens) for s in shard.sequences], "a state for every token"
     lengths = torch.tensor([len(s.tokens) for s in shard.sequences], dtype=torch.int64)
-    starts = (lengths.cumsum(0) - lengths).tolist()
-    coded = encode(torch.cat(list(states)), starts, scheme, states_per_token)
+    whole = in_a_row(coded)
+    coded.clear()
     keys = numpy.frombuffer(b"".join(s.key for s in shard.sequences), dtype=numpy.uint8).reshape(len(lengths), -1)
-    tensors = {"states": coded.states_ND, "lengths": lengths, "keys": torch.from_numpy(keys.copy())}
-    if coded.scales_N is not None and coded.first_SD is not None:
-        tensors |= {"scales": coded.scales_N, "first": coded.first_SD}
+    tensors = {"states": whole.states_ND, "lengths": lengths, "keys": torch.from_numpy(keys.copy())}
+    if whole.scales_N is not None and whole.first_SD is not None:
+        tensors |= {"scales": whole.scales_N, "first": whole.first_SD}
     data = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata={"scheme": scheme})
     write_atomically(folder / shard.name, data)
     note = {"format": 1, "digest": blake3(data).hexdigest(), "tokens": shard.tokens}

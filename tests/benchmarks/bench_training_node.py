@@ -32,7 +32,7 @@ from mansard.carry_on.loader import MICRO_TOKENS, Loader, Part, read_parts
 from mansard.carry_on.node_engine import BranchEngine
 from mansard.carry_on.sequences import distinct
 from mansard.carry_on.shards import plan_shards, write_shard
-from mansard.carry_on.wire import Coded
+from mansard.carry_on.wire import Coded, encode
 from mansard.composition.shape import shape_of_size
 from mansard.store import Store
 from mansard.training.data import Batch, Mixture, Packed
@@ -243,7 +243,7 @@ def _cached(work: Path, packed: Packed, states: list[torch.Tensor], scheme: Any,
     assert len(wanted) == len(states), "a row is a sequence"
     taken = iter(states)
     for shard in plan_shards(wanted):
-        write_shard(folder, shard, [next(taken) for _ in shard.sequences], scheme)
+        write_shard(folder, shard, [encode(next(taken), [0], scheme) for _ in shard.sequences], scheme)
     (folder / CAPTURE_FILE).write_bytes(canonical_json({"format": 1, "width": width, "sources": {}}))
     store = Store(work / "store")
     return open_cache(store, store.snapshot(folder))

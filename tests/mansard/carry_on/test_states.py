@@ -127,6 +127,83 @@ def test_states_keep_their_direction_and_first_tokens_stay_in_bf16(scheme: Any, 
     assert torch.equal(back[[0, 25]], states[[0, 25]].to(torch.bfloat16).float())
 
 
+@pytest.mark.parametrize("states", [1, 3])
+@pytest.mark.parametrize(("scheme", "largest"), [("fp8", 448.0), ("int8", 127.0)])
+def test_codes_are_the_plain_formulas_byte_for_byte(
+    scheme: Any, largest: float, states: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from mansard.carry_on import wire
+
+    monkeypatch.setattr(wire, "BLOCK_VALUES", 5 * 96)  # several blocks, the last one shorter
+    values = (torch.randn(33, 96) * torch.logspace(-3, 3, 33)[:, None]).to(torch.bfloat16)
+    values[7] = 0.0
+    parts = values.float().unflatten(-1, (states, -1))
+    scales = parts.abs().amax(-1).clamp(min=1e-12) / largest
+    scaled = (parts / scales[..., None]).flatten(-2)
+    wanted = scaled.round().to(torch.int8) if scheme == "int8" else scaled.to(torch.float8_e4m3fn)
+    found = wire.encode(values, [0, 20], scheme, states)
+    assert found.scales_N is not None and torch.equal(found.scales_N.view(33, -1), scales)
+    assert torch.equal(found.states_ND.view(torch.uint8), wanted.view(torch.uint8))
+
+
+@pytest.mark.parametrize("scheme", ["bf16", "fp8", "int8"])
+def test_shards_filled_from_several_nodes_are_those_of_states_coded_as_a_whole(scheme: Any, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    from mansard.carry_on.filling import fill
+    from mansard.carry_on.shards import plan_shards
+    from mansard.carry_on.wire import encode
+
+    wanted = sequences([3, 4, 1, 6, 2, 5, 7, 1])
+    shards = plan_shards(wanted, shard_tokens=7)
+    nodes = [Answers("one", fails={1}), Answers("two", fails={2})]
+    assert list(fill(nodes, tmp_path, shards, scheme)) == shards
+    for shard in shards:
+        assert shard.is_whole(tmp_path)
+        lengths = torch.tensor([len(s.tokens) for s in shard.sequences])
+        states = torch.cat([torch.from_numpy(s.tokens.copy()).float()[:, None].expand(-1, 2) for s in shard.sequences])
+        whole = encode(states, (lengths.cumsum(0) - lengths).tolist(), scheme)
+        found = load_file(tmp_path / shard.name)
+        assert torch.equal(found["lengths"], lengths)
+        assert torch.equal(found["states"].view(torch.uint8), whole.states_ND.view(torch.uint8))
+        if whole.scales_N is not None and whole.first_SD is not None:
+            assert torch.equal(found["scales"], whole.scales_N) and torch.equal(found["first"], whole.first_SD)
+
+
+def test_shards_before_the_death_of_the_last_node_are_whole(tmp_path: Path) -> None:
+    from mansard.carry_on.filling import REQUEST_TOKENS, fill
+    from mansard.carry_on.shards import plan_shards
+
+    shards = plan_shards(sequences([REQUEST_TOKENS] * 12), shard_tokens=2 * REQUEST_TOKENS)
+    node = Answers("short-lived", fails=set(range(8, 100)))
+    with pytest.raises(StageFailed, match="no inference node is left"):
+        list(fill([node], tmp_path, shards, "fp8"))
+    whole = [shard.is_whole(tmp_path) for shard in shards]
+    assert whole == sorted(whole, reverse=True) and any(whole) and not all(whole)
+    rest = [shard for shard in shards if not shard.is_whole(tmp_path)]
+    assert list(fill([Answers("next")], tmp_path, rest, "fp8")) == rest
+    assert all(shard.is_whole(tmp_path) for shard in shards)
+
+
+def test_states_that_are_not_finite_are_taken_from_another_node(tmp_path: Path) -> None:
+    import torch
+
+    from mansard.carry_on.filling import fill
+    from mansard.carry_on.shards import plan_shards
+
+    class Broken(Answers):
+        def states(self, wanted: Sequence[Any]) -> list[Any]:
+            return [torch.full((len(s.tokens), 2), float("nan")) for s in wanted]
+
+    shards = plan_shards(sequences([3] * 9))
+    assert list(fill([Broken("broken"), Answers("sound")], tmp_path, shards, "int8")) == shards
+    with pytest.raises(StageFailed, match="broken: the states hold values that are not finite"):
+        list(fill([Broken("broken")], tmp_path, shards, "int8"))
+
+
 def test_one_scale_for_a_tensor_is_refused_with_the_reason() -> None:
     from mansard.carry_on.wire import check_scheme
 
@@ -136,13 +213,17 @@ def test_one_scale_for_a_tensor_is_refused_with_the_reason() -> None:
         check_scheme("fp4")
 
 
-def test_states_that_are_not_finite_are_refused() -> None:
+@pytest.mark.parametrize("scheme", ["bf16", "fp8", "int8"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_states_that_are_not_finite_are_refused(scheme: Any, value: float) -> None:
     import torch
 
     from mansard.carry_on.wire import encode
 
+    states = torch.ones(40, 32, dtype=torch.bfloat16)
+    states[29, 17] = value
     with pytest.raises(BadInput, match="not finite"):
-        encode(torch.full((2, 2), float("nan")), [0], "bf16")
+        encode(states, [0], scheme)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "no note"])
@@ -150,9 +231,10 @@ def test_a_damaged_shard_counts_as_absent(tmp_path: Path, damage: str) -> None:
     import torch
 
     from mansard.carry_on.shards import plan_shards, write_shard
+    from mansard.carry_on.wire import encode
 
     (shard,) = plan_shards(sequences([3, 4]))
-    write_shard(tmp_path, shard, [torch.randn(3, 8), torch.randn(4, 8)], "fp8")
+    write_shard(tmp_path, shard, [encode(torch.randn(n, 8), [0], "fp8") for n in (3, 4)], "fp8")
     assert shard.is_whole(tmp_path)
     file = tmp_path / shard.name
     data = bytearray(file.read_bytes())
