@@ -7,6 +7,7 @@ only (a captured graph needs a kernel of fixed shape).
 """
 
 import json
+import math
 from collections import OrderedDict
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -51,24 +52,27 @@ class Slots:
         check_description(described, self.base, self.branch.shape["base_width"], str(path))
         if described["shape"] != self.branch.shape:
             raise ValueError(f"{path}: a branch of shape {described['shape']}, the server has {self.branch.shape}")
-        self._alpha_of(path)
         self.paths[adapter] = path
-        self.hold({adapter})
+        try:
+            self.hold({adapter})
+        except ValueError:
+            del self.paths[adapter]
+            raise
 
     def hold(self, adapters: Collection[int]) -> None:
-        """Have all of these in slots; those used least recently make room."""
+        """Have all of these in slots; those used least recently make room. ValueError for one that cannot be read, and
+        then no other has made room for it."""
         for adapter in adapters:
             if adapter in self.slot_of:
                 self.slot_of.move_to_end(adapter)
                 continue
+            alpha = self._alpha_of(self.paths[adapter])
             free = set(range(1, self.count + 1)) - set(self.slot_of.values())
-            if not free:
-                victim = next(known for known in self.slot_of if known not in adapters)
-                free = {self.slot_of.pop(victim)}
-            slot = min(free)
+            victim = None if free else next(known for known in self.slot_of if known not in adapters)
+            slot = min(free) if victim is None else self.slot_of[victim]
             self.branch.load(self.paths[adapter] / BRANCH_FILE, slot)
-            self.alphas[slot] = self._alpha_of(self.paths[adapter])
-            self.slot_of[adapter] = slot
+            self.slot_of.pop(victim, None)
+            self.alphas[slot], self.slot_of[adapter] = alpha, slot
 
     def assign(self, adapters_N: Collection[int]) -> None:
         """The adapter of every token of the coming step; 0 is none."""
@@ -86,9 +90,13 @@ class Slots:
 
     @staticmethod
     def _alpha_of(path: Path) -> float:
-        alpha = json.loads((path / ALPHA_FILE).read_bytes())["alpha"]
-        if not isinstance(alpha, int | float) or alpha < 0:
-            raise ValueError(f"{path / ALPHA_FILE}: alpha {alpha!r}: a number from 0 up is expected")
+        where = path / ALPHA_FILE
+        try:
+            alpha = json.loads(where.read_bytes())["alpha"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f'{where}: {{"alpha": NUMBER}} is expected ({type(error).__name__})') from error
+        if not isinstance(alpha, int | float) or not 0 <= alpha < math.inf:
+            raise ValueError(f"{where}: alpha {alpha!r}: a number from 0 up is expected")
         return float(alpha)
 
 
