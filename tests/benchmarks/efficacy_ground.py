@@ -67,14 +67,21 @@ class Ground:
     held_out: dict[str, Packed]
     device: torch.device
 
-    def bits(self, engine: ModelEngine) -> dict[str, float]:
-        """Bits per byte on held-out text."""
+    def bits(self, engine: ModelEngine, is_pilot: bool = False) -> dict[str, float]:
+        """Bits per byte on held-out text. What settings are chosen by, the pilot's, are rows that are not reported."""
         found = {}
         for name, packed in self.held_out.items():
-            rows = range(min(len(packed.tokens_RT), self.scale.held_out_rows))
+            rows = self.rows(name, is_pilot)
             loss = engine.evaluate([packed.batch(rows[i : i + 16]) for i in range(0, len(rows), 16)])
             found[name] = loss.mean / math.log(2) / packed.bytes_per_token
         return found
+
+    def rows(self, name: str, is_pilot: bool) -> range:
+        """The rows of a held-out text that are reported, or as many behind them, by which settings are chosen."""
+        count = min(self.scale.held_out_rows, len(self.held_out[name]) // 2)
+        if count == 0:
+            raise SystemExit(f"{name}: {len(self.held_out[name])} held-out rows, 2 are needed at the least; add text")
+        return range(count, 2 * count) if is_pilot else range(count)
 
     def base_bits(self) -> dict[str, float]:
         return self.bits(ModelEngine(load_model(self.base, self.scale.dtype, device=self.device), None))
@@ -84,7 +91,7 @@ def make_ground(scale: Scale, work: Path) -> Ground:
     device = torch.device("cuda" if torch.cuda.is_available() and scale.dtype == torch.bfloat16 else "cpu")
     texts = {"general": read("general", scale.general_bytes), "domain": read("domain", scale.domain_bytes)}
     base = work / "base"
-    if not (base / "config.json").exists():
+    if not (base / "model.safetensors").exists():  # written last
         tokenizer = train_tokenizer(texts["general"][0][:2000], scale.shape["vocabulary"], scale.shape["max_tokens"])
         tokenizer.save_pretrained(base)
     tokenizer = load_tokenizer(base)
@@ -95,7 +102,7 @@ def make_ground(scale: Scale, work: Path) -> Ground:
         print(f"{name}: {training[name].tokens_RT.size:,} tokens, {held_out[name].tokens_RT.size:,} held out",
               file=sys.stderr, flush=True)  # fmt: skip
     ground = Ground(scale, work, base, training, held_out, device)
-    if not (base / "config.json").exists():
+    if not (base / "model.safetensors").exists():
         pretrain(ground, tokenizer)
     return ground
 

@@ -3,6 +3,7 @@ every way of learning runs. What it finds is not looked at: nothing is learned i
 
 import importlib
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -13,7 +14,7 @@ import torch
 
 from mansard.demo.base import train_tokenizer
 from mansard.models.loading import load_tokenizer
-from mansard.training.data import pack_texts
+from mansard.training.data import Packed, pack_texts
 
 METHODS = ("llama_pro", "ours", "lora", "existing_blocks", "full_tuning")
 ROW_TOKENS = 32
@@ -56,6 +57,38 @@ def test_every_way_runs_from_choice_to_table(efficacy: ModuleType, tmp_path: Pat
     assert counts["lora"] == pytest.approx(counts["ours"], rel=0.2)
     again = efficacy.Done(tmp_path / "runs.json")
     assert again.runs == done.runs and efficacy.choose(ground, again) == chosen, "what is done is not done again"
+
+
+def test_settings_are_chosen_by_text_that_is_not_reported(efficacy: ModuleType, tmp_path: Path) -> None:
+    ground = ground_of(tmp_path)
+    few = {str(count): replace_rows(ground.held_out["domain"], count) for count in (5, 3, 1)}
+    ground = replace(ground, held_out=ground.held_out | few)
+    for name, count in (("domain", 2), ("5", 2), ("3", 1)):
+        reported, chosen_by = ground.rows(name, False), ground.rows(name, True)
+        assert len(reported) == len(chosen_by) == count and not set(reported) & set(chosen_by)
+    with pytest.raises(SystemExit, match="1 held-out rows, 2 are needed at the least"):
+        ground.rows("1", False)
+    ground = replace(ground, held_out={"domain": few["5"], "general": few["5"]})
+    settings = {"rate": 1e-9}
+    pilots = efficacy.train(ground, "full_tuning", settings, efficacy.PILOT)
+    first = efficacy.train(ground, "full_tuning", settings, efficacy.SEEDS[0])
+    assert pilots["domain"] != pytest.approx(first["domain"], rel=1e-6), "of other rows"
+
+
+def replace_rows(text: Packed, count: int) -> Packed:
+    return replace(text, tokens_RT=text.tokens_RT[:count], positions_RT=text.positions_RT[:count])
+
+
+@pytest.mark.parametrize(("best", "found"), [(3e-3, 3e-3), (4e-2, 4e-2), (1e-4, 1e-3), (10.0, 8e-2)])
+def test_a_best_rate_at_the_upper_edge_is_looked_beyond(efficacy: ModuleType, best: float, found: float) -> None:
+    tried: list[float] = []
+
+    def score(rate: float) -> float:
+        tried.append(rate)
+        return abs(math.log(rate / best))
+
+    assert efficacy.best_rate((1e-3, 3e-3, 1e-2), score) == pytest.approx(found)
+    assert len(tried) == len(set(tried)) <= efficacy.MOST_RATES
 
 
 def finished(efficacy: ModuleType, file: Path, general_of_ours: float) -> Any:

@@ -41,6 +41,9 @@ def test_every_way_learns_the_same_tokens_with_as_many_parameters(
     assert {point["tokens"] for runs in curves.values() for run in runs for point in run} == {
         point["tokens"] for point in curves["full"][0]
     }
+    last = curves["branch"][0][-1]["bits_per_byte"]
+    chosen_by = ways["branch"]["rates_tried"].values()
+    assert last[benchmark.CHOOSING] in chosen_by and last["code"] not in chosen_by
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
