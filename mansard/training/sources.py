@@ -83,8 +83,10 @@ def line_of(document: Document, where: str) -> bytes:
 
 
 def _listed(store: Store, file: Path, where: str) -> SnapshotId:
-    [(size_bytes, _, _)] = _states([file], where)
-    return store.put_manifest(Manifest({TEXT_FILE: Blob(store.put_file(file), size_bytes)}))
+    states = _states([file], where)
+    digest = store.put_file(file)
+    _check_unchanged([file], states, where)
+    return store.put_manifest(Manifest({TEXT_FILE: Blob(digest, states[0][0])}))
 
 
 State = tuple[int, int, int]
@@ -102,6 +104,10 @@ def _unchanged(
 ) -> Iterator[Document]:
     """The documents; BadInput at the end where a file is no longer what it was."""
     yield from found
+    _check_unchanged(files, states, where)
+
+
+def _check_unchanged(files: list[Path], states: list[State], where: str) -> None:
     for file, before, after in zip(files, states, _states(files, where), strict=True):
         if after != before:
             raise BadInput(f"{where}: {file} changed while it was read; wait until nobody writes it, then run again")

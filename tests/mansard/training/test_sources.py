@@ -174,6 +174,19 @@ def test_a_source_that_changes_while_it_is_taken_is_refused(
     assert texts_in(store, take_text(store, text, tmp_path, "here")) == ["another"]
 
 
+def test_json_lines_that_change_before_they_are_read_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text('{"text": "first"}\n')
+
+    class Late(Store):
+        def put_file(self, path: Path) -> str:
+            file.write_text('{"text": "another, of another size"}\n')
+            return super().put_file(path)
+
+    with pytest.raises(BadInput, match=r"here: .*data\.jsonl changed while it was read"):
+        take_text(Late(tmp_path / "store"), SourceText(path="data.jsonl"), tmp_path, "here")
+
+
 def test_what_was_written_out_once_is_remembered_by_its_bytes(store: Store, tmp_path: Path) -> None:
     parquet(tmp_path / "a.parquet", text=TEXTS)
     text = SourceText(path="a.parquet")
