@@ -93,10 +93,17 @@ def choose_alpha(work: Work, branch: SnapshotId, spec: CustomizeSpec) -> float:
         bits = ", ".join(f"{name} {value:.4f}" for name, value in point["bits_per_byte"].items())
         say(f"alpha {point['alpha']:.2f}: {bits} bits per byte, held out")
     chosen = best_alpha(curves, domain, spec.alpha)
-    say(f"alpha {chosen:.2f} is taken" + (" (the spec's)" if spec.alpha.fixed is not None else ""))
-    if chosen > max(spec.train.alpha, *spec.alpha.tried):
-        say(f"alpha {chosen:.2f} is above every alpha that was trained or tried")
+    for line in words_on(chosen, spec.alpha, spec.train.alpha):
+        say(line)
     return chosen
+
+
+def words_on(chosen: float, rule: ChooseAlpha, trained_alpha: float) -> list[str]:
+    """What is said of the alpha that was taken; also that nobody has looked at what it does."""
+    said = [f"alpha {chosen:.2f} is taken" + (" (the spec's)" if rule.fixed is not None else "")]
+    if chosen > (most := max(trained_alpha, *rule.tried)):
+        said.append(f"alpha {chosen:.2f} is above every alpha that was trained or tried ({most:.2f} at most)")
+    return said
 
 
 def best_alpha(curves: list[dict[str, Any]], domain: frozenset[str], rule: ChooseAlpha) -> float:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from mansard.evaluation.wording import _alpha_rows
 from mansard.specs.carry_on import Capture, ChooseAlpha
 from mansard.specs.data import Data
-from tasks.carry_on import best_alpha, rows_of
+from tasks.carry_on import best_alpha, rows_of, words_on
 
 CURVES = [
     {"alpha": 0.0, "bits_per_byte": {"code": 2.5, "prose": 2.0}},
@@ -23,6 +23,14 @@ def test_the_alpha_that_helps_most_within_the_guards_is_taken(guard_bits: float,
 
 def test_a_fixed_alpha_is_taken_whatever_the_curves_say() -> None:
     assert best_alpha(CURVES, frozenset({"code"}), ChooseAlpha(fixed=1.5)) == 1.5
+
+
+def test_an_alpha_beyond_those_trained_and_tried_is_allowed_and_said() -> None:
+    far, tried = ChooseAlpha(fixed=1.5, tried=[0.5, 1.0]), ChooseAlpha(fixed=1.5, tried=[1.5])
+    beyond = "alpha 1.50 is above every alpha that was trained or tried (1.00 at most)"
+    assert words_on(1.5, far, 1.0) == ["alpha 1.50 is taken (the spec's)", beyond]
+    assert words_on(1.5, tried, 1.0) == words_on(1.5, far, 2.0) == ["alpha 1.50 is taken (the spec's)"]
+    assert words_on(0.5, ChooseAlpha(), 1.0) == ["alpha 0.50 is taken"]
 
 
 @given(weights=st.lists(st.floats(0.01, 5.0), min_size=1, max_size=4), tokens=st.integers(1, 100_000))

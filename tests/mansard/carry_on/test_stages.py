@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def train_context(filled: Filled, capture: str, work: Path, **train: Any) -> Sta
 
 
 def test_captured_states_are_the_bases_and_every_sequence_was_asked_for_once(
-    filled: Filled, serve_states: ServeStates, base_model: Any, tmp_path: Path
+    filled: Filled, serve_states: ServeStates, base_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torch
 
@@ -59,6 +60,7 @@ def test_captured_states_are_the_bases_and_every_sequence_was_asked_for_once(
     from mansard.carry_on.wire import decode
     from mansard.training.packing import mask_of
 
+    monkeypatch.setattr("mansard.carry_on.capture_stage.REQUEST_TOKENS", 32)  # many requests, in whose midst one dies
     first, second = serve_states(), serve_states(dies_after=2)
     snapshot = run(context(filled, filled.inputs, capture_spec(), nodes(first, second), tmp_path / "w"))
     cache = open_cache(filled.store, snapshot)
@@ -213,6 +215,32 @@ def test_nodes_that_serve_another_base_are_refused(filled: Filled, serve_states:
     skewed = serve_states(scale=1.1)  # another quantization gives other states
     with pytest.raises(BadInput, match=r"differ by 0\.1\d\d on a probe"):
         capture_run(context(filled, filled.inputs, capture_spec(), nodes(serve_states(), skewed), tmp_path / "b"))
+
+
+def test_a_node_whose_states_are_not_finite_is_left_alone_and_alone_ends_the_capture(
+    filled: Filled, serve_states: ServeStates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mansard.carry_on.capture_stage import run as capture_run
+    from mansard.carry_on.fetching import MAX_FAILURES, REQUESTS_PER_NODE
+    from mansard.errors import MansardError
+
+    monkeypatch.setattr("mansard.carry_on.capture_stage.REQUEST_TOKENS", 32)  # many requests
+    first, second = serve_states(), serve_states()
+    asked = context(filled, filled.inputs, capture_spec(), nodes(first, second), tmp_path / "a")
+
+    def spoil(states: Any, model: Any, body: dict[str, Any]) -> Any:
+        if len(second.asked) > 1:  # the probe it answers well
+            second.scale = float("nan")
+        return states(model, body)
+
+    second.states = partial(spoil, second.states)  # type: ignore[method-assign]
+    made = capture_run(asked)
+    assert made == captured(filled, serve_states, tmp_path / "whole")
+    assert 1 < len(second.asked) <= 1 + MAX_FAILURES + REQUESTS_PER_NODE
+    broken = context(filled, filled.inputs, capture_spec(), nodes(serve_states(scale=float("nan"))), tmp_path / "b")
+    with pytest.raises(MansardError, match="states that are not finite; look at the node's base") as refused:
+        capture_run(broken)
+    assert "\n" not in str(refused.value)
 
 
 def test_a_sequence_longer_than_the_node_allows_is_refused(
