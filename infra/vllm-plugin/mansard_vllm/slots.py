@@ -71,7 +71,8 @@ class Slots:
             victim = None if free else next(known for known in self.slot_of if known not in adapters)
             slot = min(free) if victim is None else self.slot_of[victim]
             self.branch.load(self.paths[adapter] / BRANCH_FILE, slot)
-            self.slot_of.pop(victim, None)
+            if victim is not None:
+                del self.slot_of[victim]
             self.alphas[slot], self.slot_of[adapter] = alpha, slot
 
     def assign(self, adapters_N: Collection[int]) -> None:
