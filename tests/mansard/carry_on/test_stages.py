@@ -60,7 +60,7 @@ def test_captured_states_are_the_bases_and_every_sequence_was_asked_for_once(
     from mansard.carry_on.wire import decode
     from mansard.training.packing import mask_of
 
-    monkeypatch.setattr("mansard.carry_on.capture_stage.REQUEST_TOKENS", 32)  # many requests, in whose midst one dies
+    monkeypatch.setattr("mansard.carry_on.filling.REQUEST_TOKENS", 32)  # many requests, in whose midst one dies
     first, second = serve_states(), serve_states(dies_after=2)
     snapshot = run(context(filled, filled.inputs, capture_spec(), nodes(first, second), tmp_path / "w"))
     cache = open_cache(filled.store, snapshot)
@@ -224,7 +224,7 @@ def test_a_node_whose_states_are_not_finite_is_left_alone_and_alone_ends_the_cap
     from mansard.carry_on.fetching import MAX_FAILURES, REQUESTS_PER_NODE
     from mansard.errors import MansardError
 
-    monkeypatch.setattr("mansard.carry_on.capture_stage.REQUEST_TOKENS", 32)  # many requests
+    monkeypatch.setattr("mansard.carry_on.filling.REQUEST_TOKENS", 32)  # many requests
     first, second = serve_states(), serve_states()
     asked = context(filled, filled.inputs, capture_spec(), nodes(first, second), tmp_path / "a")
 
@@ -238,7 +238,7 @@ def test_a_node_whose_states_are_not_finite_is_left_alone_and_alone_ends_the_cap
     assert made == captured(filled, serve_states, tmp_path / "whole")
     assert 1 < len(second.asked) <= 1 + MAX_FAILURES + REQUESTS_PER_NODE
     broken = context(filled, filled.inputs, capture_spec(), nodes(serve_states(scale=float("nan"))), tmp_path / "b")
-    with pytest.raises(MansardError, match="states that are not finite; look at the node's base") as refused:
+    with pytest.raises(MansardError, match="the states hold values that are not finite; look at the node's base") as refused:
         capture_run(broken)
     assert "\n" not in str(refused.value)
 
