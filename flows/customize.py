@@ -10,7 +10,7 @@ from flows.judgement import Candidate, judge_and_register, recorded_outcome
 from flows.outcome import Outcome
 from mansard.digest import digest_json
 from mansard.specs.whole import CustomizeSpec
-from mansard.store import Store
+from mansard.store.store import Store
 from tasks.attempts import expected_attempt
 from tasks.carry_on import capture, carry_on_base, choose_alpha, compose, train_branch
 from tasks.derivation import recorded

@@ -28,7 +28,7 @@ from mansard.release.events import PROMOTED
 from mansard.release.journal import Journal
 from mansard.serving.client import HostClient
 from mansard.site import Site, find_site, load_site
-from mansard.store import Store
+from mansard.store.store import Store
 from tasks.terminal import stage_progress
 
 ROOT = Path(__file__).resolve().parent.parent

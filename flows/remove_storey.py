@@ -13,7 +13,7 @@ from flows.judgement import Candidate, judge_and_register, recorded_outcome
 from flows.outcome import Outcome
 from mansard.digest import digest_json
 from mansard.site import load_site
-from mansard.store import Store
+from mansard.store.store import Store
 from tasks.attempts import expected_attempt
 from tasks.derivation import recorded
 from tasks.evidence import recorded_quantization, recorded_version, terms_without_targets

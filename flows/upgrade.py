@@ -12,7 +12,7 @@ from flows.outcome import Outcome
 from mansard.digest import digest_json
 from mansard.records import Derivation
 from mansard.specs.whole import UpgradeSpec
-from mansard.store import Store
+from mansard.store.store import Store
 from tasks.attempts import expected_attempt
 from tasks.derivation import recorded
 from tasks.evaluations import look_for_contamination

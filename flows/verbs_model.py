@@ -15,7 +15,7 @@ from mansard.errors import MansardError
 from mansard.models.remove_storey import check_removable
 from mansard.site import Site, find_site, load_site
 from mansard.specs.whole import AdoptSpec, CustomizeSpec, UpgradeSpec
-from mansard.store import Store
+from mansard.store.store import Store
 from tasks.evidence import check_suites_unchanged, recorded_evidence, recorded_version
 from tasks.intake import check_author, read_order
 

@@ -168,7 +168,7 @@ def why(args: argparse.Namespace) -> int:
 def _add_carry_ons(site: Site, found: dict[str, Any]) -> None:
     """Base artifact, branch and alpha of the versions of the chain that are carry-ons."""
     from mansard.composition.compose import composition_of
-    from mansard.store import Store
+    from mansard.store.store import Store
 
     for link in found["chain"]:
         try:
@@ -183,7 +183,7 @@ def _add_carry_ons(site: Site, found: dict[str, Any]) -> None:
 def _add_storeys(site: Site, found: dict[str, Any]) -> None:
     """The storeys of each version of the chain, with the oldest of these versions that holds each."""
     from mansard.models.storeys import told_storeys
-    from mansard.store import Store  # BLAKE3 is loaded only where evidence is read
+    from mansard.store.store import Store  # BLAKE3 is loaded only where evidence is read
 
     first: dict[str, int] = {}
     for link in reversed(found["chain"]):

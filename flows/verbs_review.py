@@ -14,7 +14,7 @@ from mansard.release import approval, keys
 from mansard.release.journal import Journal
 from mansard.release.pointer import approvals_in_force
 from mansard.site import find_site, load_site
-from mansard.store import Store
+from mansard.store.store import Store
 
 
 def review(args: argparse.Namespace) -> int:

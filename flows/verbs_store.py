@@ -5,13 +5,13 @@ import json
 from pathlib import Path
 
 from flows.journal_proof import journal_text, verify_journal
-from mansard import collection
-from mansard.collection import Collected
 from mansard.errors import BadInput, Corrupt
 from mansard.release.journal import Journal
 from mansard.release.roots import version_roots
 from mansard.site import find_site, load_site
-from mansard.store import Store
+from mansard.store import collection
+from mansard.store.collection import Collected
+from mansard.store.store import Store
 
 HOUR_SECONDS = 3600.0
 

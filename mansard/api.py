@@ -22,12 +22,12 @@ from mansard.errors import BadInput
 from mansard.launch import Request, recipe_with
 from mansard.models.tokenizer_files import take_tokenizer
 from mansard.records import SnapshotId
-from mansard.snapshot import check_model_tree
 from mansard.specs.data import Data, SourceText
 from mansard.specs.surgery import Expand, Fuse, Placement, Probe
 from mansard.specs.training import LearningRates, Train
 from mansard.stages import declaration
-from mansard.store import Store
+from mansard.store.snapshot import check_model_tree
+from mansard.store.store import Store
 from mansard.training.sources import TEXT_FILE, line_of, take_text
 from mansard.training.text_files import documents, files_of
 from mansard.worker import derive_here

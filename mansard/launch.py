@@ -25,7 +25,7 @@ from mansard.records import Derivation, SnapshotId
 from mansard.site import Site
 from mansard.site_sections import Environment
 from mansard.stages import declaration
-from mansard.store import Store
+from mansard.store.store import Store
 
 HEARTBEAT_SECONDS = 600.0
 """A worker that says nothing for this long is taken for hung (its own thread beats every 5 s)."""

@@ -24,7 +24,7 @@ from torch import distributed
 
 from mansard.canonical import canonical_json, write_atomically
 from mansard.errors import BadInput, MansardError, StageFailed
-from mansard.store import Store
+from mansard.store.store import Store
 from mansard.training.deepspeed_engine import DeepSpeedEngine
 from mansard.training.learning import Learned, learn
 from mansard.training.rank_files import START, RankFiles

@@ -23,7 +23,7 @@ from typing import Any, Protocol, TextIO
 from mansard.errors import MansardError, StageFailed
 from mansard.records import SnapshotId
 from mansard.stages import declaration
-from mansard.store import Store
+from mansard.store.store import Store
 
 BEAT_SECONDS = 5.0
 

@@ -16,9 +16,9 @@ from mansard.records import Registration, SnapshotId
 from mansard.release.events import ATTEMPTED, EVIDENCE, PROMOTED
 from mansard.release.journal import Journal
 from mansard.site import Site
-from mansard.snapshot import Blob
 from mansard.specs.judging import Gate
-from mansard.store import Store
+from mansard.store.snapshot import Blob
+from mansard.store.store import Store
 from tasks import policy
 
 BASELINE = "baseline"

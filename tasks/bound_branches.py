@@ -7,7 +7,7 @@ from mansard.records import SnapshotId
 from mansard.release.journal import Journal
 from mansard.release.window import resident_versions
 from mansard.site import Site
-from mansard.store import Store
+from mansard.store.store import Store
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from mansard.site import Site
 from mansard.specs.carry_on import Capture, ChooseAlpha
 from mansard.specs.data import Data
 from mansard.specs.whole import CustomizeSpec
-from mansard.store import Store
+from mansard.store.store import Store
 from tasks import policy
 from tasks.derivation import Asked, Work, derive_one, recipe
 from tasks.intake import Order

@@ -14,10 +14,10 @@ from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
 from mansard.errors import MansardError
 from mansard.launch import Progress, Request, derive_all, recipe_of
-from mansard.locks import file_lock, file_lock_if_free
 from mansard.records import Derivation
 from mansard.site import Site
-from mansard.store import Store
+from mansard.store.locks import file_lock, file_lock_if_free
+from mansard.store.store import Store
 from tasks import tracking
 from tasks.terminal import say, stage_progress
 

@@ -15,7 +15,7 @@ from mansard.models.storeys import read_expansion
 from mansard.records import Derivation, SnapshotId
 from mansard.specs.judging import Cost, Fingerprint, Gate, Suite
 from mansard.specs.whole import Serve
-from mansard.store import Store
+from mansard.store.store import Store
 from tasks import policy
 from tasks.derivation import Asked, Work, derive_many, derive_one, is_remembered
 from tasks.serving import engine_release, ensure_engine

@@ -18,7 +18,7 @@ from mansard.site import Site
 from mansard.specs.judging import Cost, Fingerprint, Gate, Suite
 from mansard.specs.surgery import Quantize
 from mansard.specs.whole import Serve
-from mansard.store import Store
+from mansard.store.store import Store
 from tasks.intake import Terms
 
 

@@ -21,11 +21,11 @@ from mansard.records import SnapshotId
 from mansard.release import keys
 from mansard.release.journal import Journal
 from mansard.site import Site, load_site
-from mansard.snapshot import check_model_tree
 from mansard.spec_files import load_spec, load_suites
 from mansard.specs.judging import Cost, Fingerprint, Gate, Suite
 from mansard.specs.whole import Serve, Spec
-from mansard.store import Store
+from mansard.store.snapshot import check_model_tree
+from mansard.store.store import Store
 from mansard.training.sources import check_text
 
 S = TypeVar("S", bound=Spec)

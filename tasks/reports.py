@@ -9,7 +9,7 @@ from prefect.artifacts import create_image_artifact, create_markdown_artifact
 
 from mansard.evaluation.published import published_files
 from mansard.records import Registration, SnapshotId
-from mansard.store import Store
+from mansard.store.store import Store
 from tasks import policy, tracking
 from tasks.derivation import Work
 

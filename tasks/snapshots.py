@@ -15,10 +15,10 @@ from mansard.models.model_files import model_config
 from mansard.models.quantizable import check_quantizable
 from mansard.records import Derivation, SnapshotId
 from mansard.release.journal import Journal
-from mansard.snapshot import check_model_tree
 from mansard.specs.data import Data, Source, SourceText
 from mansard.specs.whole import Base, QuantizedSpec, Spec
-from mansard.store import Store
+from mansard.store.snapshot import check_model_tree
+from mansard.store.store import Store
 from mansard.training.sources import take_text
 from tasks import policy, tracking
 from tasks.derivation import Asked, Work, derive_one

@@ -11,7 +11,7 @@ from mansard.records import Derivation, SnapshotId
 from mansard.site import Site
 from mansard.specs.data import Data
 from mansard.specs.training import Train
-from mansard.store import Store
+from mansard.store.store import Store
 from tasks import policy
 from tasks.derivation import Asked, Work, derive_many, derive_one
 from tasks.snapshots import TakenData

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings
 from safetensors.numpy import save_file
 
 from mansard.models.families import LLAMA
-from mansard.store import Store
+from mansard.store.store import Store
 from tests.mansard.postgres_server import PostgresServer, postgres_binaries
 from tests.mansard.s3_server import environment, make_bucket, s3_server
 

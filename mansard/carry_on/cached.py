@@ -16,8 +16,8 @@ from mansard.carry_on.wire import Coded, side_by_side
 from mansard.digest import digest_bytes
 from mansard.errors import BadInput, Corrupt
 from mansard.records import SnapshotId
-from mansard.snapshot import TensorFile
-from mansard.store import Store
+from mansard.store.snapshot import TensorFile
+from mansard.store.store import Store
 from mansard.training.data import Batch, Packed
 
 CAPTURE_FILE = "capture.json"

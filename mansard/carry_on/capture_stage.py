@@ -33,7 +33,7 @@ from mansard.models.loading import load_tokenizer
 from mansard.models.model_files import model_config
 from mansard.records import SnapshotId
 from mansard.specs.data import Data
-from mansard.store_stream import file_chunks
+from mansard.store.stream import file_chunks
 from mansard.training.data import Packed, each_text, require_rows
 from mansard.training.packing import first_rows
 from mansard.training.tokenize_stage import end_of, tokenized

@@ -18,7 +18,7 @@ from mansard.carry_on.replay import Replay
 from mansard.errors import BadInput
 from mansard.models.model_files import model_config, weight_files
 from mansard.records import SnapshotId
-from mansard.store import Store
+from mansard.store.store import Store
 from mansard.training.packing import IGNORED
 
 CHUNK_ROWS = 2048

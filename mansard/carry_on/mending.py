@@ -1,8 +1,8 @@
 """What is damaged of a snapshot is dropped, so that its stage makes it again. No torch."""
 
-from mansard.backend import object_name
 from mansard.records import SnapshotId
-from mansard.store import Store
+from mansard.store.backend import object_name
+from mansard.store.store import Store
 
 
 def drop_damaged(store: Store, snapshot: SnapshotId) -> list[str]:

@@ -12,9 +12,9 @@ from mansard.composition.shape import BranchShape
 from mansard.errors import BadInput
 from mansard.models.model_files import model_config, pretty_json
 from mansard.records import SnapshotId
-from mansard.safetensors_header import header_metadata
-from mansard.snapshot import CONFIG_FILE, Blob, Manifest, TensorFile
-from mansard.store import Store
+from mansard.store.safetensors_header import header_metadata
+from mansard.store.snapshot import CONFIG_FILE, Blob, Manifest, TensorFile
+from mansard.store.store import Store
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 """Bases that the plugin serves (infra/vllm-plugin): their logits are the head's product and nothing more."""

@@ -9,7 +9,7 @@ from mansard.digest import digest_bytes
 from mansard.errors import BadInput
 from mansard.models.vocabulary import TOKENIZER_FILE
 from mansard.records import SnapshotId
-from mansard.store import Store
+from mansard.store.store import Store
 
 OF_USE_ONLY = ("padding", "truncation")
 """Of tokenizer.json: how it was last called, not what it does."""

@@ -10,7 +10,7 @@ from typing import Any
 from mansard.composition.compose import served_config
 from mansard.errors import BadInput
 from mansard.records import SnapshotId
-from mansard.store import Store
+from mansard.store.store import Store
 
 PREFIX = "CarryOnTaps"
 """Of the plugin's classes whose states are the final one and the taps, side by side."""

@@ -10,7 +10,7 @@ from mansard.canonical import canonical_json
 from mansard.evaluation.contamination import Index, as_json, texts_of
 from mansard.evaluation.suites import parse_items
 from mansard.records import SnapshotId
-from mansard.store_stream import file_lines
+from mansard.store.stream import file_lines
 
 if TYPE_CHECKING:
     from mansard.worker import StageContext

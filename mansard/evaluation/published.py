@@ -8,7 +8,7 @@ from mansard.canonical import write_atomically
 from mansard.evaluation.html_report import html_with_cost
 from mansard.evaluation.report import with_cost
 from mansard.records import Registration
-from mansard.store import Store
+from mansard.store.store import Store
 
 FILES = ("verdict.json", "report.md", "report.html", "chart.png")
 

@@ -15,7 +15,7 @@ from mansard.records import SnapshotId
 from mansard.specs.judging import Suite
 
 if TYPE_CHECKING:
-    from mansard.store import Store
+    from mansard.store.store import Store
 
 Item = dict[str, Any]
 

@@ -17,9 +17,9 @@ from mansard.models.model_files import model_config, weight_files
 from mansard.models.remove_storey import present_indices, without_storey
 from mansard.models.storeys import EXPANSION_FILE, Expansion, read_expansion
 from mansard.records import SnapshotId
-from mansard.safetensors_header import TensorEntry
-from mansard.snapshot import Blob, Manifest, TensorFile
-from mansard.store import Store
+from mansard.store.safetensors_header import TensorEntry
+from mansard.store.snapshot import Blob, Manifest, TensorFile
+from mansard.store.store import Store
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

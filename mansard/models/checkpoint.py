@@ -11,9 +11,9 @@ from mansard.models.families import Config, Family, depth_of, family_of
 from mansard.models.model_files import model_config, weight_files
 from mansard.models.vocabulary import TOKENIZER_FILE, check_vocabulary
 from mansard.records import SnapshotId
-from mansard.safetensors_header import TensorEntry, parse_safetensors_header
-from mansard.snapshot import CONFIG_FILE, read_json_object
-from mansard.store import Store
+from mansard.store.safetensors_header import TensorEntry, parse_safetensors_header
+from mansard.store.snapshot import CONFIG_FILE, read_json_object
+from mansard.store.store import Store
 
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """Types of a model's tensors: the name in config.json -> the name in safetensors."""

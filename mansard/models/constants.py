@@ -3,8 +3,8 @@
 import struct
 
 from mansard.digest import digest_bytes, digest_zeros
-from mansard.safetensors_header import TensorEntry
-from mansard.store import Store
+from mansard.store.safetensors_header import TensorEntry
+from mansard.store.store import Store
 
 
 def one_value(value: float, dtype: str) -> bytes:

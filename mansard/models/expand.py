@@ -17,10 +17,18 @@ from mansard.models.placement import copied_blocks
 from mansard.models.rebuilding import rebuilt_config
 from mansard.models.storeys import EXPANSION_FILE, Expansion, NewBlock, Storey, read_expansion
 from mansard.records import SnapshotId
-from mansard.safetensors_header import compose_header, header_metadata, header_prefix
-from mansard.snapshot import CONFIG_FILE, INDEX_FILE, Blob, Manifest, TensorFile, check_weight_files, read_json_object
 from mansard.specs.surgery import Expand
-from mansard.store import Store
+from mansard.store.safetensors_header import compose_header, header_metadata, header_prefix
+from mansard.store.snapshot import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    Blob,
+    Manifest,
+    TensorFile,
+    check_weight_files,
+    read_json_object,
+)
+from mansard.store.store import Store
 
 
 @dataclass(frozen=True, slots=True)

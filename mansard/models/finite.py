@@ -5,8 +5,8 @@ A number is NaN or infinite where all bits of its exponent are set (IEEE 754; BF
 
 import numpy
 
-from mansard.safetensors_header import TensorEntry
-from mansard.store import Store
+from mansard.store.safetensors_header import TensorEntry
+from mansard.store.store import Store
 
 EXPONENTS = {
     "F64": ("<u8", 0x7FF0000000000000), "F32": ("<u4", 0x7F800000), "F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80)

@@ -10,9 +10,9 @@ from dataclasses import replace
 from mansard.errors import BadInput
 from mansard.models.storeys import EXPANSION_FILE, Expansion, newest_tensors, read_expansion
 from mansard.records import SnapshotId
-from mansard.safetensors_header import TensorEntry
-from mansard.snapshot import Blob, Manifest, TensorFile
-from mansard.store import Store
+from mansard.store.safetensors_header import TensorEntry
+from mansard.store.snapshot import Blob, Manifest, TensorFile
+from mansard.store.store import Store
 
 TRAINED_FILE = "trained.safetensors"
 

@@ -19,7 +19,7 @@ from mansard.models.placement import IMPORTANCE_FILE
 from mansard.models.windows import first_windows
 from mansard.records import SnapshotId
 from mansard.specs.surgery import NO_GENERAL_TEXT, Probe
-from mansard.store_stream import shuffled_lines
+from mansard.store.stream import shuffled_lines
 
 if TYPE_CHECKING:
     from mansard.worker import StageContext

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from mansard.errors import BadInput
-from mansard.snapshot import CONFIG_FILE, read_json_object
+from mansard.store.snapshot import CONFIG_FILE, read_json_object
 
 Attention = Literal["eager", "sdpa"]
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from mansard.safetensors_header import TensorEntry
+from mansard.store.safetensors_header import TensorEntry
 
 SHARE_BESIDE_WEIGHTS = 0.25
 """Of the weights' bytes: an allowance for activations, logits and what the loader holds at once."""

@@ -7,8 +7,8 @@ from typing import Any
 
 from mansard.errors import BadInput
 from mansard.records import SnapshotId
-from mansard.snapshot import CONFIG_FILE, INDEX_FILE, Manifest, TensorFile, read_json_object
-from mansard.store import Store
+from mansard.store.snapshot import CONFIG_FILE, INDEX_FILE, Manifest, TensorFile, read_json_object
+from mansard.store.store import Store
 
 
 def model_config(store: Store, model: SnapshotId) -> dict[str, Any]:

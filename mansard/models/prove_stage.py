@@ -24,7 +24,7 @@ from mansard.models.memory import available_bytes, loading_bytes
 from mansard.models.probe import Answers, answers, are_bit_equal, forward_logits, max_abs_difference, random_probe
 from mansard.models.structure import held_tensors, prove_structure
 from mansard.records import SnapshotId
-from mansard.store import Store
+from mansard.store.store import Store
 
 if TYPE_CHECKING:
     from mansard.worker import StageContext

@@ -4,7 +4,7 @@ Reads a manifest only and loads no torch, so that a flow can refuse a base befor
 """
 
 from mansard.errors import BadInput
-from mansard.snapshot import Manifest, TensorFile
+from mansard.store.snapshot import Manifest, TensorFile
 
 
 def check_quantizable(model: Manifest, group_size: int) -> None:

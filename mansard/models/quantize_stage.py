@@ -21,7 +21,7 @@ from mansard.models.quantizable import check_quantizable
 from mansard.models.quantize import quantize_awq, release, save_quantized
 from mansard.models.windows import first_windows
 from mansard.records import SnapshotId
-from mansard.store_stream import file_lines
+from mansard.store.stream import file_lines
 
 if TYPE_CHECKING:
     from mansard.worker import StageContext

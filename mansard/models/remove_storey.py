@@ -15,9 +15,9 @@ from mansard.models.model_files import model_config, pretty_json, rebuilt_index,
 from mansard.models.rebuilding import rebuilt_config
 from mansard.models.storeys import EXPANSION_FILE, Expansion, NewBlock, Storey, read_expansion
 from mansard.records import SnapshotId
-from mansard.safetensors_header import TensorEntry, compose_header, header_metadata, header_prefix
-from mansard.snapshot import CONFIG_FILE, INDEX_FILE, Blob, Manifest, TensorFile, read_json_object
-from mansard.store import Store
+from mansard.store.safetensors_header import TensorEntry, compose_header, header_metadata, header_prefix
+from mansard.store.snapshot import CONFIG_FILE, INDEX_FILE, Blob, Manifest, TensorFile, read_json_object
+from mansard.store.store import Store
 
 
 def remove_storey(store: Store, model: SnapshotId, storey: int) -> SnapshotId:

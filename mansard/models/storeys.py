@@ -9,8 +9,8 @@ from mansard.errors import BadInput
 from mansard.models.families import family_of
 from mansard.models.model_files import model_config, weight_files
 from mansard.records import SnapshotId
-from mansard.snapshot import read_json_object
-from mansard.store import Store
+from mansard.store.snapshot import read_json_object
+from mansard.store.store import Store
 
 EXPANSION_FILE = "mansard_expansion.json"
 

@@ -20,8 +20,8 @@ from mansard.models.model_files import model_config, weight_files
 from mansard.models.rebuilding import rebuilt_config
 from mansard.models.storeys import Storey, read_expansion
 from mansard.records import SnapshotId
-from mansard.safetensors_header import TensorEntry
-from mansard.store import Store
+from mansard.store.safetensors_header import TensorEntry
+from mansard.store.store import Store
 
 Told = Callable[[int, int], None]
 """Called with (bytes read, bytes in all)."""

@@ -5,8 +5,8 @@ from mansard.canonical import canonical_json
 from mansard.errors import BadInput
 from mansard.models.model_files import model_config
 from mansard.records import SnapshotId
-from mansard.snapshot import Blob, Manifest
-from mansard.store import Store
+from mansard.store.snapshot import Blob, Manifest
+from mansard.store.store import Store
 
 TOKENIZER_FILES = frozenset({
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",

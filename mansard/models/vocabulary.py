@@ -9,7 +9,7 @@ from typing import Any
 from mansard.errors import BadInput
 from mansard.models.families import Config
 from mansard.models.families.family import count
-from mansard.snapshot import read_json_object
+from mansard.store.snapshot import read_json_object
 
 TOKENIZER_FILE = "tokenizer.json"
 

@@ -17,7 +17,7 @@ from mansard.release.people import record_people
 from mansard.site import Site
 
 if TYPE_CHECKING:
-    from mansard.store import Store
+    from mansard.store.store import Store
 
 
 ATTEMPTS = 5

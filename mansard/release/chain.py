@@ -15,7 +15,7 @@ from mansard.release.journal import Journal
 from mansard.release.pointer import approvals_in_force
 
 if TYPE_CHECKING:
-    from mansard.store import Store
+    from mansard.store.store import Store
 
 
 def link_of(journal: Journal, store: "Store", model: str, version: int, problems: list[str]) -> dict[str, Any]:

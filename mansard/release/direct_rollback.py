@@ -251,7 +251,7 @@ def _remembered_warnings(site: Site, request: Request, to: int, known: Remembere
 def _artifact_warnings(
     site: Site, model: str, version: int, artifact: str, hard: bool, trouble: str
 ) -> list[str]:
-    from mansard.store import Store  # BLAKE3 is loaded only where evidence is read
+    from mansard.store.store import Store  # BLAKE3 is loaded only where evidence is read
 
     try:
         if trouble:

@@ -72,7 +72,7 @@ def why(site: Site, model: str, version: int) -> dict[str, Any]:
 
     `chain` holds this version, its base version, and so on down; `problems` what is damaged or not here.
     """
-    from mansard.store import Store  # BLAKE3 is loaded only where evidence is read
+    from mansard.store.store import Store  # BLAKE3 is loaded only where evidence is read
 
     store = Store.of(site)
     with Journal.open(site.journal) as journal:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from mansard.records import SnapshotId
 from mansard.release.events import EVIDENCE
 from mansard.release.journal import Journal
-from mansard.snapshot import is_digest
+from mansard.store.snapshot import is_digest
 
 if TYPE_CHECKING:
-    from mansard.store import Store
+    from mansard.store.store import Store
 
 
 def version_roots(journal: Journal, store: "Store") -> set[SnapshotId]:

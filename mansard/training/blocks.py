@@ -14,7 +14,7 @@ from mansard.models.model_files import model_config
 from mansard.models.storeys import NewBlock, newest_tensors
 from mansard.records import SnapshotId
 from mansard.specs.training import LearningRates, Train
-from mansard.store import Store
+from mansard.store.store import Store
 from mansard.training.frozen_linear import require_fp8
 from mansard.training.optimizer import Group
 from mansard.training.quantized_blocks import quantize_linears

@@ -17,7 +17,7 @@ import numpy
 import torch
 
 from mansard.errors import BadInput
-from mansard.store_stream import lines_of
+from mansard.store.stream import lines_of
 from mansard.training.packing import Rows, labels_of, pack
 
 

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from mansard.canonical import canonical_json
 from mansard.errors import BadInput, Corrupt
 from mansard.records import SnapshotId
-from mansard.snapshot import Blob
-from mansard.store import Store
+from mansard.store.snapshot import Blob
+from mansard.store.store import Store
 from mansard.training.data import Batch, as_batch
 from mansard.training.packing import Rows
 

@@ -13,11 +13,11 @@ from typing import Any
 from mansard.canonical import canonical_json
 from mansard.digest import digest_file, digest_json
 from mansard.errors import BadInput
-from mansard.objects import file_state
 from mansard.records import SnapshotId
-from mansard.snapshot import Blob, Manifest
 from mansard.specs.data import SourceText
-from mansard.store import Store
+from mansard.store.objects import file_state
+from mansard.store.snapshot import Blob, Manifest
+from mansard.store.store import Store
 from mansard.training.hub_text import check_hub, hub_rows
 from mansard.training.text_files import JSONL, Document, check_files, documents, files_of, format_of
 

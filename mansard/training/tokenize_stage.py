@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from mansard.errors import BadInput
 from mansard.models.loading import load_tokenizer
 from mansard.records import SnapshotId
-from mansard.snapshot import Blob
-from mansard.store_stream import file_chunks
+from mansard.store.snapshot import Blob
+from mansard.store.stream import file_chunks
 from mansard.training.data import each_text, shuffled_order
 from mansard.training.packing import Rows, packed_rows
 from mansard.training.shards import write_shards

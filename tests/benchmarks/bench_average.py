@@ -17,7 +17,7 @@ import yaml
 from flows.demo import BASE, CORPUS
 from mansard.api import Model, Text, _derive, expand, fuse, train
 from mansard.specs.whole import UpgradeSpec
-from mansard.store import Store
+from mansard.store.store import Store
 
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = (0.5, 0.1)

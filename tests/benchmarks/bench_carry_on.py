@@ -42,7 +42,7 @@ from mansard.evaluation.engine_api import get_json, post_json
 from mansard.serving.engine.command import free_port, variables
 from mansard.serving.engine.log import last_words
 from mansard.site import load_site
-from mansard.store import Store
+from mansard.store.store import Store
 from mansard.worker import Channel, StageContext
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -26,10 +26,10 @@ from mansard.models.families import LLAMA
 from mansard.models.fuse import TRAINED_FILE, fuse
 from mansard.models.model_files import model_config
 from mansard.models.storeys import read_expansion
-from mansard.safetensors_header import compose_header, header_prefix
-from mansard.snapshot import CONFIG_FILE, INDEX_FILE, TensorFile
 from mansard.specs.surgery import Expand
-from mansard.store import Store
+from mansard.store.safetensors_header import compose_header, header_prefix
+from mansard.store.snapshot import CONFIG_FILE, INDEX_FILE, TensorFile
+from mansard.store.store import Store
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 2048, "intermediate_size": 5632,

@@ -22,10 +22,10 @@ from mansard.models.fuse import TRAINED_FILE, fuse
 from mansard.models.model_files import model_config
 from mansard.models.storeys import read_expansion
 from mansard.records import SnapshotId
-from mansard.safetensors_header import compose_header, header_prefix
-from mansard.snapshot import CONFIG_FILE, INDEX_FILE, Blob, Manifest, TensorFile
 from mansard.specs.surgery import Expand
-from mansard.store import Store
+from mansard.store.safetensors_header import compose_header, header_prefix
+from mansard.store.snapshot import CONFIG_FILE, INDEX_FILE, Blob, Manifest, TensorFile
+from mansard.store.store import Store
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672,

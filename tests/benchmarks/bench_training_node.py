@@ -34,7 +34,7 @@ from mansard.carry_on.sequences import distinct
 from mansard.carry_on.shards import plan_shards, write_shard
 from mansard.carry_on.wire import Coded, encode
 from mansard.composition.shape import shape_of_size
-from mansard.store import Store
+from mansard.store.store import Store
 from mansard.training.data import Batch, Mixture, Packed
 from mansard.training.optimizer import Group, MasterAdamW
 

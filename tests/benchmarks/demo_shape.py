@@ -15,7 +15,7 @@ from mansard.models.model_files import model_config
 from mansard.specs.data import Data, Source
 from mansard.specs.surgery import Expand
 from mansard.specs.training import LearningRates, Train
-from mansard.store import Store
+from mansard.store.store import Store
 from mansard.training.blocks import Names, checkpoint_names
 from mansard.training.data import Mixture, Packed, pack_texts
 

@@ -20,7 +20,7 @@ from typing import Any
 from safetensors import SafetensorError, deserialize
 
 from mansard.errors import BadInput
-from mansard.safetensors_header import DTYPE_BITS, parse_safetensors_header
+from mansard.store.safetensors_header import DTYPE_BITS, parse_safetensors_header
 
 CASES = 10_000
 LARGE_BYTES = 32 << 20
@@ -237,7 +237,7 @@ READ = """
 import re, sys
 from pathlib import Path
 from mansard.errors import BadInput
-from mansard.safetensors_header import parse_safetensors_header
+from mansard.store.safetensors_header import parse_safetensors_header
 def peak():  # of this program alone; getrusage's began with the parent's
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 before = peak()

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from flows import stack
-from mansard.store import Store
+from mansard.store.store import Store
 from tests.chaos.ground import SPEC, Copy, Ground, make_ground
 from tests.chaos.kills import ANYWHERE, Kill, left_over, plan_kills, strike
 

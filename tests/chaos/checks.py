@@ -9,7 +9,7 @@ from mansard.errors import MansardError
 from mansard.records import Registration
 from mansard.release.journal import Journal
 from mansard.site import Site
-from mansard.store import Store
+from mansard.store.store import Store
 
 MEASURED = "cost"
 """The one stage whose result is a measurement: another run of it is another snapshot."""

@@ -21,7 +21,7 @@ import yaml
 from mansard.records import Registration
 from mansard.release.journal import Journal
 from mansard.site import Site, load_site
-from mansard.store import Store
+from mansard.store.store import Store
 from tests.end_to_end.conftest import ROOT, write_site
 
 ENGINE_STAGES = ("evaluate", "fingerprint", "cost")

@@ -17,7 +17,7 @@ import yaml
 
 from mansard.launch import Request, derive
 from mansard.site import Site, load_site
-from mansard.store import Store
+from mansard.store.store import Store
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND_TIMEOUT_SECONDS = 3600

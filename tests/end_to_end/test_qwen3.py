@@ -23,7 +23,7 @@ from mansard.serving.engine.engine import Engine, EngineIdentity
 from mansard.site import Site, load_site
 from mansard.specs.judging import Suite
 from mansard.specs.whole import Serve
-from mansard.store import Store
+from mansard.store.store import Store
 from tests.end_to_end.conftest import ROOT, write_site
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]

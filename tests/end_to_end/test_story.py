@@ -22,7 +22,7 @@ import yaml
 from mansard.launch import Request, derive
 from mansard.models.storeys import read_expansion
 from mansard.release.journal import Journal
-from mansard.store import Store
+from mansard.store.store import Store
 from tests.chaos.kills import Kill, strike, workers
 from tests.end_to_end.conftest import COMMAND_TIMEOUT_SECONDS, ROOT, Story
 

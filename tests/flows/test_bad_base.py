@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from flows.cli import main
 from mansard.site import Site
-from mansard.store import Store
+from mansard.store.store import Store
 
 Tensors = dict[str, numpy.ndarray]
 MakeCheckpoint = Callable[..., Path]

@@ -11,7 +11,7 @@ import pytest
 
 from flows.cli import main
 from mansard.site import Site
-from mansard.store import Store
+from mansard.store.store import Store
 
 ITEM = '{"id": "1", "file": "a.py", "text": "some text"}\n'
 LINE = '{"text": "some text", "file": "a.py"}\n'

@@ -17,14 +17,14 @@ from hypothesis import strategies as st
 from obstore.store import S3Store
 
 import mansard
-from mansard.bucket import PART_BYTES, Bucket
-from mansard.collection import collect, preview
 from mansard.errors import BadInput, Corrupt, MansardError, NotAllowed
 from mansard.launch import Request, derive, this_interpreter
 from mansard.site import Site, load_site
-from mansard.snapshot import TensorFile
 from mansard.specs.surgery import Expand
-from mansard.store import Store
+from mansard.store.bucket import PART_BYTES, Bucket
+from mansard.store.collection import collect, preview
+from mansard.store.snapshot import TensorFile
+from mansard.store.store import Store
 
 MakeCheckpoint = Callable[..., Path]
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,7 +34,7 @@ DEADLINE_SECONDS = 300.0
 TAKE = """
 import sys
 from pathlib import Path
-from mansard.store import Store
+from mansard.store.store import Store
 print(Store(Path(sys.argv[1]), sys.argv[2]).snapshot(Path(sys.argv[3])))
 """
 

@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mansard
-from mansard.backend import Listed, object_name
-from mansard.collection import Content, Plan, collect, plan, preview
 from mansard.errors import BadInput, Corrupt, MansardError
-from mansard.locks import file_lock
 from mansard.records import SnapshotId
-from mansard.store import Store
+from mansard.store.backend import Listed, object_name
+from mansard.store.collection import Content, Plan, collect, plan, preview
+from mansard.store.locks import file_lock
+from mansard.store.store import Store
 
 CHECKOUT = str(Path(mansard.__file__).parent.parent)
 DEADLINE_SECONDS = 300.0
@@ -120,7 +120,7 @@ def test_a_lease_reaches_back_as_far_as_it_says(store: Store) -> None:
 HOLD = """
 import sys
 from pathlib import Path
-from mansard.store import Store
+from mansard.store.store import Store
 with Store(Path(sys.argv[1])).lease():
     print("held", flush=True)
     sys.stdin.read()

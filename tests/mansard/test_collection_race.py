@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mansard
-from mansard.backend import OBJECTS
-from mansard.collection import collect
-from mansard.store import Store
+from mansard.store.backend import OBJECTS
+from mansard.store.collection import collect
+from mansard.store.store import Store
 
 CHECKOUT = str(Path(mansard.__file__).parent.parent)
 DEADLINE_SECONDS = 600.0
@@ -20,8 +20,8 @@ DEADLINE_SECONDS = 600.0
 WORKER = """
 import random, sys
 from pathlib import Path
-from mansard.snapshot import Blob, Manifest
-from mansard.store import Store
+from mansard.store.snapshot import Blob, Manifest
+from mansard.store.store import Store
 
 root, seed, rounds, scratch = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
 store, choose = Store(root, sys.argv[5] or None), random.Random(seed)

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mansard.collection import collect
-from mansard.disk import DIRECT_BYTES, DIRECT_CHUNK_BYTES, copy_new
 from mansard.errors import MansardError
-from mansard.store import Store
+from mansard.store.collection import collect
+from mansard.store.disk import DIRECT_BYTES, DIRECT_CHUNK_BYTES, copy_new
+from mansard.store.store import Store
 
 DISK_BYTES = 4 << 20
 

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from mansard.collection import collect
 from mansard.errors import BadInput, StageFailed
 from mansard.launch import Request, derive, derive_all, recipe_of, this_interpreter
 from mansard.records import SnapshotId
 from mansard.site import Site
 from mansard.specs.surgery import Expand, Quantize
-from mansard.store import Store
+from mansard.store.collection import collect
+from mansard.store.store import Store
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_SECONDS = 900.0
@@ -28,7 +28,7 @@ import json, sys
 from pathlib import Path
 from mansard.launch import Request, derive, this_interpreter
 from mansard.site import Site
-from mansard.store import Store
+from mansard.store.store import Store
 root, home, stage, inputs, spec = sys.argv[1], Path(sys.argv[2]), sys.argv[3], *map(json.loads, sys.argv[4:])
 site = Site(Path("-"), home, home, ("m",), {"main": this_interpreter(Path(root))}, {"default": "main"})
 print(derive(Store(site.store), site, Request(stage, inputs, spec)).snapshot)

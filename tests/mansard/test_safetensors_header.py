@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save
 
 from mansard.errors import BadInput
-from mansard.safetensors_header import (
+from mansard.store.safetensors_header import (
     DTYPE_BITS,
     compose_header,
     header_metadata,

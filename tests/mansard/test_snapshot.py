@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mansard.errors import BadInput, MansardError
-from mansard.snapshot import Blob, Manifest, TensorFile, check_model_tree, scan_tree
+from mansard.store.snapshot import Blob, Manifest, TensorFile, check_model_tree, scan_tree
 
 MakeCheckpoint = Callable[..., Path]
 DIGEST = "0" * 64

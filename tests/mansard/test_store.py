@@ -20,9 +20,9 @@ from safetensors.numpy import save
 import mansard
 from mansard.digest import digest_bytes
 from mansard.errors import BadInput, Corrupt, MansardError
-from mansard.locks import file_lock, file_lock_if_free
-from mansard.snapshot import Blob, Manifest, TensorFile
-from mansard.store import Store
+from mansard.store.locks import file_lock, file_lock_if_free
+from mansard.store.snapshot import Blob, Manifest, TensorFile
+from mansard.store.store import Store
 
 MakeCheckpoint = Callable[..., Path]
 ABSENT = "ab" * 32
@@ -32,7 +32,7 @@ DEADLINE_SECONDS = 120.0
 TAKE = """
 import sys
 from pathlib import Path
-from mansard.store import Store
+from mansard.store.store import Store
 print(Store(Path(sys.argv[1])).snapshot(Path(sys.argv[2])))
 """
 
@@ -40,7 +40,7 @@ print(Store(Path(sys.argv[1])).snapshot(Path(sys.argv[2])))
 HOLD = """
 import sys
 from pathlib import Path
-from mansard.store import Store
+from mansard.store.store import Store
 with Store(Path(sys.argv[1])).lock(sys.argv[2]):
     print("held", flush=True)
     sys.stdin.read()

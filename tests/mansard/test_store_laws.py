@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mansard.canonical import canonical_json
-from mansard.collection import collect
 from mansard.digest import digest_bytes
 from mansard.errors import Corrupt, MansardError
-from mansard.store import Store
+from mansard.store.collection import collect
+from mansard.store.store import Store
 
 names = st.sampled_from(["a", "b/c", "d.json", "e.txt"])
 trees = st.dictionaries(names, st.binary(min_size=1, max_size=300), min_size=1)

@@ -7,7 +7,7 @@ import pytest
 
 import mansard
 from mansard.errors import MansardError
-from mansard.store import Store
+from mansard.store.store import Store
 
 CHECKOUT = str(Path(mansard.__file__).parent.parent)
 DEADLINE_SECONDS = 120.0
@@ -15,7 +15,7 @@ DEADLINE_SECONDS = 120.0
 HOLD = """
 import sys
 from pathlib import Path
-from mansard.store import Store
+from mansard.store.store import Store
 with Store(Path(sys.argv[1])).using(sys.argv[2]) as tree:
     print(tree, flush=True)
     sys.stdin.read()

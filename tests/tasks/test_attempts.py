@@ -12,7 +12,7 @@ from mansard.release.events import ATTEMPTED
 from mansard.release.journal import Journal
 from mansard.site import Site, load_site
 from mansard.specs.judging import Gate
-from mansard.store import Store
+from mansard.store.store import Store
 from tasks.attempts import begin_attempt, expected_attempt
 
 SITE = """

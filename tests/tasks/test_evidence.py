@@ -11,7 +11,7 @@ from mansard.site import Site
 from mansard.site_sections import Environment
 from mansard.specs.judging import Cost, Gate, Suite
 from mansard.specs.whole import Serve
-from mansard.store import Store
+from mansard.store.store import Store
 from tasks.evidence import Evidence, check_suites_unchanged
 
 SUITE = Suite(format=1, name="code-bits", kind="bits_per_byte", items="code.jsonl")

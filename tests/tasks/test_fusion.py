@@ -9,7 +9,7 @@ from mansard.evaluation.judgement import Background as Shown
 from mansard.evaluation.wording import background_rows
 from mansard.spec_files import load_spec, load_suites
 from mansard.specs.whole import UpgradeSpec
-from mansard.store import Store
+from mansard.store.store import Store
 from tasks.evaluations import Background, provenance
 from tasks.fusion import Averaged, kept_gain_asked
 from tasks.snapshots import TakenData

@@ -11,7 +11,7 @@ from mansard.evaluation.suites import take_suite
 from mansard.release import keys
 from mansard.site import load_site
 from mansard.specs.whole import UpgradeSpec
-from mansard.store import Store
+from mansard.store.store import Store
 from tasks.intake import asked_for, check_power, read_order, terms_of
 
 ROOT = Path(__file__).resolve().parents[2]

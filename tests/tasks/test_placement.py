@@ -13,7 +13,7 @@ from mansard.records import Derivation
 from mansard.spec_files import load_spec
 from mansard.specs.surgery import Expand
 from mansard.specs.whole import UpgradeSpec
-from mansard.store import Store
+from mansard.store.store import Store
 from tasks.evaluations import Background, provenance
 from tasks.expansion import expand_request, importance_asked
 from tasks.snapshots import TakenData

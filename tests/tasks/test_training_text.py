@@ -6,7 +6,7 @@ from pathlib import Path
 from mansard.models.tokenizer_files import take_tokenizer
 from mansard.spec_files import load_spec
 from mansard.specs.whole import UpgradeSpec
-from mansard.store import Store
+from mansard.store.store import Store
 from tasks.snapshots import TakenData
 from tasks.training import tokenize_asked
 

@@ -23,7 +23,7 @@ from mansard.serving.engine.engine import DRAIN_SECONDS, Engine
 from mansard.serving.engine.log import last_words
 from mansard.serving.process import ProcessIdentity, group_of, send, wait_for_end, with_output_below
 from mansard.site import Site
-from mansard.store import Store
+from mansard.store.store import Store
 
 MAX_EXTRA_ENGINES = 1
 """Engines kept warm beside the pinned ones: an evaluation's engine is what a release starts next."""

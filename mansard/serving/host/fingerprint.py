@@ -17,7 +17,7 @@ from mansard.release.journal import Journal
 from mansard.serving.engine import http as engine_http
 from mansard.serving.engine.engine import Engine
 from mansard.specs.judging import Fingerprint as FingerprintSpec
-from mansard.store import Store
+from mansard.store.store import Store
 
 STAGE = "fingerprint"
 ANSWERS_SECONDS = 180.0

@@ -38,7 +38,7 @@ from mansard.serving.host.rollback import Rollback
 from mansard.serving.host.rollouts import Rollouts
 from mansard.serving.host.traffic import Traffic
 from mansard.site import Site, find_site, load_site
-from mansard.store import Store
+from mansard.store.store import Store
 
 DOWN_DRAIN_SECONDS = 20.0
 """At `mansard down` the router has ended before, so little is in flight."""

@@ -17,7 +17,7 @@ from mansard.records import Registration, SnapshotId
 from mansard.serving.engine.command import EngineIdentity
 from mansard.site import Site
 from mansard.specs.whole import Serve
-from mansard.store import Store
+from mansard.store.store import Store
 
 ALPHA_FILE = "alpha.json"
 NAME_DIGITS = 16

@@ -18,7 +18,7 @@ from mansard.serving.host.engines import Engines
 from mansard.serving.host.place import Place, branch_folder, place_of
 from mansard.serving.host.traffic import Traffic
 from mansard.site import Site
-from mansard.store import Store
+from mansard.store.store import Store
 
 LOOK_SECONDS = 2.0
 """How often the journal is looked at for moves that another process made."""

@@ -28,7 +28,7 @@ from mansard.serving.host.walk import HOST, Walk, Walker
 from mansard.serving.host.windows import Windows
 from mansard.site import Site
 from mansard.specs.release import Release
-from mansard.store import Store
+from mansard.store.store import Store
 
 log = logging.getLogger(__name__)
 

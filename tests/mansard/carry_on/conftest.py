@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mansard.records import SnapshotId
-from mansard.store import Store
+from mansard.store.store import Store
 
 SHAPE = {"vocabulary": 300, "hidden": 128, "intermediate": 256, "blocks": 2, "heads": 2, "max_tokens": 128}
 DATA: dict[str, Any] = {

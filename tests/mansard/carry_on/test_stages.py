@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from mansard.errors import BadInput, Corrupt
-from mansard.snapshot import TensorFile
-from mansard.store import Store
+from mansard.store.snapshot import TensorFile
+from mansard.store.store import Store
 from mansard.worker import Channel, StageContext
 from tests.mansard.carry_on.conftest import DATA, ROWS, SERVE, Filled, ServeStates
 
@@ -298,6 +298,6 @@ def test_a_branch_of_another_base_is_not_composed(filled: Filled, serve_states: 
 
 def _renamed(store: Store, base: str) -> str:
     """The same model with one more file: another snapshot."""
-    from mansard.snapshot import Blob, Manifest
+    from mansard.store.snapshot import Blob, Manifest
 
     return store.put_manifest(Manifest({**store.manifest(base).files, "note.txt": Blob(store.put_bytes(b"x"), 1)}))

@@ -10,7 +10,7 @@ import pytest
 from mansard.demo import corpus_stage
 from mansard.digest import digest_file
 from mansard.errors import BadInput
-from mansard.store import Store
+from mansard.store.store import Store
 from mansard.worker import Channel, StageContext
 
 if TYPE_CHECKING:

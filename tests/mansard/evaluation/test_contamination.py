@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mansard.errors import BadInput
 from mansard.evaluation.contamination import NGRAM_WORDS, Index, check_shared, text_of, words_of
 from mansard.evaluation.contamination_stage import run
-from mansard.store import Store
+from mansard.store.store import Store
 
 
 @dataclass

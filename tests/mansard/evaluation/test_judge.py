@@ -21,7 +21,7 @@ from mansard.evaluation.judgement import Background
 from mansard.evaluation.report import render, with_cost
 from mansard.evaluation.verdict_file import judgement_of
 from mansard.specs.judging import Gate, Suite
-from mansard.store import Store
+from mansard.store.store import Store
 
 SUITES = [
     {"format": 1, "name": "code-bits", "kind": "bits_per_byte", "items": "a.jsonl"},

@@ -13,7 +13,7 @@ from mansard.errors import BadInput
 from mansard.evaluation.control_tokens import check_control_tokens, known_tokens
 from mansard.evaluation.suites import parse_items, read_items, suite_files, take_suite
 from mansard.specs.judging import Suite
-from mansard.store import Store
+from mansard.store.store import Store
 
 BITS = Suite(format=1, name="code-bits", kind="bits_per_byte", items="items.jsonl")
 CHOICE = Suite(format=1, name="next-line", kind="multiple_choice", items="items.jsonl")

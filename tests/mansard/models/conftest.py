@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mansard.store import Store
+from mansard.store.store import Store
 from mansard.worker import Channel, StageContext
 
 MakeLlama = Callable[..., Path]

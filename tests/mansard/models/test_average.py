@@ -16,9 +16,9 @@ from mansard.models.model_files import model_config, weight_files
 from mansard.models.remove_storey import remove_storey
 from mansard.models.storeys import EXPANSION_FILE, read_expansion, told_storeys
 from mansard.release.oncall_text import _storey_line
-from mansard.snapshot import check_model_tree
 from mansard.specs.surgery import Expand
-from mansard.store import Store
+from mansard.store.snapshot import check_model_tree
+from mansard.store.store import Store
 
 pytestmark = pytest.mark.slow
 

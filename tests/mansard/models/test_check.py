@@ -12,9 +12,9 @@ from mansard.errors import BadInput
 from mansard.launch import Request, derive, this_interpreter
 from mansard.models.finite import is_finite
 from mansard.models.vocabulary import check_vocabulary
-from mansard.safetensors_header import TensorEntry
 from mansard.site import Site
-from mansard.store import Store
+from mansard.store.safetensors_header import TensorEntry
+from mansard.store.store import Store
 
 ROOT = Path(__file__).resolve().parents[3]
 MakeCheckpoint = Callable[..., Path]

@@ -6,7 +6,7 @@ from mansard.errors import BadInput
 from mansard.models.checkpoint import check_once, check_tensors
 from mansard.models.families import FAMILIES, LLAMA, depth_of, family_of
 from mansard.models.rebuilding import rebuilt_config
-from mansard.safetensors_header import TensorEntry
+from mansard.store.safetensors_header import TensorEntry
 
 SHAPE = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "num_hidden_layers": 3, "vocab_size": 16}
 LLAMA_CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **SHAPE}

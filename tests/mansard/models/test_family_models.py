@@ -12,7 +12,7 @@ from mansard.models.families import FAMILIES
 from mansard.models.model_files import model_config, weight_files
 from mansard.models.storeys import read_expansion
 from mansard.specs.surgery import Expand
-from mansard.store import Store
+from mansard.store.store import Store
 
 pytestmark = pytest.mark.slow
 
@@ -271,7 +271,7 @@ def test_a_post_norm_that_lets_something_through_fails_the_proof(
     name: str, make_family: MakeFamily, make_context: Any, store: Store
 ) -> None:
     from mansard.errors import StageFailed
-    from mansard.snapshot import Manifest, TensorFile
+    from mansard.store.snapshot import Manifest, TensorFile
 
     base = store.snapshot(make_family("gemma2"))
     expansion = expand(store, base, [1])

@@ -14,9 +14,9 @@ from mansard.models.families import LLAMA
 from mansard.models.fuse import TRAINED_FILE, fuse
 from mansard.models.model_files import model_config
 from mansard.models.storeys import EXPANSION_FILE
-from mansard.snapshot import check_model_tree
 from mansard.specs.surgery import Expand
-from mansard.store import Store
+from mansard.store.snapshot import check_model_tree
+from mansard.store.store import Store
 
 MakeCheckpoint = Callable[..., Path]
 Tensors = dict[str, np.ndarray]

@@ -10,7 +10,7 @@ from mansard.models.families import LLAMA
 from mansard.models.model_files import model_config
 from mansard.models.storeys import read_expansion
 from mansard.specs.surgery import Expand, Fuse
-from mansard.store import Store
+from mansard.store.store import Store
 
 pytestmark = pytest.mark.slow
 

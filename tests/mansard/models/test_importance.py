@@ -11,7 +11,7 @@ from mansard.errors import BadInput
 from mansard.models.families import FAMILIES, family_of
 from mansard.models.model_files import model_config
 from mansard.models.storeys import NewBlock, read_expansion
-from mansard.store import Store
+from mansard.store.store import Store
 
 pytestmark = pytest.mark.slow
 

@@ -11,10 +11,10 @@ import pytest
 from mansard.errors import BadInput, StageFailed
 from mansard.models.expand import apply, plan
 from mansard.models.model_files import model_config
-from mansard.safetensors_header import compose_header, header_prefix
-from mansard.snapshot import Manifest, TensorFile
 from mansard.specs.surgery import Expand
-from mansard.store import Store
+from mansard.store.safetensors_header import compose_header, header_prefix
+from mansard.store.snapshot import Manifest, TensorFile
+from mansard.store.store import Store
 
 pytestmark = pytest.mark.slow
 

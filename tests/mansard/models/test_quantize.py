@@ -12,7 +12,7 @@ from mansard.errors import BadInput
 from mansard.launch import Request, derive, this_interpreter
 from mansard.models.quantizable import check_quantizable
 from mansard.site import Site
-from mansard.store import Store
+from mansard.store.store import Store
 
 pytestmark = [
     pytest.mark.slow,

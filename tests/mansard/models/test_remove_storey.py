@@ -15,9 +15,9 @@ from mansard.models.fuse import TRAINED_FILE, fuse
 from mansard.models.model_files import model_config, weight_files
 from mansard.models.remove_storey import remove_storey
 from mansard.models.storeys import EXPANSION_FILE, read_expansion
-from mansard.snapshot import check_model_tree
 from mansard.specs.surgery import Expand
-from mansard.store import Store
+from mansard.store.snapshot import check_model_tree
+from mansard.store.store import Store
 
 MakeCheckpoint = Callable[..., Path]
 

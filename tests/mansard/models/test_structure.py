@@ -21,9 +21,9 @@ from mansard.models.model_files import model_config, weight_files
 from mansard.models.remove_storey import remove_storey
 from mansard.models.storeys import EXPANSION_FILE, Expansion, NewBlock, Storey, newest_tensors, read_expansion
 from mansard.models.structure import Structure, held_tensors, prove_structure
-from mansard.snapshot import Blob, Manifest, TensorFile, check_model_tree
 from mansard.specs.surgery import Expand
-from mansard.store import Store
+from mansard.store.snapshot import Blob, Manifest, TensorFile, check_model_tree
+from mansard.store.store import Store
 
 DEPTH = 3
 SHAPE = {

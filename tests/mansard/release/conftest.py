@@ -15,7 +15,7 @@ from mansard.release.keys import generate_key
 from mansard.serving import split as splits
 from mansard.site import Site, load_site
 from mansard.site_sections import Environment, Person
-from mansard.store import Store
+from mansard.store.store import Store
 from tests.mansard.postgres_server import PostgresServer
 
 ROLES = {"ada": "author, operator", "grace": "reviewer, operator", "both": "author, reviewer", "otto": "operator"}

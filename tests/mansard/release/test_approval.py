@@ -14,7 +14,7 @@ from mansard.release.journal import Journal
 from mansard.release.permission import check_approval
 from mansard.site import Site
 from mansard.site_sections import Person
-from mansard.store import Store
+from mansard.store.store import Store
 
 Make = Callable[..., Registration]
 

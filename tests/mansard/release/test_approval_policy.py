@@ -19,7 +19,7 @@ from mansard.release.keys import generate_key
 from mansard.release.people import record_people
 from mansard.release.permission import check_approval, guard_of
 from mansard.site import Site, load_site
-from mansard.store import Store
+from mansard.store.store import Store
 
 Make = Callable[..., Registration]
 NOW = datetime.now(UTC)

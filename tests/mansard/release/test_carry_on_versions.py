@@ -15,7 +15,7 @@ from mansard.composition.shape import shape_of
 from mansard.records import Registration
 from mansard.release.journal import Journal
 from mansard.site import Site
-from mansard.store import Store
+from mansard.store.store import Store
 from tasks.bound_branches import bound_branches
 
 

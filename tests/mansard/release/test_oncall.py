@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from mansard.collection import collect
 from mansard.errors import BadInput, Conflict, Corrupt, MansardError
 from mansard.records import Registration
 from mansard.release import oncall, oncall_text
@@ -22,7 +21,8 @@ from mansard.release.roots import version_roots
 from mansard.serving import split as splits
 from mansard.site import Site
 from mansard.site_sections import Person
-from mansard.store import Store
+from mansard.store.collection import collect
+from mansard.store.store import Store
 
 Make = Callable[..., Registration]
 ROOT = Path(__file__).resolve().parents[3]

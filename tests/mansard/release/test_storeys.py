@@ -18,9 +18,9 @@ from mansard.models.storeys import EXPANSION_FILE, read_expansion
 from mansard.records import Registration
 from mansard.release.journal import Journal
 from mansard.site import Site
-from mansard.snapshot import Blob, Manifest
 from mansard.specs.surgery import Expand
-from mansard.store import Store
+from mansard.store.snapshot import Blob, Manifest
+from mansard.store.store import Store
 
 
 def upgraded(store: Store, model: str, folder: Path, *positions: int) -> str:

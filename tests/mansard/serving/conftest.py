@@ -34,7 +34,7 @@ from mansard.serving.client import HostClient
 from mansard.serving.split import ModelSplit, read_split
 from mansard.site import Site, load_site
 from mansard.site_sections import Environment
-from mansard.store import Store
+from mansard.store.store import Store
 
 ROOT = Path(__file__).resolve().parents[3]
 FAKE_VLLM = Path(__file__).parent / "fake_vllm"

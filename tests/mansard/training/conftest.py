@@ -11,7 +11,7 @@ import pytest
 from mansard.digest import digest_json
 from mansard.records import SnapshotId
 from mansard.specs.surgery import Expand
-from mansard.store import Store
+from mansard.store.store import Store
 from mansard.worker import Channel, StageContext
 
 Fill = Callable[[Store], dict[str, SnapshotId]]

@@ -22,7 +22,7 @@ from mansard.models.storeys import newest_tensors
 from mansard.records import SnapshotId
 from mansard.specs.surgery import Expand
 from mansard.specs.training import Adapter, Train
-from mansard.store import Store
+from mansard.store.store import Store
 from mansard.training import adapters, stage
 from mansard.training.blocks import checkpoint_names
 from mansard.training.four_bit_linear import PARTS, FourBitLinear

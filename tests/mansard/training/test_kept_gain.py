@@ -11,7 +11,7 @@ from mansard.errors import BadInput
 from mansard.models.average import average
 from mansard.models.fuse import fuse
 from mansard.records import SnapshotId
-from mansard.store import Store
+from mansard.store.store import Store
 from mansard.training import kept_gain_stage, stage
 from mansard.training.kept_gain_stage import _gain, _guard
 from mansard.worker import Channel, StageContext

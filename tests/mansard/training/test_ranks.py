@@ -22,7 +22,7 @@ import mansard
 from mansard.errors import BadInput, StageFailed
 from mansard.records import SnapshotId
 from mansard.specs.training import Train
-from mansard.store import Store
+from mansard.store.store import Store
 from mansard.training import stage
 from mansard.training.rank_files import RankFiles
 from mansard.training.ranks import check_ranks

@@ -15,7 +15,7 @@ from safetensors.torch import load
 from mansard.errors import BadInput
 from mansard.models.storeys import newest_tensors
 from mansard.records import SnapshotId
-from mansard.store import Store
+from mansard.store.store import Store
 from mansard.training import stage
 from mansard.worker import Channel, StageContext
 from tests.mansard.training.conftest import BATCH_ROWS, ROW_TOKENS, slice_

@@ -14,16 +14,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mansard import store_stream
 from mansard.errors import BadInput, Corrupt
 from mansard.models.loading import load_tokenizer
 from mansard.models.tokenizer_files import take_tokenizer
 from mansard.records import SnapshotId
-from mansard.snapshot import Blob
 from mansard.specs.data import Data
 from mansard.specs.training import Train
-from mansard.store import Store
-from mansard.store_stream import CHUNK_BYTES, file_chunks, lines_of, shuffled_lines
+from mansard.store import stream as store_stream
+from mansard.store.snapshot import Blob
+from mansard.store.store import Store
+from mansard.store.stream import CHUNK_BYTES, file_chunks, lines_of, shuffled_lines
 from mansard.training import packing, shards, stage
 from mansard.training.data import Mixture, Packed, pack_texts
 from mansard.training.learning import mapped_texts

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from mansard.errors import BadInput
 from mansard.records import SnapshotId
 from mansard.specs.data import Source, SourceText
-from mansard.store import Store
+from mansard.store.store import Store
 from mansard.training.data import read_texts
 from mansard.training.hub_text import check_hub, hub_rows
 from mansard.training.sources import check_text, take_text

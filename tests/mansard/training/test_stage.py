@@ -24,7 +24,7 @@ from mansard.models.probe import are_bit_equal, forward_logits
 from mansard.records import SnapshotId
 from mansard.site import Site
 from mansard.specs.data import Data
-from mansard.store import Store
+from mansard.store.store import Store
 from mansard.training import stage
 from mansard.training.data import Mixture, Packed
 from mansard.training.learning import achieved_fractions

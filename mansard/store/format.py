@@ -10,10 +10,10 @@ import json
 import os
 from typing import Any
 
-from mansard.backend import FORMAT_FILE, Backend
 from mansard.canonical import canonical_json
 from mansard.errors import BadInput, Corrupt, MansardError, NotAllowed
-from mansard.folder import Folder
+from mansard.store.backend import FORMAT_FILE, Backend
+from mansard.store.folder import Folder
 
 FORMAT = 1
 

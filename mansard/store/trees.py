@@ -16,13 +16,13 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from mansard.disk import disk_errors, read_chunks, sync_folder, write_all
 from mansard.errors import Corrupt, MansardError
-from mansard.locks import crowd_lock, file_lock, file_lock_if_free
-from mansard.objects import Objects
 from mansard.records import SnapshotId
-from mansard.safetensors_header import header_prefix
-from mansard.snapshot import Blob, Manifest
+from mansard.store.disk import disk_errors, read_chunks, sync_folder, write_all
+from mansard.store.locks import crowd_lock, file_lock, file_lock_if_free
+from mansard.store.objects import Objects
+from mansard.store.safetensors_header import header_prefix
+from mansard.store.snapshot import Blob, Manifest
 
 _NUM_THREADS = 4
 _SYNC_BYTES = 8 << 20

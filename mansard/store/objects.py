@@ -14,10 +14,10 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from mansard.backend import OBJECTS, Backend, object_name
 from mansard.digest import digest_bytes, digest_zeros
-from mansard.disk import copy_new, read_chunks, write_all
 from mansard.errors import BadInput, Corrupt
+from mansard.store.backend import OBJECTS, Backend, object_name
+from mansard.store.disk import copy_new, read_chunks, write_all
 
 ABSENT = "absent"
 

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from mansard.objects import Objects
 from mansard.records import SnapshotId
-from mansard.snapshot import Manifest
+from mansard.store.objects import Objects
+from mansard.store.snapshot import Manifest
 
 MANIFEST_DAMAGED = "its manifest does not match its digest"
 

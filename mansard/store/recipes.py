@@ -4,10 +4,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from mansard.backend import Backend
 from mansard.canonical import canonical_json
 from mansard.errors import Corrupt, MansardError
 from mansard.records import SnapshotId
+from mansard.store.backend import Backend
 
 FORMAT = 1
 LINEAGE = "lineage"

@@ -16,22 +16,30 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mansard.backend import Backend, Listed
 from mansard.digest import digest_bytes
-from mansard.disk import disk_errors
 from mansard.errors import BadInput, Corrupt
-from mansard.folder import Folder
-from mansard.leases import Leases
-from mansard.locks import crowd_lock, file_lock, reading_lock, solo_lock
-from mansard.objects import ABSENT, Cut, Objects, file_state
-from mansard.recipes import Recipes, checked_name, read_record, write_record
 from mansard.records import SnapshotId
-from mansard.safetensors_header import header_prefix
 from mansard.site import Site
-from mansard.snapshot import Blob, Manifest, TensorEntry, TensorFile, is_digest, parse_safetensors_header, scan_tree
-from mansard.store_format import check_format, check_owner, mark
-from mansard.trees import TreeCache, fill, lay_out
-from mansard.verification import Damage, Progress, find_damage
+from mansard.store.backend import Backend, Listed
+from mansard.store.disk import disk_errors
+from mansard.store.folder import Folder
+from mansard.store.format import check_format, check_owner, mark
+from mansard.store.leases import Leases
+from mansard.store.locks import crowd_lock, file_lock, reading_lock, solo_lock
+from mansard.store.objects import ABSENT, Cut, Objects, file_state
+from mansard.store.recipes import Recipes, checked_name, read_record, write_record
+from mansard.store.safetensors_header import header_prefix
+from mansard.store.snapshot import (
+    Blob,
+    Manifest,
+    TensorEntry,
+    TensorFile,
+    is_digest,
+    parse_safetensors_header,
+    scan_tree,
+)
+from mansard.store.trees import TreeCache, fill, lay_out
+from mansard.store.verification import Damage, Progress, find_damage
 
 MANIFESTS = "manifests"
 PINS = "pins"
@@ -354,7 +362,7 @@ class Store:
 
 
 def _bucket(url: str, root: Path) -> Backend:
-    from mansard.bucket import Bucket  # its client is loaded only where a site names a bucket
+    from mansard.store.bucket import Bucket  # its client is loaded only where a site names a bucket
 
     return Bucket.at(url, root)
 

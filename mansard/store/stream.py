@@ -8,8 +8,8 @@ from blake3 import blake3
 
 from mansard.errors import BadInput, Corrupt
 from mansard.records import SnapshotId
-from mansard.snapshot import Blob
-from mansard.store import Store
+from mansard.store.snapshot import Blob
+from mansard.store.store import Store
 
 CHUNK_BYTES = 1 << 20
 

@@ -12,11 +12,11 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from mansard.backend import OBJECTS, Listed, object_name
 from mansard.errors import MansardError
-from mansard.recipes import LINEAGE, read_record, recipe_name
 from mansard.records import SnapshotId
-from mansard.store import MANIFESTS, Store
+from mansard.store.backend import OBJECTS, Listed, object_name
+from mansard.store.recipes import LINEAGE, read_record, recipe_name
+from mansard.store.store import MANIFESTS, Store
 
 GRACE_SECONDS = 24 * 3600.0
 """A day: what somebody took by hand in the morning is there for a spec in the evening."""

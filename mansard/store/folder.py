@@ -10,9 +10,9 @@ import shutil
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
-from mansard.backend import Listed
 from mansard.digest import digest_file
-from mansard.disk import sync_folder, write_all
+from mansard.store.backend import Listed
+from mansard.store.disk import sync_folder, write_all
 
 MODE = 0o444
 

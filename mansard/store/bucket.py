@@ -26,10 +26,10 @@ from blake3 import blake3
 from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, UnauthenticatedError
 from obstore.store import S3Store
 
-from mansard.backend import OBJECTS, Listed
-from mansard.disk import disk_errors, write_all
 from mansard.errors import Corrupt, MansardError
-from mansard.folder import Folder
+from mansard.store.backend import OBJECTS, Listed
+from mansard.store.disk import disk_errors, write_all
+from mansard.store.folder import Folder
 
 CACHE_BYTES = 200 << 30
 PART_BYTES = 16 << 20

@@ -17,7 +17,7 @@ from mansard.canonical import canonical_json
 from mansard.digest import digest_bytes
 from mansard.errors import BadInput, MansardError
 from mansard.records import SnapshotId
-from mansard.safetensors_header import TensorEntry, header_prefix, parse_header_text, parse_safetensors_header
+from mansard.store.safetensors_header import TensorEntry, header_prefix, parse_header_text, parse_safetensors_header
 
 __all__ = [
     "Blob", "Manifest", "TensorEntry", "TensorFile", "check_model_tree", "check_weight_files", "is_digest",
