@@ -37,14 +37,16 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def tokenized(store: Store, model: SnapshotId, name: str, text: bytes, row_tokens: int) -> SnapshotId:
+def tokenized(
+    store: Store, model: SnapshotId, name: str, text: bytes, row_tokens: int, seed: int = 0
+) -> SnapshotId:
     """What stage `tokenize` makes of data.jsonl with a model's tokenizer; `name` is the input's."""
     from mansard.models.tokenizer_files import take_tokenizer
     from mansard.training import tokenize_stage
 
     inputs = {"tokenizer": take_tokenizer(store, model), name: store.put_files({"data.jsonl": text})}
-    recipe = digest_json(inputs)
-    spec = {"sequence_tokens": row_tokens, "seed": 0}
+    spec = {"sequence_tokens": row_tokens, "seed": seed}
+    recipe = digest_json([inputs, spec])
     context = StageContext(store, recipe, inputs, spec, {}, store.work(recipe), Channel(StringIO()))
     return tokenize_stage.run(context)
 

@@ -73,6 +73,17 @@ def test_divergence_and_its_gradient_are_those_of_torch(
     torch.testing.assert_close(head.divergence(states, states, counts), torch.zeros(()))
 
 
+def test_hidden_states_drift_by_their_squared_distance_over_the_bases_squared_length() -> None:
+    base = torch.tensor([[3.0, 4.0], [1.0, 0.0], [5.0, 12.0]])
+    here = torch.tensor([[3.0, 9.0], [7.0, 7.0], [5.0, 25.0]])
+    counts, head = torch.tensor([True, False, True]), HeadLoss(nn.Linear(2, 3, bias=False), None, CPU)
+    moved_NH = here.clone().requires_grad_()
+    drift = Anchor("mse", 1.0, ()).drift(head, moved_NH, base, counts)
+    drift.backward()
+    torch.testing.assert_close(drift, torch.tensor(25 / 25 + 169 / 169))
+    torch.testing.assert_close(moved_NH.grad, torch.tensor([[0.0, 10 / 25], [0.0, 0.0], [0.0, 26 / 169]]))
+
+
 def test_the_base_is_the_model_with_its_new_blocks_passed_by(
     base_folder: Path, expanded: Model, tmp_path: Path
 ) -> None:

@@ -1,6 +1,7 @@
 """What an average keeps of a training's gain, on a very small model that learned something."""
 
 import json
+import math
 from collections.abc import Callable
 from io import StringIO
 from typing import Any
@@ -89,6 +90,19 @@ def test_the_expanded_model_keeps_all_and_the_base_nothing(store: Store, compare
     assert _gain({**bits, "averaged": bits["base"]})["kept_share"] == 0.0
     assert _gain({"base": 2.0, "expanded": 2.0, "averaged": 2.5})["kept_share"] is None
     assert _guard({"base": 2.0, "expanded": 2.0, "averaged": 2.5})["loss"] == 0.5
+
+
+def test_losses_are_told_in_bits_per_byte(store: Store, compared: dict[str, SnapshotId]) -> None:
+    from mansard.models.loading import load_model, load_tokenizer
+    from mansard.training.data import pack_texts
+    from mansard.training.engines import ModelEngine
+
+    tree = store.materialize(compared["base"])
+    text = pack_texts("data.code.held_out", texts("code", 10), load_tokenizer(tree), WISH["sequence_tokens"], 0)
+    loss = ModelEngine(load_model(tree, None), None).evaluate([text.batch(range(len(text)))])
+    found = run(store, compared, WISH)["texts"]["data.code.held_out"]["base"]
+    assert text.bytes_per_token > 1.05
+    assert found * text.bytes_per_token * math.log(2) == pytest.approx(loss.nats / loss.labels, rel=1e-4)
 
 
 def test_a_text_below_a_row_is_named_and_left_out(store: Store, compared: dict[str, SnapshotId]) -> None:

@@ -35,8 +35,8 @@ from tests.mansard.training.conftest import jsonl, texts, tokenized
 ROW_TOKENS = 32
 
 
-def in_memory(store: Store, base: SnapshotId, name: str, found: list[str]) -> Packed:
-    return pack_texts(name, found, load_tokenizer(store.materialize(base)), ROW_TOKENS, 0)
+def in_memory(store: Store, base: SnapshotId, name: str, found: list[str], seed: int) -> Packed:
+    return pack_texts(name, found, load_tokenizer(store.materialize(base)), ROW_TOKENS, seed)
 
 
 @pytest.fixture
@@ -44,16 +44,16 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "store")
 
 
-@pytest.mark.parametrize("shard_bytes", [1, 300, 64 << 20])
+@pytest.mark.parametrize(("shard_bytes", "seed"), [(1, 0), (300, 3), (64 << 20, 0)])
 def test_batches_from_shards_are_those_of_the_text_in_memory(
-    store: Store, base_folder: Path, shard_bytes: int, monkeypatch: pytest.MonkeyPatch
+    store: Store, base_folder: Path, shard_bytes: int, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shards, "SHARD_BYTES", shard_bytes)
     base = store.snapshot(base_folder)
     documents = {name: ["", *texts(name, 40), "", "x"] for name in ("code", "prose")}
-    memory = [in_memory(store, base, name, found) for name, found in documents.items()]
+    memory = [in_memory(store, base, name, found, seed) for name, found in documents.items()]
     mapped = [
-        open_shards(store, tokenized(store, base, f"data.{name}.train", jsonl(found), ROW_TOKENS), name)
+        open_shards(store, tokenized(store, base, f"data.{name}.train", jsonl(found), ROW_TOKENS, seed), name)
         for name, found in documents.items()
     ]
     for one, other in zip(memory, mapped, strict=True):
