@@ -24,6 +24,7 @@ from mansard.carry_on.cached import CAPTURE_FILE
 from mansard.carry_on.filling import fill
 from mansard.carry_on.nodes import Node, check_agreement
 from mansard.carry_on.pooling_engine import pooling_engine
+from mansard.carry_on.same_tokens import check_tokens
 from mansard.carry_on.sequences import distinct
 from mansard.carry_on.shards import Shard, check_room, expected_bytes, plan_shards
 from mansard.carry_on.wire import check_scheme
@@ -53,7 +54,8 @@ def run(context: "StageContext") -> SnapshotId:
     folder = context.work / "cache"
     folder.mkdir(exist_ok=True)
     with context.store.using(context.inputs["artifact"]) as tree:
-        texts = read_packed(context, data, load_tokenizer(tree))
+        tokenizer = load_tokenizer(tree)
+        texts = read_packed(context, data, tokenizer)
         sequences = distinct([packed for parts in texts.values() for packed in parts.values()])
         shards = plan_shards(sequences)
         _salvage(context, folder, shards)
@@ -65,6 +67,8 @@ def run(context: "StageContext") -> SnapshotId:
         check_room(expected_bytes(missing, spec["scheme"], width, 1 + len(taps)), folder)
         if missing:
             with _nodes(context, tree) as nodes:
+                for node in nodes:
+                    check_tokens(node.endpoint, node.served_name, tokenizer, missing[0].sequences[0].tokens.tolist())
                 _capture(context, nodes, folder, shards, missing, width)
     _write_rows(folder, texts)
     facts = {

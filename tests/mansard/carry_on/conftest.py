@@ -83,6 +83,7 @@ class StatesServer:
     root: str = "/models/base"
     scale: float = 1.0
     taps: tuple[int, ...] = ()
+    cut: Callable[[str], list[int]] = lambda text: []  # into tokens
 
     def states(self, model: Any, body: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
         import torch
@@ -103,9 +104,12 @@ ServeStates = Callable[..., StatesServer]
 
 
 @pytest.fixture
-def serve_states(base_model: Any) -> Iterator[ServeStates]:
+def serve_states(base_model: Any, base_folder: Path) -> Iterator[ServeStates]:
     """serve_states(dies_after=None, root=..., scale=1.0, taps=(), model=the base) -> a node that serves."""
+    from mansard.models.loading import load_tokenizer
+
     running: list[ThreadingHTTPServer] = []
+    tokenizer = load_tokenizer(base_folder)
 
     def start(
         dies_after: int | None = None,
@@ -115,6 +119,7 @@ def serve_states(base_model: Any) -> Iterator[ServeStates]:
         model: Any = base_model,
     ) -> StatesServer:
         made = StatesServer("", dies_after=dies_after, root=root, scale=scale, taps=taps)
+        made.cut = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
         server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(model, made))
         made.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -135,6 +140,9 @@ def _handler(model: Any, node: StatesServer) -> type[BaseHTTPRequestHandler]:
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if self.path == "/tokenize":
+                self._send({"tokens": node.cut(body["prompt"])})
+                return
             if node.dies_after is not None and len(node.asked) >= node.dies_after:
                 self.close_connection = True  # a process that was killed: the connection ends without an answer
                 return

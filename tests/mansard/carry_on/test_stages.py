@@ -212,6 +212,11 @@ def test_nodes_that_serve_another_base_are_refused(filled: Filled, serve_states:
     other = serve_states(root="/trees/" + "f" * 64)
     with pytest.raises(StageFailed, match="serves artifact ffffffffffff"):
         capture_run(context(filled, filled.inputs, capture_spec(), nodes(other), tmp_path / "a"))
+    foreign = serve_states()
+    foreign.cut = lambda text: [7] * len(text)
+    with pytest.raises(BadInput, match="has another tokenizer than the base"):
+        capture_run(context(filled, filled.inputs, capture_spec(), nodes(serve_states(), foreign), tmp_path / "c"))
+    assert foreign.asked == []
     skewed = serve_states(scale=1.1)  # another quantization gives other states
     with pytest.raises(BadInput, match=r"differ by 0\.1\d\d on a probe"):
         capture_run(context(filled, filled.inputs, capture_spec(), nodes(serve_states(), skewed), tmp_path / "b"))

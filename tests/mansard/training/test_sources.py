@@ -198,6 +198,13 @@ def test_what_was_written_out_once_is_remembered_by_its_bytes(store: Store, tmp_
     assert texts_in(store, take_text(store, text, tmp_path, "here")) == TEXTS[:-1]
 
 
+def test_two_columns_of_one_file_are_two_texts(store: Store, tmp_path: Path) -> None:
+    parquet(tmp_path / "a.parquet", text=TEXTS, body=[f"{text} in full" for text in TEXTS])
+    for column, wanted in (("text", TEXTS), ("body", [f"{text} in full" for text in TEXTS])):
+        taken = take_text(store, SourceText(path="a.parquet", column=column), tmp_path, "here")
+        assert texts_in(store, taken) == wanted
+
+
 def test_a_path_is_written_back_as_it_was_read() -> None:
     source = {"name": "a", "train": "a.jsonl", "held_out": {"path": "b.parquet", "column": "body"},
               "weight": 1.0, "is_domain": True}  # fmt: skip
