@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from mansard.site import Site
 
 ROUTER_PLANES = ("workers", "haproxy")
+NODE_KINDS = ("pooling", "serving")
 ROLES = ("author", "reviewer", "operator")
 RESERVED_NAMES = ("host",)
 """Not for people: what the journal says where the host itself decided."""
@@ -39,6 +40,9 @@ def check(site: "Site") -> None:
                        "asked; take router.plane workers, or engine.branch_slots 0")  # fmt: skip
     if site.router.workers < 1:
         raise BadInput(f"{site.path}: router.workers: {site.router.workers} is not a number from 1 up")
+    for node in site.nodes:
+        if node.kind not in NODE_KINDS:
+            raise BadInput(f"{site.path}: nodes: kind {node.kind!r} is not one of {', '.join(NODE_KINDS)}")
     if not site.models:
         raise BadInput(f"{site.path}: models: name at least one model")
     if site.store_url is not None and not re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]+(/[^/\s]+)*/?", site.store_url):

@@ -95,7 +95,11 @@ class Schedule:
 
 @dataclass(frozen=True, slots=True)
 class InferenceNode:
-    """A vLLM engine in pooling mode that gives states away for carry-ons: http://HOST:PORT, and its served name."""
+    """A vLLM engine that gives states away for carry-ons: http://HOST:PORT, and its served name.
+
+    `kind` is `pooling` (an engine in pooling mode) or `serving` (one that serves users, with the plugin's connector).
+    """
 
     endpoint: str
     served_name: str
+    kind: str = "pooling"

@@ -3,9 +3,9 @@
 Inputs: `artifact` (the base), `data.NAME.train`, `data.NAME.held_out`. Spec: {"data", "scheme", "serve", "engine",
 "rows": {NAME: {"train", "held_out"}}} (how many packed rows of each text are taken, from its beginning), and "taps"
 where the states after some layers are taken beside the final one.
-Where: {"nodes": [{"endpoint", "served_name"}]} or {"start": ...} (see pooling_engine), and {"salvage": snapshot} of an
-earlier capture of the same recipe that was damaged. Makes shards, the packed rows, and capture.json. A killed capture
-goes on with the shards that are whole.
+Where: {"nodes": [{"endpoint", "served_name", "kind"}]} or {"start": ...} (see pooling_engine), and {"salvage":
+snapshot} of an earlier capture of the same recipe that was damaged. Makes shards, the packed rows, and capture.json. A
+killed capture goes on with the shards that are whole.
 """
 
 import contextlib
@@ -26,9 +26,10 @@ from mansard.carry_on.nodes import Node, check_agreement
 from mansard.carry_on.pooling_engine import pooling_engine
 from mansard.carry_on.same_tokens import check_tokens
 from mansard.carry_on.sequences import distinct
+from mansard.carry_on.serving_node import ServingNode, node_of
 from mansard.carry_on.shards import Shard, check_room, expected_bytes, plan_shards
 from mansard.carry_on.wire import check_scheme
-from mansard.composition.tapping import check_taps, tapped_config
+from mansard.composition.tapping import check_taps, serving_config, tapped_config
 from mansard.errors import BadInput, Corrupt
 from mansard.models.loading import load_tokenizer
 from mansard.models.model_files import model_config
@@ -114,7 +115,7 @@ def _nodes(context: "StageContext", tree: Path) -> Iterator[list[Node]]:
     """The site's nodes, or one of our own."""
     listed = context.where.get("nodes") or []
     if listed:
-        yield [Node(n["endpoint"], n["served_name"]) for n in listed]
+        yield [node_of(n) for n in listed]
         return
     context.progress(0, 1, "tokens", "starting an engine in pooling mode (a minute or two on a CPU)")
     log = Path(context.where["start"]["logs"]) / f"capture-{context.recipe[:12]}.log"
@@ -133,7 +134,8 @@ def _capture(
     taps = context.spec.get("taps", [])
     found = check_agreement(nodes, max(missing[0].sequences, key=lambda s: len(s.tokens)))
     if found != width * (1 + len(taps)):
-        overrides = tapped_config(context.store, context.inputs["artifact"], taps)
+        config = serving_config if isinstance(nodes[0], ServingNode) else tapped_config
+        overrides = config(context.store, context.inputs["artifact"], taps)
         raise BadInput(
             f"{nodes[0].endpoint} gives states of width {found}, the base has {width}"
             + (f" and {len(taps)} taps; start nodes with --hf-overrides '{json.dumps(overrides)}'" if taps else "")

@@ -1,4 +1,5 @@
-"""Inference nodes that give states away: vLLM engines in pooling mode, asked over HTTP.
+"""Inference nodes that give states away: vLLM engines in pooling mode, asked over HTTP. serving_node.py has the kind
+that serves users.
 
 A node is checked before it is used: model, artifact where its folder is named by one, length. Several nodes must agree
 on a probe, so that one with another model, tokenizer or quantization is found. Standard library and numpy only.
@@ -9,7 +10,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 import numpy
@@ -35,21 +36,24 @@ class Node:
 
     endpoint: str
     served_name: str
+    answered_tokens: ClassVar[int] = 0
+    """So many tokens the node puts behind a sequence: they must fit, too."""
 
     def check(self, artifact: str, longest: int) -> None:
         """StageFailed where it serves something else; BadInput where the longest sequence does not fit."""
         check_serves(self.endpoint, self.served_name, artifact)
         for card in self.models():
             room = card.get("max_model_len")
-            if card["id"] == self.served_name and room is not None and room < longest:
+            if card["id"] == self.served_name and room is not None and room < longest + self.answered_tokens:
                 raise BadInput(
-                    f"{self.endpoint} takes {room} tokens, the longest sequence has {longest}; make "
-                    "data.sequence_tokens smaller or start the node with a longer --max-model-len"
+                    f"{self.endpoint} takes {room} tokens, the longest sequence has {longest}"
+                    + (f" and {self.answered_tokens} that the node answers" if self.answered_tokens else "")
+                    + "; make data.sequence_tokens smaller or start the node with a longer --max-model-len"
                 )
 
     def models(self) -> list[dict[str, Any]]:
         """What /v1/models lists; NodeFailed while the node does not answer."""
-        listed: list[dict[str, Any]] = json.loads(self._ask("GET", "/v1/models", None)[0])["data"]
+        listed: list[dict[str, Any]] = json.loads(ask(self.endpoint, "GET", "/v1/models", None)[0])["data"]
         return listed
 
     def states(self, sequences: Sequence[TokenSequence]) -> list[torch.Tensor]:
@@ -63,7 +67,7 @@ class Node:
             "embed_dtype": "bfloat16",
             "endianness": "little",
         }
-        data, headers = self._ask("POST", "/pooling", body)
+        data, headers = ask(self.endpoint, "POST", "/pooling", body)
         try:
             items = sorted(json.loads(headers["metadata"])["data"], key=lambda item: item["index"])
         except (KeyError, ValueError) as error:
@@ -73,24 +77,26 @@ class Node:
         whole = memoryview(data)
         return [_tensor(whole[i["start"] : i["end"]], i["shape"]) for i in items]
 
-    def _ask(self, method: str, path: str, body: dict[str, Any] | None) -> tuple[bytes, http.client.HTTPMessage]:
-        parts = urlsplit(self.endpoint)
-        if parts.scheme != "http" or not parts.hostname or not parts.port:
-            raise BadInput(f"node {self.endpoint!r}: http://HOST:PORT is expected")
-        connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=TIMEOUT_SECONDS)
-        try:
-            data = None if body is None else json.dumps(body).encode()
-            connection.request(method, path, data, {"Content-Type": "application/json"} if data else {})
-            response = connection.getresponse()
-            answer = response.read()
-        except (OSError, http.client.HTTPException) as error:
-            raise NodeFailed(f"{self.endpoint}{path}: {type(error).__name__}: {error}") from error
-        finally:
-            connection.close()
-        if response.status != 200:
-            words = " ".join(answer.decode(errors="replace").split())[:200]
-            raise NodeFailed(f"{self.endpoint}{path} answered {response.status}: {words}")
-        return answer, response.headers
+
+def ask(endpoint: str, method: str, path: str, body: dict[str, Any] | None) -> tuple[bytes, http.client.HTTPMessage]:
+    """The answer's body and headers; NodeFailed where there is none, or not 200."""
+    parts = urlsplit(endpoint)
+    if parts.scheme != "http" or not parts.hostname or not parts.port:
+        raise BadInput(f"node {endpoint!r}: http://HOST:PORT is expected")
+    connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=TIMEOUT_SECONDS)
+    try:
+        data = None if body is None else json.dumps(body).encode()
+        connection.request(method, path, data, {"Content-Type": "application/json"} if data else {})
+        response = connection.getresponse()
+        answer = response.read()
+    except (OSError, http.client.HTTPException) as error:
+        raise NodeFailed(f"{endpoint}{path}: {type(error).__name__}: {error}") from error
+    finally:
+        connection.close()
+    if response.status != 200:
+        words = " ".join(answer.decode(errors="replace").split())[:200]
+        raise NodeFailed(f"{endpoint}{path} answered {response.status}: {words}")
+    return answer, response.headers
 
 
 def check_agreement(nodes: Sequence[Node], probe: TokenSequence) -> int:

@@ -14,6 +14,8 @@ from mansard.store.store import Store
 
 PREFIX = "CarryOnTaps"
 """Of the plugin's classes whose states are the final one and the taps, side by side."""
+SERVING_PREFIX = "CarryOnStates"
+"""Of those that serve users, and keep the same states for the prompts that ask."""
 
 
 def check_taps(taps: Sequence[int], config: dict[str, Any]) -> None:
@@ -33,3 +35,9 @@ def tapped_config(store: Store, base: SnapshotId, taps: Sequence[int]) -> dict[s
         return {}
     architecture = served_config(store, base)["architectures"][0]
     return {"architectures": [PREFIX + architecture], "carry_on_taps": list(taps)}
+
+
+def serving_config(store: Store, base: SnapshotId, taps: Sequence[int]) -> dict[str, Any]:
+    """What the config.json of an engine that serves users says otherwise so that prompts may ask for their states."""
+    architecture = served_config(store, base)["architectures"][0]
+    return {"architectures": [SERVING_PREFIX + architecture], "carry_on_taps": list(taps)}

@@ -293,7 +293,7 @@ def load_adapter(endpoint: str, name: str, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def engine(work: Path, tree: Path, arguments: list[str], dtype: str = "float32") -> Iterator[str]:
+def engine(work: Path, tree: Path, arguments: list[str], dtype: str = "float32", cores: str = "") -> Iterator[str]:
     """A vLLM engine; a generating one has a small step's budget, so that long prompts come in chunks."""
     site = load_site(ROOT / "configs/site/local.yaml")
     port = free_port(8600, ())
@@ -304,7 +304,8 @@ def engine(work: Path, tree: Path, arguments: list[str], dtype: str = "float32")
         f"--max-model-len={SHAPE['max_tokens']}", *([] if "--runner=pooling" in arguments else CHUNKED),
         "--seed=0", "--no-enable-log-requests", "--disable-uvicorn-access-log", *arguments,
     ]  # fmt: skip
-    environment = {**os.environ, **variables(site, ""), "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+    environment = {**os.environ, **variables(site, cores), "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+    environment["PYTHONPATH"] += f"{os.pathsep}{ROOT / 'infra/vllm-plugin'}"  # the plugin beside this file
     with log.open("wb") as output:
         process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=work)
     try:

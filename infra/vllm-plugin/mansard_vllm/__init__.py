@@ -2,7 +2,7 @@
 
 vLLM calls `register` in every process that it starts. The base's own model class does the base's work; a config.json
 whose architecture is CarryOn... and whose `carry_on` section names the branch takes the class below it. CarryOnTaps...
-gives the states of several layers away.
+gives the states of several layers away; CarryOnStates... serves users, and keeps states for the prompts that ask.
 """
 
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -18,5 +18,5 @@ def register() -> None:
 
     use_branch_manager()
     for family in FAMILIES:
-        for prefix in ("CarryOn", "CarryOnTaps"):
+        for prefix in ("CarryOn", "CarryOnTaps", "CarryOnStates"):
             ModelRegistry.register_model(f"{prefix}{family}", f"mansard_vllm.models:{prefix}{family}")

@@ -4,7 +4,8 @@ config.json's `carry_on` section is either {"file": path of the branch in the mo
 "branch"}: one branch, always on; or {"slots", "shape", "base"}: many branches of one shape, chosen per request as LoRA
 adapters are (slots.py). At alpha 0, and for requests that name no branch, the base's states pass untouched. A branch
 that taps layers gets their states beside the final one. CarryOnTaps... classes give just these states away, in pooling
-mode, to those who train such branches. Legend: N tokens of a step, D base width, W all states' width.
+mode, to those who train such branches; CarryOnStates... classes serve users and keep these states for the prompts that
+ask for them (connector.py). Legend: N tokens of a step, D base width, W all states' width.
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,6 +22,7 @@ from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.sequence import IntermediateTensors
 
 from mansard_vllm.branch import ALL, Branch, check_description, read_description
+from mansard_vllm.kept_states import KeptStates
 from mansard_vllm.slots import Slots
 
 
@@ -112,6 +114,30 @@ class Taps:
         )
 
 
+class KeepsStates:
+    """The base, untouched, for users; the final state and those after the layers of `carry_on_taps` (none: the final
+    one alone) are kept beside keys and values. Mixed in before a family's class."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        taps = getattr(vllm_config.model_config.hf_config, "carry_on_taps", ())
+        tap(self, taps)
+        self.kept_states = KeptStates(1 + len(taps), vllm_config)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x, as the base alone gives it."""
+        found = super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)  # type: ignore[misc]
+        self.kept_states.keep(side_by_side(found))
+        x_ND: torch.Tensor = found[0] if isinstance(found, tuple) else found
+        return x_ND
+
+
 class CarryOnLlamaForCausalLM(CarryOn, LlamaForCausalLM):  # type: ignore[misc]
     """A Llama with a branch."""
 
@@ -142,3 +168,19 @@ class CarryOnTapsQwen2ForCausalLM(Taps, Qwen2ForCausalLM):  # type: ignore[misc]
 
 class CarryOnTapsQwen3ForCausalLM(Taps, Qwen3ForCausalLM):  # type: ignore[misc]
     """The states of a Qwen3, taps beside them."""
+
+
+class CarryOnStatesLlamaForCausalLM(KeepsStates, LlamaForCausalLM):  # type: ignore[misc]
+    """A Llama for users, whose states are kept."""
+
+
+class CarryOnStatesMistralForCausalLM(KeepsStates, MistralForCausalLM):  # type: ignore[misc]
+    """A Mistral for users, whose states are kept."""
+
+
+class CarryOnStatesQwen2ForCausalLM(KeepsStates, Qwen2ForCausalLM):  # type: ignore[misc]
+    """A Qwen2 for users, whose states are kept."""
+
+
+class CarryOnStatesQwen3ForCausalLM(KeepsStates, Qwen3ForCausalLM):  # type: ignore[misc]
+    """A Qwen3 for users, whose states are kept."""

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -74,8 +75,8 @@ def filled(base_folder: Path, store: Store) -> Filled:
 
 @dataclass
 class StatesServer:
-    """What a vLLM node in pooling mode says, computed by transformers. `asked` counts sequences; it dies after
-    `dies_after` requests, and then answers nothing."""
+    """What a vLLM node says, in pooling mode and (`/v1/completions`, `/states/KEY`) serving users, computed by
+    transformers. `asked` counts sequences; it dies after `dies_after` requests, and then answers nothing."""
 
     endpoint: str
     asked: list[int] = field(default_factory=list)
@@ -84,6 +85,21 @@ class StatesServer:
     scale: float = 1.0
     taps: tuple[int, ...] = ()
     cut: Callable[[str], list[int]] = lambda text: []  # into tokens
+    gives_states: bool = True
+    lost_tokens: int = 0
+    lost_bytes: int = 0
+    waiting: dict[str, tuple[bytes, str]] = field(default_factory=dict)
+
+    def keep(self, model: Any, body: dict[str, Any]) -> dict[str, Any]:
+        """One answer of a serving node: its states wait under a key."""
+        prompt = body["prompt"][: len(body["prompt"]) - self.lost_tokens]
+        data, metadata = self.states(model, {"input": [prompt]})
+        key = uuid.uuid4().hex
+        shape = ",".join(map(str, metadata["data"][0]["shape"]))
+        self.waiting[key] = (data[: len(data) - self.lost_bytes], shape)
+        port = int(self.endpoint.rsplit(":", 1)[1])
+        given = {"kv_transfer_params": {"mansard_states": {"port": port, "key": key}}} if self.gives_states else {}
+        return {"choices": [{"text": "x"}], **given}
 
     def states(self, model: Any, body: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
         import torch
@@ -98,6 +114,10 @@ class StatesServer:
             items.append({"index": index, "start": len(data), "end": len(data) + len(raw), "shape": list(found.shape)})
             data += raw
         return data, {"data": items}
+
+
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 512  # as vLLM: a serving node is asked for each sequence on its own
 
 
 ServeStates = Callable[..., StatesServer]
@@ -120,7 +140,7 @@ def serve_states(base_model: Any, base_folder: Path) -> Iterator[ServeStates]:
     ) -> StatesServer:
         made = StatesServer("", dies_after=dies_after, root=root, scale=scale, taps=taps)
         made.cut = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
-        server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(model, made))
+        server = _Server(("127.0.0.1", 0), _handler(model, made))
         made.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
         threading.Thread(target=server.serve_forever, daemon=True).start()
         running.append(server)
@@ -135,6 +155,15 @@ def serve_states(base_model: Any, base_folder: Path) -> Iterator[ServeStates]:
 def _handler(model: Any, node: StatesServer) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            if self.path.startswith("/states/"):
+                data, shape = node.waiting.pop(self.path.removeprefix("/states/"))
+                self.send_response(200)
+                self.send_header("X-States-Dtype", "bfloat16")
+                self.send_header("X-States-Shape", shape)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+                return
             card = {"id": "base", "root": node.root, "max_model_len": 128}
             self._send({"data": [card]} if self.path == "/v1/models" else {"version": "test"})
 
@@ -145,6 +174,10 @@ def _handler(model: Any, node: StatesServer) -> type[BaseHTTPRequestHandler]:
                 return
             if node.dies_after is not None and len(node.asked) >= node.dies_after:
                 self.close_connection = True  # a process that was killed: the connection ends without an answer
+                return
+            if self.path == "/v1/completions":
+                node.asked.append(1)
+                self._send(node.keep(model, body))
                 return
             node.asked.append(len(body["input"]))
             data, metadata = node.states(model, body)
