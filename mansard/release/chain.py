@@ -17,6 +17,9 @@ from mansard.release.pointer import approvals_in_force
 if TYPE_CHECKING:
     from mansard.store.store import Store
 
+TAKEN = "snapshot"
+"""The stage that only took the base: into the store from outside, or from its version. No recipe made anything."""
+
 
 def link_of(journal: Journal, store: "Store", model: str, version: int, problems: list[str]) -> dict[str, Any]:
     """The evidence of one version as JSON. Adds to `problems`; raises BadInput for an unknown version."""
@@ -43,7 +46,13 @@ def link_of(journal: Journal, store: "Store", model: str, version: int, problems
         "stages": stages,
         "data": data,
         "base_version": registration.base_version,
+        "base": _base(registration),
     }
+
+
+def _base(registration: Registration) -> str:
+    """What the version was built on. An adopted model is its own base."""
+    return next((snapshot for stage, _, snapshot in registration.stages if stage == TAKEN), registration.model)
 
 
 def _decision(body: dict[str, Any], kind: str) -> dict[str, Any]:
@@ -92,10 +101,11 @@ def _derivations(
 
     Outside is a snapshot that no remembered recipe made (data, a base from a folder) or that another version explains.
     """
-    named = {recipe: (stage, snapshot) for stage, recipe, snapshot in registration.stages}
+    own = [made for made in registration.stages if made[0] != TAKEN]
+    named = {recipe: (stage, snapshot) for stage, recipe, snapshot in own}
     made: dict[str, dict[str, Any]] = {}
     outside: dict[str, str] = {}
-    waiting = [*reversed([s for _, _, s in registration.stages]), *(s for _, s in _snapshots(registration))]
+    waiting = [*reversed([s for _, _, s in own]), *(s for _, s in _snapshots(registration))]
     listed = {snapshot for _, snapshot in named.values()}  # also another version's records, evaluated once for both
     seen = set()
     while waiting:
@@ -113,8 +123,9 @@ def _derivations(
             problems.append(f"stage {stage}: no lineage record of {snapshot[:12]} in {store.root}")
             made[recipe] = {"stage": stage, "recipe": recipe, "snapshot": snapshot, "inputs": {}, "is_held": False}
     results = {stage["snapshot"] for stage in made.values()}
+    base = _base(registration)
     data = [
-        {"name": name, "snapshot": taken, "is": others.get(taken, "data")}
+        {"name": name, "snapshot": taken, "is": others.get(taken, "base" if taken == base else "data")}
         for taken, name in outside.items()
         if taken not in results
     ]

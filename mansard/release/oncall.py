@@ -95,7 +95,7 @@ def why(site: Site, model: str, version: int) -> dict[str, Any]:
         "is": _roles(pointers, version),
         "pointer": _brief(_since(entries, version)),
         "chain": chain,
-        "base": chain[-1]["model"],
+        "base": chain[-1]["base"],
         "problems": problems,
     }
 

@@ -331,6 +331,19 @@ def test_why_walks_from_the_pointer_to_the_first_base(derived: Site, store: Stor
     assert "approved by grace" in text and "bits (guard): pass, n 3, change +0.1000" in text
 
 
+def test_why_names_the_base_of_an_upgrade_that_began_in_a_folder(site: Site, store: Store, candidate: Make) -> None:
+    base, fused = store.put_files({"base.bin": b"base"}), store.put_files({"fused.bin": b"fused"})
+    store.remember("f" * 64, fused, {"stage": "fuse", "recipe": "f" * 64, "inputs": {"model": base}})
+    stages = (("snapshot", "a" * 64, base), ("fuse", "f" * 64, fused))
+    made = candidate(model=fused, base_version=None, baseline_version=None, anchor_version=None, stages=stages)
+    with Journal.open(site.journal) as journal:
+        journal.register(made, sign_registration(site, made))
+    told = oncall.why(site, "demo", 1)
+    assert (told["base"], told["chain"][0]["model"], told["problems"]) == (base, fused, [])
+    assert told["chain"][0]["data"] == [{"name": "fuse: model", "snapshot": base, "is": "base"}]
+    assert f"base of version 1: {base}" in oncall_text.why_text(told)
+
+
 def test_a_collect_leaves_all_that_why_tells_of(derived: Site, store: Store) -> None:
     unused = store.put_files({"x": b"no version came of it"})
     before = oncall.why(derived, "demo", 2)
