@@ -5,13 +5,14 @@ Legend: N tokens of a step, D base width, W all states' width (x first, then the
 width.
 """
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn.functional import linear, rms_norm, silu
 from vllm.config import VllmConfig
@@ -124,9 +125,7 @@ class Branch(nn.Module):  # type: ignore[misc]
         vLLM itself would start an AWQ base without a branch's weights and serve NaN.
         """
         wanted = dict(self.named_parameters())
-        if not path.is_file():
-            raise ValueError(f"{path}: the branch is not there; compose the artifact again")
-        with safe_open(str(path), framework="pt") as file:
+        with opened(path) as file:
             values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         if wrong := wanted.keys() ^ values.keys():
             raise ValueError(f"{path}: tensors missing or left over, e.g. {min(wrong)}; make the branch again")
@@ -159,11 +158,21 @@ def by_group(groups: Groups, apply: Callable[..., torch.Tensor], *tensors: torch
     return made
 
 
-def read_description(path: Path) -> dict[str, Any]:
-    """What the branch file says of itself; ValueError where it is none, or of a newer format."""
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """The branch's file; ValueError where it is not there or cannot be read."""
     if not path.is_file():
         raise ValueError(f"{path}: the branch is not there; compose the artifact again")
-    with safe_open(str(path), framework="pt") as file:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: the branch cannot be read ({error!s:.100}); compose the artifact again") from error
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """What the branch file says of itself; ValueError where it is none, or of a newer format."""
+    with opened(path) as file:
         text = (file.metadata() or {}).get(METADATA)
     if text is None:
         raise ValueError(f"{path}: no {METADATA!r} in its metadata; a branch that mansard customize made is expected")

@@ -113,6 +113,37 @@ def test_a_branch_learns_and_the_curves_start_at_the_base(
 
 
 @pytest.mark.filterwarnings("ignore:::torch")  # the compiler's first import calls what torch itself deprecates
+def test_the_curves_over_alpha_are_of_the_branch_as_it_is_saved(
+    filled: Filled, serve_states: ServeStates, tmp_path: Path
+) -> None:
+    import torch
+
+    from mansard.carry_on import train_stage
+    from mansard.carry_on.branch_file import load_branch
+    from mansard.carry_on.cached import open_cache
+    from mansard.carry_on.loader import Loader
+    from mansard.composition.description import FILE
+    from mansard.specs.carry_on import BranchTrain
+    from mansard.specs.data import Data
+
+    capture = captured(filled, serve_states, tmp_path / "c")
+    asked = train_context(filled, capture, tmp_path / "t")
+    made = train_stage.run(asked)
+    saved, description = load_branch(filled.store.materialize(made) / FILE, filled.base)
+    assert {p.dtype for p in saved.parameters()} == {torch.bfloat16}
+    cache, train = open_cache(filled.store, capture), BranchTrain.model_validate(asked.spec["train"])
+    mixture, held_out = train_stage._texts(cache, Data.model_validate(DATA), train)
+    loader = Loader(cache, mixture, 64, is_pinned=False)
+    branch, engine = train_stage.make_engine(asked, loader, description.shape, train, torch.device("cpu"))
+    branch.load_state_dict({name: p.float() for name, p in saved.named_parameters()})
+    told = json.loads(filled.store.read_file(made, "branch.json"))["alphas"]
+    found = train_stage.alpha_curves(engine, held_out, asked.spec["alphas"])
+    loader.close()
+    for one, other in zip(told, found, strict=True):
+        assert one["alpha"] == other["alpha"]
+        assert one["bits_per_byte"] == pytest.approx(other["bits_per_byte"], rel=1e-6)
+
+
 def test_a_branch_learns_in_bf16_with_moments_in_8_bits_and_no_masters(
     filled: Filled, serve_states: ServeStates, tmp_path: Path, capsys: Any
 ) -> None:

@@ -66,7 +66,10 @@ def test_a_branch_that_does_not_belong_in_a_slot_is_refused_and_the_one_in_it_st
     gone = tmp_path / "gone"
     gone.mkdir()
     (gone / "alpha.json").write_text('{"alpha": 1}')
+    short = Path(folder_of(tmp_path / "short"))
+    (short / FILE).write_bytes((short / FILE).read_bytes()[:-100])
     wrong = {
+        str(short): "the branch cannot be read (",
         str(gone): "the branch is not there; compose the artifact again",
         folder_of(tmp_path / "base", base=OTHER): "belongs to base bbbbbbbbbbbb, the server's is aaaaaaaaaaaa",
         folder_of(tmp_path / "width", shape=shape_of(64, 64, 1)): "a branch for width 64, the base has 128",
