@@ -86,6 +86,21 @@ def test_a_projection_for_each_tap_is_counted_told_and_learns() -> None:
     assert all(bool(p.grad.abs().sum() > 0) for p in branch.parameters())
 
 
+def test_taps_are_summed_by_the_softmax_of_their_weights() -> None:
+    import torch
+
+    from mansard.carry_on.branch import Branch
+
+    shape = shape_of(64, 64, 1, taps=(1, 2))
+    (branch := Branch(shape)).start(0)
+    x, one, two = torch.randn(3, 1, 5, 64)
+    with torch.no_grad():
+        branch.tap_weights.copy_(torch.tensor([1.0, 6.0, 3.0]).log())
+        normed = [torch.nn.functional.rms_norm(part, (64,), eps=shape.norm_epsilon) for part in (x, one, two)]
+        wanted = (0.1 * normed[0] + 0.6 * normed[1] + 0.3 * normed[2]) @ branch.project.T
+        torch.testing.assert_close(branch.read(torch.cat([x, one, two], dim=-1)), wanted)
+
+
 def test_taps_out_of_order_are_refused() -> None:
     with pytest.raises(ValidationError, match="ascending order"):
         BranchSpec(width=64, taps=[3, 1])
