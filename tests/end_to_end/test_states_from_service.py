@@ -1,5 +1,5 @@
 """The real vLLM serves users and gives the states of prompts that ask: the states are the model's, also where the
-prefix cache answered, and users get the very tokens that an engine without any of this gives them.
+prefix cache answered, and users get the very answers that an engine without any of this gives them.
 """
 
 import json
@@ -83,12 +83,13 @@ def test_states_are_the_models_and_users_answers_are_untouched(tmp_path: Path) -
     store, base, tree = make_base(tmp_path)
     model = load_model(tree, torch.float32)
     asked = prompts()
-    with engine(tmp_path, tree, []) as endpoint:
+    # On a core that is named: left to itself, vLLM computes on more threads where there is a connector.
+    with engine(tmp_path, tree, [], cores="0") as endpoint:
         plain = [answer(endpoint, prompt) for prompt in asked]
     overrides = f"--hf-overrides={json.dumps(serving_config(store, base, TAPS))}"
-    with engine(tmp_path, tree, [overrides, f"--kv-transfer-config={json.dumps(CONNECTOR)}"]) as endpoint:
-        for (tokens, logprobs), wanted in zip([answer(endpoint, prompt) for prompt in asked], plain, strict=True):
-            assert tokens == wanted[0] and logprobs == pytest.approx(wanted[1], abs=TOLERANCE)
+    connector = f"--kv-transfer-config={json.dumps(CONNECTOR)}"
+    with engine(tmp_path, tree, [overrides, connector], cores="0") as endpoint:
+        assert [answer(endpoint, prompt) for prompt in asked] == plain  # the tokens, and the numbers bit for bit
         node = ServingNode(endpoint, "base")
         node.check(base, max(map(len, asked)))
         sequences = [TokenSequence(key_of(t), t) for t in (numpy.array(p, dtype=numpy.int32) for p in asked)]

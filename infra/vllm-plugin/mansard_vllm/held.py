@@ -33,8 +33,11 @@ class Held:
         self._lock = threading.Lock()
 
     def put(self, key: str, states: States) -> None:
-        """Keep it until it is taken. A single one larger than the limit is kept alone."""
+        """Keep it until it is taken, in place of what waits under the same key (a prompt that was computed again). A
+        single one larger than the limit is kept alone."""
         with self._lock:
+            if key in self._waiting:
+                self._bytes -= len(self._waiting.pop(key).data)
             while self._waiting and self._bytes + len(states.data) > self.limit_bytes:
                 self._bytes -= len(self._waiting.popitem(last=False)[1].data)
             self._waiting[key] = states

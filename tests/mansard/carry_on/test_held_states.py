@@ -51,6 +51,14 @@ def test_what_waits_longest_goes_where_room_is_short() -> None:
     assert held.take("d") == states(2)
 
 
+def test_a_prompt_that_was_computed_again_takes_no_second_room() -> None:
+    held = Held(700)
+    for _ in range(9):
+        held.put("a", states(1))
+    held.put("b", states(1))
+    assert held.take("a") == held.take("b") == states(1)
+
+
 def test_room_is_given_back_whoever_takes_and_puts_at_once() -> None:
     held = Held(256 * 64)
 
