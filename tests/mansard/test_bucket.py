@@ -25,6 +25,7 @@ from mansard.store.bucket import PART_BYTES, Bucket
 from mansard.store.collection import collect, preview
 from mansard.store.snapshot import TensorFile
 from mansard.store.store import Store
+from tests.mansard.stored_files import contents, write_tree
 
 MakeCheckpoint = Callable[..., Path]
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,17 +43,6 @@ print(Store(Path(sys.argv[1]), sys.argv[2]).snapshot(Path(sys.argv[3])))
 def start_taking(root: Path, url: str, tree: Path) -> "subprocess.Popen[str]":
     command = [sys.executable, "-c", TAKE, str(root), url, str(tree)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": CHECKOUT})
-
-
-def write_tree(folder: Path, files: dict[str, bytes]) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, data in files.items():
-        (folder / name).write_bytes(data)
-    return folder
-
-
-def contents(tree: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(tree)): p.read_bytes() for p in tree.rglob("*") if p.is_file()}
 
 
 def client(url: str) -> S3Store:

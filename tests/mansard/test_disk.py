@@ -18,19 +18,9 @@ from mansard.errors import MansardError
 from mansard.store.collection import collect
 from mansard.store.disk import DIRECT_BYTES, DIRECT_CHUNK_BYTES, copy_new
 from mansard.store.store import Store
+from tests.mansard.stored_files import contents, write_tree
 
 DISK_BYTES = 4 << 20
-
-
-def write_tree(folder: Path, files: dict[str, bytes]) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, data in files.items():
-        (folder / name).write_bytes(data)
-    return folder
-
-
-def contents(tree: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(tree)): p.read_bytes() for p in tree.rglob("*") if p.is_file()}
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -18,46 +17,17 @@ from hypothesis import strategies as st
 from mansard.errors import BadInput, Conflict, Corrupt, JournalDown, MansardError
 from mansard.records import Registration
 from mansard.release import emergency, oncall, oncall_text
-from mansard.release.ballast import keep_ballast
-from mansard.release.direct_rollback import Request, rollback_directly
 from mansard.release.events import ABORTED, EMERGENCY, ROLLED_BACK, Entry, Pointers, Uptime, as_text, utc_now
 from mansard.release.journal import Journal
 from mansard.release.memory import recall, remember
 from mansard.release.permission import guard_of
 from mansard.release.pointer import recent_move
 from mansard.serving import split as splits
-from mansard.serving.host.when_down import follow_pointers
 from mansard.site import Site, load_site
+from tests.mansard.release.outage import Outage, roll_back, state
 
 Make = Callable[..., Registration]
 ROOT = Path(__file__).resolve().parents[3]
-
-
-class Outage:
-    """The journal's database, there or not."""
-
-    def __init__(self, site: Site, server: Any) -> None:
-        self.site = site
-        self._server = server
-        self._aside = site.home / "aside"
-
-    def begin(self) -> None:
-        if self._server is not None:
-            self._server.stop()
-            return
-        self._aside.mkdir()
-        for path in self.site.home.glob("journal.sqlite3*"):
-            path.rename(self._aside / path.name)
-        (self.site.home / "journal.sqlite3").mkdir()
-
-    def end(self) -> None:
-        if self._server is not None:
-            self._server.start()
-            return
-        (self.site.home / "journal.sqlite3").rmdir()
-        for path in self._aside.iterdir():
-            path.rename(self.site.home / path.name)
-        self._aside.rmdir()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -87,28 +57,6 @@ def site_of_three(outage: Outage, candidate: Make) -> Site:
         remember(site, journal)
     splits.write_split(site.split_file, split)
     return site
-
-
-def roll_back(site: Site, from_version: int | None = None, to: int | None = None, **more: Any) -> dict[str, Any]:
-    request = Request("demo", from_version, to, more.get("hard", False), more.get("who", "otto"), more.get("why", ""))
-    dead = more.get("dead", ())
-    return rollback_directly(
-        site,
-        request,
-        lambda _, version: version not in dead,
-        lambda *where: follow_pointers(site, *where),
-        lambda *_: [],
-    )
-
-
-def state(site: Site) -> tuple[Pointers, int, int | None]:
-    """Pointers, and stable and canary of the split; the journal is whole and no term is behind the split's."""
-    with Journal.open(site.journal) as journal:
-        journal.verify()
-        pointers, term = journal.pointers("demo"), journal.term()
-    split = splits.read_split(site.split_file)
-    assert term >= split.term
-    return pointers, split.models["demo"].stable, split.models["demo"].canary
 
 
 def imported(site: Site) -> list[Entry]:
@@ -413,63 +361,6 @@ def test_a_stale_controller_moves_nothing_forward(outage: Outage, site_of_three:
     with pytest.raises(Conflict, match="is not newer"):
         splits.write_split(site.split_file, late)
     assert state(site)[:2] == (Pointers(3, None, 2, 1007), 3)
-
-
-@pytest.fixture
-def small_disk(three: Site) -> Iterator[Site]:
-    """The same site on a file system of its own with 24 MiB, full but for the ballast."""
-    folder = three.home / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode != 0:
-        pytest.skip(f"left out: a full disk; a small one cannot be mounted here: {mounted.stderr.decode().strip()}")
-    try:
-        small = replace(three, home=folder)
-        for path in (*three.home.glob("journal.sqlite3*"), three.split_file):
-            (folder / path.name).write_bytes(path.read_bytes())
-        (folder / "store").symlink_to(three.store)
-        with Journal.open(small.journal) as journal:
-            remember(small, journal)
-        keep_ballast(small)
-        with suppress(OSError), (folder / "filler").open("wb", buffering=0) as file:
-            while file.write(b"x" * 4096):
-                pass
-        yield small
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def test_a_full_disk_under_the_journal_stops_no_rollback(small_disk: Site) -> None:
-    with pytest.raises(JournalDown, match="is the disk full"):
-        Journal.open(small_disk.journal)
-    assert oncall.status(small_disk, "demo")["stable"]["version"] == 3
-    done = roll_back(small_disk, why="night")
-    assert (done["changed"], done["stable"], done["journal"]) == (True, 2, "")
-    assert not small_disk.ballast_file.exists()
-    assert state(small_disk)[1:] == (2, None)
-
-
-def test_a_full_disk_and_no_journal_stop_no_rollback_either(small_disk: Site) -> None:
-    for path in small_disk.home.glob("journal.sqlite3*"):
-        path.unlink()
-    (small_disk.home / "journal.sqlite3").write_text("not a database. " * 500)
-    with suppress(OSError), (small_disk.home / "more").open("wb", buffering=0) as file:
-        while file.write(b"x" * 4096):
-            pass
-    done = roll_back(small_disk)
-    assert (done["changed"], done["stable"]) == (True, 2)
-    assert [r.to for r in emergency.waiting(small_disk)] == [2]
-
-
-def test_a_disk_that_is_full_to_the_last_byte_is_one_line_and_changes_nothing(small_disk: Site) -> None:
-    small_disk.ballast_file.unlink()
-    with suppress(OSError), (small_disk.home / "more").open("wb", buffering=0) as file:
-        while file.write(b"x" * 4096):
-            pass
-    before = splits.read_split(small_disk.split_file)
-    with pytest.raises(MansardError, match=r"No space left|disk is full"):
-        roll_back(small_disk)
-    assert splits.read_split(small_disk.split_file) == before
 
 
 def test_a_clock_that_jumps_neither_hides_nor_prolongs_a_recent_rollback() -> None:
