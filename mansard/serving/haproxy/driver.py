@@ -30,6 +30,7 @@ from mansard.serving.folder_watch import FolderWatch
 from mansard.serving.haproxy.config import config_text, log_socket, routes_file, runtime_socket
 from mansard.serving.haproxy.log import take_line
 from mansard.serving.haproxy.runtime import HaproxyFailed, InFlight, Runtime
+from mansard.serving.process import identify
 from mansard.serving.router.admin import RouterAdmin
 from mansard.serving.router.http import HardenedServer
 from mansard.serving.router.metrics import Observations
@@ -149,7 +150,7 @@ class Driver:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._pid, number)
             end = time.monotonic() + deadline_seconds
-            while _is_running(self._pid) and time.monotonic() < end:
+            while identify(self._pid) is not None and time.monotonic() < end:
                 await asyncio.sleep(0.05)
             deadline_seconds = START_SECONDS
 
@@ -214,13 +215,6 @@ async def serve(site: Site, lease_seconds: float, drain_seconds: float) -> None:
 def _take_news(folder: FolderWatch, driver: Driver) -> None:
     folder.clear()
     driver.look()
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
