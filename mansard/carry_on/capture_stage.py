@@ -131,21 +131,31 @@ def _capture(
     longest = max(len(s.tokens) for shard in missing for s in shard.sequences)
     for node in nodes:
         node.check(context.inputs["artifact"], longest)
-    taps = context.spec.get("taps", [])
-    found = check_agreement(nodes, max(missing[0].sequences, key=lambda s: len(s.tokens)))
-    if found != width * (1 + len(taps)):
-        config = serving_config if isinstance(nodes[0], ServingNode) else tapped_config
-        overrides = config(context.store, context.inputs["artifact"], taps)
-        raise BadInput(
-            f"{nodes[0].endpoint} gives states of width {found}, the base has {width}"
-            + (f" and {len(taps)} taps; start nodes with --hf-overrides '{json.dumps(overrides)}'" if taps else "")
-            + ("" if taps else "; name nodes of the base")
-        )
+    probe = max(missing[0].sequences, key=lambda s: len(s.tokens))
+    _check_states(context, nodes, check_agreement(nodes, probe), width)
     total = sum(shard.tokens for shard in shards)
     done = total - sum(shard.tokens for shard in missing)
-    for shard in fill(nodes, folder, missing, context.spec["scheme"], 1 + len(taps)):
+    for shard in fill(nodes, folder, missing, context.spec["scheme"], 1 + len(context.spec.get("taps", []))):
         done += shard.tokens
         context.progress(done, total, "tokens", f"{len(nodes)} nodes")
+
+
+def _check_states(context: "StageContext", nodes: list[Node], found: int, width: int) -> None:
+    """BadInput where the states are not of the wanted width, or are of other layers."""
+    taps = context.spec.get("taps", [])
+    config = serving_config if isinstance(nodes[0], ServingNode) else tapped_config
+    overrides = config(context.store, context.inputs["artifact"], taps)
+    start = f"start nodes with --hf-overrides '{json.dumps(overrides)}'"
+    if found != width * (1 + len(taps)):
+        raise BadInput(
+            f"{nodes[0].endpoint} gives states of width {found}, the base has {width}"
+            + (f" and {len(taps)} taps; {start}" if taps else "; name nodes of the base")
+        )
+    for node in nodes:
+        told = node.taps()
+        if told != taps:
+            says = f"gives states after layers {told}" if told else "does not say which layers it gives"
+            raise BadInput(f"{node.endpoint} {says}, branch.taps are {taps}; {start}")
 
 
 def _width(context: "StageContext") -> int:

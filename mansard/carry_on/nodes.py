@@ -56,6 +56,11 @@ class Node:
         listed: list[dict[str, Any]] = json.loads(ask(self.endpoint, "GET", "/v1/models", None)[0])["data"]
         return listed
 
+    def taps(self) -> list[int]:
+        """The layers whose states follow the final one's, as the plugin says them; none where it says nothing."""
+        cards = [card for card in self.models() if card["id"] == self.served_name]
+        return [int(tap) for card in cards for tap in card.get("carry_on_taps", [])]
+
     def states(self, sequences: Sequence[TokenSequence]) -> list[torch.Tensor]:
         """bf16 states after the last norm, [tokens, D] each; NodeFailed where any is missing. Coding them finds those
         that are not finite."""

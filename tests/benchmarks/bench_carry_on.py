@@ -150,7 +150,9 @@ def tapped(work: Path, store: Store, base: str, tree: Path) -> dict[str, Any]:
     overrides = f"--hf-overrides={json.dumps(tapped_config(store, base, taps))}"
     asked = [TokenSequence(b"", numpy.array(p, dtype=numpy.int32)) for p in prompts()]
     with engine(work, tree, [*POOLING, overrides]) as endpoint:
-        given = Node(endpoint, "base").states(asked)
+        node = Node(endpoint, "base")
+        assert node.taps() == taps, "the node says which layers it gives"
+        given = node.states(asked)
     shape = shape_of(SHAPE["hidden"], 64, 2, taps)
     folder = make_branch(work / "tapped", base, 2, shape)
     model = load_carry_on(tree, base, folder / FILE, 0.75, torch.float32)

@@ -15,8 +15,10 @@ def register() -> None:
     from vllm import ModelRegistry
 
     from mansard_vllm.slots import use_branch_manager
+    from mansard_vllm.told_taps import tell_taps
 
     use_branch_manager()
+    tell_taps()
     for family in FAMILIES:
         for prefix in ("CarryOn", "CarryOnTaps", "CarryOnStates"):
             ModelRegistry.register_model(f"{prefix}{family}", f"mansard_vllm.models:{prefix}{family}")

@@ -50,8 +50,8 @@ class Slots:
         """Check a branch's folder and take it into a slot; ValueError in one line where it does not belong here."""
         described = read_description(path / BRANCH_FILE)
         check_description(described, self.base, self.branch.shape["base_width"], str(path))
-        if described["shape"] != self.branch.shape:
-            raise ValueError(f"{path}: a branch of shape {described['shape']}, the server has {self.branch.shape}")
+        if differing := other_geometry(described["shape"], self.branch.shape):
+            raise ValueError(f"{path}: a branch of {differing}; slots hold one shape, start an engine for it")
         self.paths[adapter] = path
         try:
             self.hold({adapter})
@@ -99,6 +99,13 @@ class Slots:
         if not isinstance(alpha, int | float) or not 0 <= alpha < math.inf:
             raise ValueError(f"{where}: alpha {alpha!r}: a number from 0 up is expected")
         return float(alpha)
+
+
+def other_geometry(branch: dict[str, Any], slots: dict[str, Any]) -> str:
+    """In words where a branch's shape is not that of the slots (taps are part of it); nothing where it is."""
+    keys = sorted(key for key in branch.keys() | slots.keys() if branch.get(key) != slots.get(key))
+    of = {name: ", ".join(f"{k} {shape.get(k, 'none')}" for k in keys) for name, shape in (("b", branch), ("s", slots))}
+    return f"{of['b']} where the server's slots have {of['s']}" if keys else ""
 
 
 class BranchManager:

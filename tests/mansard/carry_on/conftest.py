@@ -84,6 +84,7 @@ class StatesServer:
     root: str = "/models/base"
     scale: float = 1.0
     taps: tuple[int, ...] = ()
+    tells_taps: bool = True
     cut: Callable[[str], list[int]] = lambda text: []  # into tokens
     gives_states: bool = True
     lost_tokens: int = 0
@@ -165,6 +166,7 @@ def _handler(model: Any, node: StatesServer) -> type[BaseHTTPRequestHandler]:
                 self.wfile.write(data)
                 return
             card = {"id": "base", "root": node.root, "max_model_len": 128}
+            card |= {"carry_on_taps": list(node.taps)} if node.tells_taps and node.taps else {}
             self._send({"data": [card]} if self.path == "/v1/models" else {"version": "test"})
 
         def do_POST(self) -> None:

@@ -196,6 +196,18 @@ def test_a_node_without_the_taps_a_layer_that_is_none_and_another_capture_are_re
         trained(filled, plain, tmp_path / "t", TAPS)
 
 
+def test_a_node_with_as_many_other_taps_or_one_that_does_not_say_them_is_refused(
+    filled: Filled, serve_states: ServeStates, tmp_path: Path
+) -> None:
+    other, silent = serve_states(taps=(2,)), serve_states(taps=(1,))
+    silent.tells_taps = False
+    with pytest.raises(BadInput, match=r"gives states after layers \[2\], branch.taps are \[1\]; start") as no:
+        captured(filled, other, tmp_path / "a", "bf16", TAPS)
+    assert "\n" not in str(no.value)
+    with pytest.raises(BadInput, match=r"does not say which layers it gives, branch.taps are \[1\]"):
+        captured(filled, silent, tmp_path / "b", "bf16", TAPS)
+
+
 def test_the_small_form_of_the_benchmark_compares_taps_and_mixture_with_the_plain_form(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
