@@ -239,6 +239,7 @@ def test_real_engine_answers_for_each_branch_as_evaluation_recorded_it(place: An
     }  # fmt: skip
     place.site.path.write_text(json.dumps(tree))
     set_site(place, start_timeout_seconds=1800)
+    place.serve = {"dtype": "float32"}
     place.start_host()
     place.start_router()
     patient = {**RELEASE, "steps": [{**step, "deadline_seconds": 1500} for step in RELEASE["steps"]]}
