@@ -112,7 +112,6 @@ def test_a_branch_learns_and_the_curves_start_at_the_base(
     assert whole["code"] < half["code"] < base["code"], report["alphas"]
 
 
-@pytest.mark.filterwarnings("ignore:::torch")  # the compiler's first import calls what torch itself deprecates
 def test_the_curves_over_alpha_are_of_the_branch_as_it_is_saved(
     filled: Filled, serve_states: ServeStates, tmp_path: Path
 ) -> None:
@@ -144,6 +143,7 @@ def test_the_curves_over_alpha_are_of_the_branch_as_it_is_saved(
         assert one["bits_per_byte"] == pytest.approx(other["bits_per_byte"], rel=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:::torch")  # the compiler's first import calls what torch itself deprecates
 def test_a_branch_learns_in_bf16_with_moments_in_8_bits_and_no_masters(
     filled: Filled, serve_states: ServeStates, tmp_path: Path, capsys: Any
 ) -> None:
