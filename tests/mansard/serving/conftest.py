@@ -131,6 +131,7 @@ class Place:
         self.home = home
         self.site = self._make_site()
         self.store = Store(self.site.store)
+        self.serve: dict[str, Any] = {}
         self.client = HostClient(self.site.host_socket)
         self.host: subprocess.Popen[bytes] | None = None
         self.router: subprocess.Popen[bytes] | None = None
@@ -249,7 +250,7 @@ class Place:
         return self.store.put_files({"behaviour.json": canonical_json(behaviour)})
 
     def start_engine(self, artifact: str) -> dict[str, Any]:
-        body = {"model": "demo", "artifact": artifact, "serve": {}, "wait": True}
+        body = {"model": "demo", "artifact": artifact, "serve": self.serve, "wait": True}
         return self.client.call("POST", "/engines", body, timeout_seconds=self.site.engine.start_timeout_seconds)
 
     def register(
@@ -289,7 +290,7 @@ class Place:
                 author="ada",
                 spec_name="demo",
                 spec_digest="5" * 64,
-                serve={},
+                serve=self.serve,
                 release=release,
                 stages=(("fingerprint", "f" * 64, fingerprint), ("cost", "c" * 64, cost)),
             )

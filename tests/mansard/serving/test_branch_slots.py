@@ -6,8 +6,10 @@ The host and the router are real; the engine is the stand-in, and in one test th
 import json
 import os
 import signal
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,13 @@ import yaml
 from mansard.canonical import canonical_json
 from mansard.carry_on.branch import Branch
 from mansard.carry_on.branch_file import branch_bytes
+from mansard.carry_on.model import load_carry_on
 from mansard.composition.compose import compose
 from mansard.composition.description import FILE, BranchDescription
 from mansard.composition.shape import shape_of
 from mansard.demo.base import save_base, train_tokenizer, untrained_model
 from mansard.errors import BadInput
+from mansard.evaluation.engine_api import post_json
 from mansard.evaluation.fingerprint import take
 from mansard.release.journal import Journal
 from mansard.serving.host.place import branch_folder
@@ -63,9 +67,9 @@ def base(place: Any) -> str:
     return str(place.store.snapshot(tree))
 
 
-def branch_on(place: Any, base: str, seed: int) -> str:
+def branch_on(place: Any, base: str, seed: int, taps: tuple[int, ...] = ()) -> str:
     """The artifact of a random branch on `base`."""
-    shape = shape_of(128, 64, 1)
+    shape = shape_of(128, 64, 1, taps)
     branch = Branch(shape)
     branch.start(seed)
     with torch.no_grad():
@@ -181,20 +185,53 @@ def test_an_aborted_branch_leaves_the_engine_to_the_others(place: Any, three: li
     assert place.ask() == (200, "2")
 
 
-def fingerprint_in_slot(place: Any, endpoint: str, artifact: str) -> str:
-    """What a branch answers in a slot of a running engine; a third engine of its own would cost minutes."""
-    body = json.dumps({"lora_name": "probe", "lora_path": str(branch_folder(place.site, place.store, artifact))})
+def load_branch(place: Any, endpoint: str, name: str, artifact: str) -> None:
+    """Into a slot of a running engine, beside what the host does."""
+    body = json.dumps({"lora_name": name, "lora_path": str(branch_folder(place.site, place.store, artifact))})
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(f"{endpoint}/v1/load_lora_adapter", body.encode(), headers)
     with urllib.request.urlopen(request, timeout=600) as answer:
         answer.read()
+
+
+def fingerprint_in_slot(place: Any, endpoint: str, artifact: str) -> str:
+    """What a branch answers in a slot of a running engine; a third engine of its own would cost minutes."""
+    load_branch(place, endpoint, "probe", artifact)
     taken = take(endpoint, "probe", ["def add(a, b):", "import os"], 4)
     return str(place.store.put_files({"fingerprint.json": canonical_json(taken.as_json())}))
 
 
+def check_against_the_class(place: Any, endpoint: str, base: str, artifacts: dict[str | None, str]) -> None:
+    """Greedy tokens of all at once, in float32, are the Hugging Face class's; `artifacts` are by served name, and
+    under None one whose branch is left out: the base."""
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(3, 512, (n,), generator=generator).tolist() for n in (5, 40, 90)]
+    wanted, asked = [], []
+    for name, artifact in artifacts.items():
+        file = branch_folder(place.site, place.store, artifact) / FILE
+        model = load_carry_on(place.home / "base", base, file, 0.0 if name is None else 1.0, torch.float32)
+        for prompt in prompts:
+            given = model.generate(
+                torch.tensor([prompt]), max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0
+            )
+            wanted.append(given[0, len(prompt) :].tolist())
+            asked.append((name or f"base-{base[:16]}", prompt))
+
+    def answer(one: tuple[str, list[int]]) -> list[int]:
+        body = {"model": one[0], "prompt": one[1], "max_tokens": 16, "temperature": 0.0, "ignore_eos": True}
+        choice = post_json(endpoint, "/v1/completions", {**body, "return_token_ids": True})["choices"][0]
+        return list(choice["token_ids"])
+
+    with ThreadPoolExecutor(len(asked)) as pool:
+        found = list(pool.map(answer, asked))
+    assert found == wanted
+    assert len({tuple(tokens) for tokens in found}) == len(found), "each says something else"
+
+
 @pytest.mark.engine
 def test_real_engine_answers_for_each_branch_as_evaluation_recorded_it(place: Any, base: str, traffic: Any) -> None:
-    """vLLM with our plugin: the fingerprints of engines of their own hold in the slots of a shared one."""
+    """vLLM with our plugin, branches that tap a layer: the fingerprints of engines of their own hold in the slots of a
+    shared one; two of them and the base at once answer as the Hugging Face class; one without taps is refused."""
     tree = json.loads(place.site.path.read_text())
     tree["environments"]["serve"] = {
         "python": str(ROOT / ".venv-serve/bin/python"), "lock": str(ROOT / "infra/constraints/serve-cpu.txt"),
@@ -202,16 +239,22 @@ def test_real_engine_answers_for_each_branch_as_evaluation_recorded_it(place: An
     }  # fmt: skip
     place.site.path.write_text(json.dumps(tree))
     set_site(place, start_timeout_seconds=1800)
+    place.serve = {"dtype": "float32"}
     place.start_host()
     place.start_router()
     patient = {**RELEASE, "steps": [{**step, "deadline_seconds": 1500} for step in RELEASE["steps"]]}
     place.register(patient, artifact=base)
     release(place, traffic, 1)
-    place.register(patient, artifact=branch_on(place, base, 1))
+    place.register(patient, artifact=branch_on(place, base, 1, (1,)))
     place.client.call("POST", "/engines/stop", {"artifact": artifact_of(place, 2)})
     release(place, traffic, 2)
-    shared, other = shared_engine(place), branch_on(place, base, 2)
+    shared, other = shared_engine(place), branch_on(place, base, 2, (1,))
     place.register(patient, artifact=other, fingerprint=fingerprint_in_slot(place, shared["endpoint"], other))
+    own = artifact_of(place, 2)
+    check_against_the_class(place, shared["endpoint"], base, {own[:16]: own, "probe": other, None: own})
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        load_branch(place, shared["endpoint"], "plain", branch_on(place, base, 3))
+    assert "taps" in refused.value.read().decode()
     release(place, traffic, 3)
     assert shared_engine(place)["pid"] == shared["pid"]
     moved = place.roll_back()
