@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from mansard.canonical import canonical_json
 from mansard.carry_on.cached import CAPTURE_FILE
 from mansard.carry_on.filling import fill
-from mansard.carry_on.nodes import Node, check_agreement
+from mansard.carry_on.nodes import Node, NodeFailed, check_agreement
 from mansard.carry_on.pooling_engine import pooling_engine
 from mansard.carry_on.same_tokens import check_tokens
 from mansard.carry_on.sequences import distinct
@@ -30,7 +30,7 @@ from mansard.carry_on.serving_node import ServingNode, node_of
 from mansard.carry_on.shards import Shard, check_room, expected_bytes, plan_shards
 from mansard.carry_on.wire import check_scheme
 from mansard.composition.tapping import check_taps, serving_config, tapped_config
-from mansard.errors import BadInput, Corrupt
+from mansard.errors import BadInput, Corrupt, StageFailed
 from mansard.models.loading import load_tokenizer
 from mansard.models.model_files import model_config
 from mansard.records import SnapshotId
@@ -129,6 +129,7 @@ def _capture(
 ) -> None:
     """Fetch what is missing, from nodes that were compared with the base and with each other."""
     longest = max(len(s.tokens) for shard in missing for s in shard.sequences)
+    nodes = _answering(nodes)
     for node in nodes:
         node.check(context.inputs["artifact"], longest)
     probe = max(missing[0].sequences, key=lambda s: len(s.tokens))
@@ -138,6 +139,21 @@ def _capture(
     for shard in fill(nodes, folder, missing, context.spec["scheme"], 1 + len(context.spec.get("taps", []))):
         done += shard.tokens
         context.progress(done, total, "tokens", f"{len(nodes)} nodes")
+
+
+def _answering(nodes: list[Node]) -> list[Node]:
+    """The nodes that answer now: one that is down is told and done without. StageFailed where none answers."""
+    there, problems = [], []
+    for node in nodes:
+        try:
+            node.models()
+            there.append(node)
+        except NodeFailed as error:
+            problems.append(str(error))
+            print(f"capture: {error}; done without this node", file=sys.stderr, flush=True)
+    if not there:
+        raise StageFailed(f"no inference node answers: {'; '.join(problems)}; start one, or mend nodes: in the site")
+    return there
 
 
 def _check_states(context: "StageContext", nodes: list[Node], found: int, width: int) -> None:

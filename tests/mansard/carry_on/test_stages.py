@@ -236,6 +236,20 @@ def test_a_whole_shard_is_salvaged_without_asking_anyone(
     assert capture_run(context(filled, filled.inputs, capture_spec(), where, tmp_path / "again")) == capture
 
 
+def test_a_node_that_is_down_is_done_without_and_with_none_the_capture_says_so(
+    filled: Filled, serve_states: ServeStates, tmp_path: Path, capsys: Any
+) -> None:
+    from mansard.carry_on.capture_stage import run as capture_run
+    from mansard.errors import StageFailed
+
+    down = {"endpoint": "http://127.0.0.1:9", "served_name": "base"}
+    where = {"nodes": [down, *nodes(serve_states())["nodes"]]}
+    assert capture_run(context(filled, filled.inputs, capture_spec(), where, tmp_path / "a"))
+    assert "http://127.0.0.1:9/v1/models: ConnectionRefusedError" in capsys.readouterr().err
+    with pytest.raises(StageFailed, match=r"no inference node answers: http://127\.0\.0\.1:9"):
+        capture_run(context(filled, filled.inputs, capture_spec(), {"nodes": [down]}, tmp_path / "b"))
+
+
 def test_nodes_that_serve_another_base_are_refused(filled: Filled, serve_states: ServeStates, tmp_path: Path) -> None:
     from mansard.carry_on.capture_stage import run as capture_run
     from mansard.errors import StageFailed
