@@ -33,12 +33,13 @@ from mansard.composition.tapping import check_taps, serving_config, tapped_confi
 from mansard.errors import BadInput, Corrupt, StageFailed
 from mansard.models.loading import load_tokenizer
 from mansard.models.model_files import model_config
+from mansard.models.vocabulary import end_of
 from mansard.records import SnapshotId
 from mansard.specs.data import Data
 from mansard.store.stream import file_chunks
 from mansard.training.data import Packed, each_text, require_rows
 from mansard.training.packing import first_rows
-from mansard.training.tokenize_stage import end_of, tokenized
+from mansard.training.tokenize_stage import tokenized
 
 if TYPE_CHECKING:
     from mansard.worker import StageContext
@@ -159,19 +160,22 @@ def _answering(nodes: list[Node]) -> list[Node]:
 def _check_states(context: "StageContext", nodes: list[Node], found: int, width: int) -> None:
     """BadInput where the states are not of the wanted width, or are of other layers."""
     taps = context.spec.get("taps", [])
-    config = serving_config if isinstance(nodes[0], ServingNode) else tapped_config
-    overrides = config(context.store, context.inputs["artifact"], taps)
-    start = f"start nodes with --hf-overrides '{json.dumps(overrides)}'"
+
+    def start(node: Node) -> str:
+        config = serving_config if isinstance(node, ServingNode) else tapped_config
+        overrides = config(context.store, context.inputs["artifact"], taps)
+        return f"start nodes with --hf-overrides '{json.dumps(overrides)}'"
+
     if found != width * (1 + len(taps)):
         raise BadInput(
             f"{nodes[0].endpoint} gives states of width {found}, the base has {width}"
-            + (f" and {len(taps)} taps; {start}" if taps else "; name nodes of the base")
+            + (f" and {len(taps)} taps; {start(nodes[0])}" if taps else "; name nodes of the base")
         )
     for node in nodes:
         told = node.taps()
         if told != taps:
             says = f"gives states after layers {told}" if told else "does not say which layers it gives"
-            raise BadInput(f"{node.endpoint} {says}, branch.taps are {taps}; {start}")
+            raise BadInput(f"{node.endpoint} {says}, branch.taps are {taps}; {start(node)}")
 
 
 def _width(context: "StageContext") -> int:

@@ -75,6 +75,7 @@ class BranchEngine:
         self._lent = torch.empty(0, dtype=torch.uint8)
         self._y_ND = torch.empty(0)
         self._replay = Replay(self.device, is_recording)
+        self._direct = Replay(self.device, is_recording=False)
 
     @property
     def device(self) -> torch.device:
@@ -118,7 +119,7 @@ class BranchEngine:
         """The loss at another alpha; at 0 it is the base's own."""
         nats, labels = 0.0, 0
         for batch in batches:
-            y_ND = self._joined(self._states.parts(batch), alpha, None, Replay(self.device, is_recording=False))
+            y_ND = self._joined(self._states.parts(batch), alpha, None, self._direct)
             found = head_loss(self._head, y_ND, batch.labels_BT.flatten(), None)
             nats += float(found.nats_N.sum())
             labels += found.labels

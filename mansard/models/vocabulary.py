@@ -45,3 +45,7 @@ def _model_numbers(model: dict[str, Any]) -> list[tuple[str, int]]:
         return [(str(token), int(number)) for token, number in vocabulary.items()]
     return [(str(pair[0]), number) for number, pair in enumerate(vocabulary)]  # unigram: [token, score] in order
 
+
+def end_of(tokenizer: Any) -> list[int]:  # noqa: ANN401 - a transformers tokenizer
+    """What follows every document: EOS, where the tokenizer has one."""
+    return [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]

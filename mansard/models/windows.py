@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from mansard.errors import BadInput
+from mansard.models.vocabulary import end_of
 
 
 def first_windows(
@@ -28,7 +29,7 @@ def first_windows(
     """
     wanted = windows * window_tokens
     ids: list[int] = []
-    end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    end = end_of(tokenizer)
     for number, line in enumerate(lines, start=1):
         if len(ids) >= wanted:
             break

@@ -17,6 +17,7 @@ import numpy
 import torch
 
 from mansard.errors import BadInput
+from mansard.models.vocabulary import end_of
 from mansard.store.stream import lines_of
 from mansard.training.packing import Rows, labels_of, pack
 
@@ -159,7 +160,7 @@ def pack_texts(name: str, texts: Sequence[str], tokenizer: Any, row_tokens: int,
     documents = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
     size_bytes = sum(len(t.encode()) for t in texts)
     num_tokens = sum(len(d) for d in documents)
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    end = end_of(tokenizer)
     ordered = (documents[i] for i in shuffled_order(len(documents), f"{seed}:{name}"))
     tokens_RT, positions_RT = pack((d + end for d in ordered if d), row_tokens, tokenizer.bos_token_id)
     return Packed(name, tokens_RT, positions_RT, size_bytes / max(num_tokens, 1))

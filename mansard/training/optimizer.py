@@ -93,20 +93,18 @@ class MasterAdamW:
         """What a step will take and move; an estimate for `passing` and `moved`."""
         masters = list(self.masters.values())
         largest = max(m.numel() for m in masters)
-        widened = sum(4 * self.masters[name].numel() for name in self._widened)
-        moments = sum(moment_bytes(self._optimizer, m) for m in masters)
+        held = self.held_bytes()
         weights = sum(p.nbytes + m.nbytes for p, m in zip(self._parameters.values(), masters, strict=True))
-        is_new = not self._optimizer.state
-        return StepBytes(moments if is_new else 0, widened + 16 * largest, 2 * (moments + weights + widened))
+        moved = 2 * (held.moments + weights + held.masters)
+        return StepBytes(0 if self._optimizer.state else held.moments, held.masters + 16 * largest, moved)
 
     def held_bytes(self) -> HeldBytes:
         """What it takes for itself. One that rounds widens a tensor at a time; torchao's works in place."""
-        masters = {name: m for name, m in self.masters.items() if m is not self._parameters[name]}
-        widened = sum(4 * m.numel() for m in masters.values())
+        masters = sum(self.masters[name].nbytes for name in self._widened)  # float32, as the widened gradients are
+        moments = sum(moment_bytes(self._optimizer, m) for m in self.masters.values())
         is_widening = isinstance(self._optimizer, RoundedAdamW)
         passing = 16 * max(m.numel() for m in self.masters.values()) if is_widening else 0
-        moments = sum(moment_bytes(self._optimizer, m) for m in self.masters.values())
-        return HeldBytes(sum(m.nbytes for m in masters.values()), moments, widened + passing)
+        return HeldBytes(masters, moments, masters + passing)
 
     def step(self, factor: float, clip_norm: float) -> float:
         """Clip the gradients' total norm, move the masters at `factor` of their peak rates, round them down into the

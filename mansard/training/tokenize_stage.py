@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from mansard.errors import BadInput
 from mansard.models.loading import load_tokenizer
+from mansard.models.vocabulary import end_of
 from mansard.records import SnapshotId
 from mansard.store.snapshot import Blob
 from mansard.store.stream import file_chunks
@@ -96,11 +97,6 @@ def tokenized(texts: Iterable[str], tokenizer: Any, spool: Path) -> Tokenized:  
                 file.write(ids.data)
     ids = numpy.memmap(spool, numpy.uint32, "r") if count else numpy.empty(0, numpy.uint32)
     return Tokenized(ids, ends, size_bytes, highest)
-
-
-def end_of(tokenizer: Any) -> list[int]:  # noqa: ANN401 - of transformers
-    """What follows every document: EOS, where the tokenizer has one."""
-    return [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:

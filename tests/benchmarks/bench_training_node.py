@@ -4,9 +4,8 @@ A branch of 100 M parameters beside the 32B shape (D 5,120, vocabulary 152,064),
 random; then the 7B shape (D 4,096, vocabulary 32,000): a first epoch computes the base's states (a random Llama of 32
 layers, forward only, by transformers) and trains on them, later ones read them from the cache in the store. Prints one
 JSON line last (`--no-epochs` leaves the second part out, `--profile` lists kernels and says how much of a step's wall
-time they take, `--graphs` plays recorded CUDA graphs). Needs a CUDA device, torchao, an
-optimizer that keeps moments in 8 bits and rounds stochastically (MasterAdamW's kinds of the training engine), and, for
-the epochs, transformers. The base's forward is transformers', not vLLM's.
+time they take, `--graphs` plays recorded CUDA graphs). Needs a CUDA device, torchao, and, for the epochs, transformers.
+The base's forward is transformers', not vLLM's.
 """
 
 import json
