@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 ROUTER_PLANES = ("workers", "haproxy")
 NODE_KINDS = ("pooling", "serving")
+NODE_QUANTIZATIONS = ("awq", "compressed-tensors", "fp8", "none")
 ROLES = ("author", "reviewer", "operator")
 RESERVED_NAMES = ("host",)
 """Not for people: what the journal says where the host itself decided."""
@@ -43,6 +44,9 @@ def check(site: "Site") -> None:
     for node in site.nodes:
         if node.kind not in NODE_KINDS:
             raise BadInput(f"{site.path}: nodes: kind {node.kind!r} is not one of {', '.join(NODE_KINDS)}")
+        if node.quantization is not None and node.quantization not in NODE_QUANTIZATIONS:
+            raise BadInput(f"{site.path}: nodes: quantization {node.quantization!r} is not one of "
+                           f"{', '.join(NODE_QUANTIZATIONS)}")  # fmt: skip
     if not site.models:
         raise BadInput(f"{site.path}: models: name at least one model")
     if site.store_url is not None and not re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]+(/[^/\s]+)*/?", site.store_url):

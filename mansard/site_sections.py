@@ -98,8 +98,12 @@ class InferenceNode:
     """A vLLM engine that gives states away for carry-ons: http://HOST:PORT, and its served name.
 
     `kind` is `pooling` (an engine in pooling mode) or `serving` (one that serves users, with the plugin's connector).
+    `quantization` is the method that it must serve (`quant_method` of a checkpoint's config.json: awq,
+    compressed-tensors, fp8; none: weights as they were trained). Left out, a node that says its own is held to the
+    base's.
     """
 
     endpoint: str
     served_name: str
     kind: str = "pooling"
+    quantization: str | None = None

@@ -3,9 +3,9 @@
 Inputs: `artifact` (the base), `data.NAME.train`, `data.NAME.held_out`. Spec: {"data", "scheme", "serve", "engine",
 "rows": {NAME: {"train", "held_out"}}} (how many packed rows of each text are taken, from its beginning), and "taps"
 where the states after some layers are taken beside the final one.
-Where: {"nodes": [{"endpoint", "served_name", "kind"}]} or {"start": ...} (see pooling_engine), and {"salvage":
-snapshot} of an earlier capture of the same recipe that was damaged. Makes shards, the packed rows, and capture.json. A
-killed capture goes on with the shards that are whole.
+Where: {"nodes": [{"endpoint", "served_name", "kind", "quantization"}]} or {"start": ...} (see pooling_engine), and
+{"salvage": snapshot} of an earlier capture of the same recipe that was damaged. Makes shards, the packed rows, and
+capture.json. A killed capture goes on with the shards that are whole.
 """
 
 import contextlib
@@ -24,6 +24,7 @@ from mansard.carry_on.cached import CAPTURE_FILE
 from mansard.carry_on.filling import fill
 from mansard.carry_on.nodes import Node, NodeFailed, check_agreement
 from mansard.carry_on.pooling_engine import pooling_engine
+from mansard.carry_on.same_quantization import check_quantization, quantization_of
 from mansard.carry_on.same_tokens import check_tokens
 from mansard.carry_on.sequences import distinct
 from mansard.carry_on.serving_node import ServingNode, node_of
@@ -131,8 +132,10 @@ def _capture(
     """Fetch what is missing, from nodes that were compared with the base and with each other."""
     longest = max(len(s.tokens) for shard in missing for s in shard.sequences)
     nodes = _answering(nodes)
+    own = quantization_of(model_config(context.store, context.inputs["artifact"]))
     for node in nodes:
         node.check(context.inputs["artifact"], longest)
+        check_quantization(node, own)
     probe = max(missing[0].sequences, key=lambda s: len(s.tokens))
     _check_states(context, nodes, check_agreement(nodes, probe), width)
     total = sum(shard.tokens for shard in shards)

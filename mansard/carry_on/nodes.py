@@ -32,19 +32,21 @@ class NodeFailed(MansardError):
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A pooling endpoint, http://HOST:PORT, and the name under which it serves the base."""
+    """A pooling endpoint, http://HOST:PORT, the name under which it serves the base, and the quantization that the site
+    says it has."""
 
     endpoint: str
     served_name: str
+    quantization: str | None = None
     answered_tokens: ClassVar[int] = 0
     """So many tokens the node puts behind a sequence: they must fit, too."""
 
     def check(self, artifact: str, longest: int) -> None:
         """StageFailed where it serves something else; BadInput where the longest sequence does not fit."""
         check_serves(self.endpoint, self.served_name, artifact)
-        for card in self.models():
+        for card in self._cards():
             room = card.get("max_model_len")
-            if card["id"] == self.served_name and room is not None and room < longest + self.answered_tokens:
+            if room is not None and room < longest + self.answered_tokens:
                 raise BadInput(
                     f"{self.endpoint} takes {room} tokens, the longest sequence has {longest}"
                     + (f" and {self.answered_tokens} that the node answers" if self.answered_tokens else "")
@@ -58,8 +60,16 @@ class Node:
 
     def taps(self) -> list[int]:
         """The layers whose states follow the final one's, as the plugin says them; none where it says nothing."""
-        cards = [card for card in self.models() if card["id"] == self.served_name]
-        return [int(tap) for card in cards for tap in card.get("carry_on_taps", [])]
+        return [int(tap) for card in self._cards() for tap in card.get("carry_on_taps", [])]
+
+    def told_quantization(self) -> str | None:
+        """How its weights are kept, as the plugin says (`none`: as they were trained); None where it says nothing."""
+        told = [card.get("carry_on_quantization") for card in self._cards()]
+        return str(told[0]) if told and told[0] is not None else None
+
+    def _cards(self) -> list[dict[str, Any]]:
+        """Those of the base."""
+        return [card for card in self.models() if card["id"] == self.served_name]
 
     def states(self, sequences: Sequence[TokenSequence]) -> list[torch.Tensor]:
         """bf16 states after the last norm, [tokens, D] each; NodeFailed where any is missing. Coding them finds those

@@ -71,6 +71,7 @@ class ServingNode(Node):
 
 
 def node_of(listed: dict[str, Any]) -> Node:
-    """The node that a site lists: {"endpoint", "served_name"} and "kind", `pooling` where it says none."""
+    """The node that a site lists: {"endpoint", "served_name"}, "kind", `pooling` where it says none, and perhaps
+    "quantization"."""
     made = ServingNode if listed.get("kind", "pooling") == "serving" else Node
-    return made(listed["endpoint"], listed["served_name"])
+    return made(listed["endpoint"], listed["served_name"], listed.get("quantization"))

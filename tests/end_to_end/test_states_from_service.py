@@ -74,10 +74,12 @@ def states_of(model: Any, prompt: list[int]) -> list[Any]:
 def test_states_are_the_models_and_users_answers_are_untouched(tmp_path: Path) -> None:
     import torch
 
+    from mansard.carry_on.same_quantization import quantization_of
     from mansard.carry_on.sequences import TokenSequence, key_of
     from mansard.carry_on.serving_node import ServingNode
     from mansard.composition.tapping import serving_config
     from mansard.models.loading import load_model
+    from mansard.models.model_files import model_config
     from tests.benchmarks.bench_carry_on import engine, make_base
 
     store, base, tree = make_base(tmp_path)
@@ -92,6 +94,7 @@ def test_states_are_the_models_and_users_answers_are_untouched(tmp_path: Path) -
         assert [answer(endpoint, prompt) for prompt in asked] == plain  # the tokens, and the numbers bit for bit
         node = ServingNode(endpoint, "base")
         node.check(base, max(map(len, asked)))
+        assert node.told_quantization() == quantization_of(model_config(store, base)) == "none"
         sequences = [TokenSequence(key_of(t), t) for t in (numpy.array(p, dtype=numpy.int32) for p in asked)]
         before = cached_tokens(endpoint)
         with ThreadPoolExecutor(2 * len(asked)) as pool:  # users all the while, in the same batches

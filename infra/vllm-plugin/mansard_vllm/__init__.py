@@ -14,11 +14,13 @@ def register() -> None:
     slots for branches have their own manager of adapters."""
     from vllm import ModelRegistry
 
+    from mansard_vllm.refusals import answer_refusals
     from mansard_vllm.slots import use_branch_manager
-    from mansard_vllm.told_taps import tell_taps
+    from mansard_vllm.told_cards import tell_cards
 
     use_branch_manager()
-    tell_taps()
+    tell_cards()
+    answer_refusals()
     for family in FAMILIES:
         for prefix in ("CarryOn", "CarryOnTaps", "CarryOnStates"):
             ModelRegistry.register_model(f"{prefix}{family}", f"mansard_vllm.models:{prefix}{family}")

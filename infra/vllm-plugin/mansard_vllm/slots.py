@@ -1,9 +1,9 @@
 """Many branches on one running base, chosen per request by model name: vLLM's LoRA requests, another manager.
 
 A branch is loaded with POST /v1/load_lora_adapter {"lora_name", "lora_path"}: a folder with branch.safetensors and
-alpha.json; it must be of the base and of the shape that the server was started with. Scheduling, /v1/models and the
-prefix cache's keys are vLLM's own. Slot 0 is the base. A step costs a pass over each slot in use; CPU and eager GPU
-only (a captured graph needs a kernel of fixed shape).
+alpha.json; it must be of the base and of the shape that the server was started with, or the answer is 400 with the
+reason. Scheduling, /v1/models and the prefix cache's keys are vLLM's own. Slot 0 is the base. A step costs a pass over
+each slot in use; CPU and eager GPU only (a captured graph needs a kernel of fixed shape).
 """
 
 import json
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from mansard_vllm.branch import Branch, Groups, check_description, read_description
+from mansard_vllm.refusals import marked
 
 BRANCH_FILE, ALPHA_FILE = "branch.safetensors", "alpha.json"
 
@@ -140,7 +141,10 @@ class BranchManager:
     def add_adapter(self, request: Any) -> bool:  # noqa: ANN401
         if request.lora_int_id in self.slots.paths:
             return False
-        self.slots.register(request.lora_int_id, Path(request.lora_path))
+        try:
+            self.slots.register(request.lora_int_id, Path(request.lora_path))
+        except ValueError as error:
+            raise marked(error) from error
         return True
 
     def remove_adapter(self, adapter: int) -> bool:

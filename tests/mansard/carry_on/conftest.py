@@ -89,6 +89,8 @@ class StatesServer:
     gives_states: bool = True
     lost_tokens: int = 0
     lost_bytes: int = 0
+    quantization: str | None = None
+    """What the plugin's card says; a node without the plugin says nothing."""
     waiting: dict[str, tuple[bytes, str]] = field(default_factory=dict)
 
     def keep(self, model: Any, body: dict[str, Any]) -> dict[str, Any]:
@@ -167,6 +169,7 @@ def _handler(model: Any, node: StatesServer) -> type[BaseHTTPRequestHandler]:
                 return
             card = {"id": "base", "root": node.root, "max_model_len": 128}
             card |= {"carry_on_taps": list(node.taps)} if node.tells_taps and node.taps else {}
+            card |= {} if node.quantization is None else {"carry_on_quantization": node.quantization}
             self._send({"data": [card]} if self.path == "/v1/models" else {"version": "test"})
 
         def do_POST(self) -> None:

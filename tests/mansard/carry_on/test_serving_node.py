@@ -19,8 +19,8 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def listed(server: StatesServer, kind: str) -> dict[str, Any]:
-    return asdict(InferenceNode(server.endpoint, "base", kind))
+def listed(server: StatesServer, kind: str, quantization: str | None = None) -> dict[str, Any]:
+    return asdict(InferenceNode(server.endpoint, "base", kind, quantization))
 
 
 def capture(filled: Filled, nodes: list[dict[str, Any]], work: Path, taps: list[int]) -> str:
@@ -107,10 +107,46 @@ def test_a_serving_node_needs_room_for_the_token_that_it_answers(serve_states: S
         node(server).check("a" * 64, 128)
 
 
-def test_a_kind_of_node_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("told", "stated", "words"),
+    [
+        ("awq", "none", "serves quantization awq, the site says none; start the node on the base's artifact"),
+        ("awq", None, "serves quantization awq, the base has none; start the node on the base's artifact"),
+        ("awq", "awq", "serves quantization awq, the base has none; start the node on the base's artifact"),
+        (None, "none", "cannot say its quantization, the site says none; install mansard-vllm"),
+    ],
+)
+def test_a_node_of_another_quantization_is_refused_though_its_folder_names_no_artifact(
+    filled: Filled, serve_states: ServeStates, tmp_path: Path, told: str | None, stated: str | None, words: str
+) -> None:
+    server = serve_states()
+    server.quantization = told
+    with pytest.raises(BadInput, match=f"{server.endpoint} {words}"):
+        capture(filled, [listed(server, "pooling", stated)], tmp_path / "a", [])
+    assert not server.asked, "refused before any state is taken"
+
+
+@pytest.mark.parametrize("told", [None, "none"])
+def test_a_node_of_the_bases_quantization_gives_states(
+    filled: Filled, serve_states: ServeStates, tmp_path: Path, told: str | None
+) -> None:
+    server = serve_states()
+    server.quantization = told
+    capture(filled, [listed(server, "serving", told)], tmp_path / "a", [])
+    assert server.asked
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("kind", "generating", "kind 'generating' is not one of pooling, serving"),
+        ("quantization", "int4", "quantization 'int4' is not one of awq, compressed-tensors, fp8, none"),
+    ],
+)
+def test_a_word_for_a_node_that_does_not_exist_is_refused(tmp_path: Path, key: str, value: str, words: str) -> None:
     tree = yaml.safe_load((ROOT / "configs/site/local.yaml").read_text())
-    tree["nodes"] = [{"endpoint": "http://127.0.0.1:9", "served_name": "base", "kind": "generating"}]
+    tree["nodes"] = [{"endpoint": "http://127.0.0.1:9", "served_name": "base", key: value}]
     file = tmp_path / "site.yaml"
     file.write_text(yaml.safe_dump(tree))
-    with pytest.raises(BadInput, match="kind 'generating' is not one of pooling, serving"):
+    with pytest.raises(BadInput, match=words):
         load_site(file)

@@ -235,7 +235,7 @@ def test_real_engine_answers_for_each_branch_as_evaluation_recorded_it(place: An
     tree = json.loads(place.site.path.read_text())
     tree["environments"]["serve"] = {
         "python": str(ROOT / ".venv-serve/bin/python"), "lock": str(ROOT / "infra/constraints/serve-cpu.txt"),
-        "variables": {"VLLM_PLUGINS": "mansard_carry_on"},
+        "variables": {"VLLM_PLUGINS": "mansard_carry_on", "PYTHONPATH": str(ROOT / "infra/vllm-plugin")},
     }  # fmt: skip
     place.site.path.write_text(json.dumps(tree))
     set_site(place, start_timeout_seconds=1800)
@@ -254,7 +254,10 @@ def test_real_engine_answers_for_each_branch_as_evaluation_recorded_it(place: An
     check_against_the_class(place, shared["endpoint"], base, {own[:16]: own, "probe": other, None: own})
     with pytest.raises(urllib.error.HTTPError) as refused:
         load_branch(place, shared["endpoint"], "plain", branch_on(place, base, 3))
-    assert "taps" in refused.value.read().decode()
+    said = json.loads(refused.value.read())["error"]["message"]
+    assert (refused.value.code, "\n" in said) == (400, False)
+    line = "a branch of taps none where the server's slots have taps [1]; slots hold one shape, start an engine for it"
+    assert said.endswith(line)
     release(place, traffic, 3)
     assert shared_engine(place)["pid"] == shared["pid"]
     moved = place.roll_back()
