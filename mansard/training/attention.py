@@ -1,10 +1,10 @@
 """Attention over packed rows, exact and without padding: a token sees its own segment's past and nothing else.
 
-On a CPU rows of one whole document run as plain causal attention, packed ones with a mask. On an accelerator no mask is
-made: rows of one whole document run as plain causal attention (cuDNN's first: 599 TFLOP/s forward and 501 backward on
-an H200, flash attention 322 and 258), packed ones as variable-length attention between the segments' ends (321 and 276;
-all measured 2026-11-25). A model whose scores are capped keeps the eager attention it was loaded with, because neither
-kernel caps. Legend: B rows, T tokens, H heads, D head width.
+On a CPU rows of one whole document run as plain causal attention, packed ones with a mask (short rows in float32 through
+`short_attention`). On an accelerator no mask is made: rows of one whole document run as plain causal attention (cuDNN's
+first: 599 TFLOP/s forward and 501 backward on an H200, flash attention 322 and 258), packed ones as variable-length
+attention between the segments' ends (321 and 276; all measured 2026-11-25). A model whose scores are capped keeps the
+eager attention it was loaded with, because neither kernel caps. Legend: B rows, T tokens, H heads, D head width.
 """
 
 from collections.abc import Iterator
@@ -17,6 +17,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
 from mansard.training.packing import masks_of
+from mansard.training.short_attention import is_short, short_attention
 
 NAME = "mansard_packed"
 PREFERRED = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -95,6 +96,12 @@ def packed_attention(
             mixed: torch.Tensor = sdpa_attention_forward(module, *states, mask, scaling=scaling, dropout=dropout)[0]
             return mixed
 
+        if is_short(query_BHTD) and dropout == 0.0:
+            repeats = query_BHTD.shape[1] // key_BHTD.shape[1]
+            key_BHTD, value_BHTD = repeat_kv(key_BHTD, repeats), repeat_kv(value_BHTD, repeats)
+            whole = len(query_BHTD) if attention_mask is None else whole
+            scale = query_BHTD.shape[-1] ** -0.5 if scaling is None else scaling
+            return short_attention(query_BHTD, key_BHTD, value_BHTD, attention_mask, whole, scale), None
         if whole == 0:
             return attend(slice(None), attention_mask), None
         return torch.cat([attend(slice(whole), None), attend(slice(whole, None), attention_mask)]), None
