@@ -19,7 +19,7 @@ BLOCK = 64
 
 def is_short(query_BHTD: torch.Tensor) -> bool:
     """Whether `short_attention` is for it."""
-    on_cpu = query_BHTD.device.type == "cpu" and query_BHTD.dtype == torch.float32
+    on_cpu: bool = query_BHTD.device.type == "cpu" and query_BHTD.dtype == torch.float32
     return on_cpu and query_BHTD.shape[2] <= LONGEST
 
 
