@@ -71,7 +71,7 @@ bench-router: setup .venv-litellm/.ready
 	@$(MAIN) tests/benchmarks/bench_router.py
 
 fuzz-router: setup
-	@$(MAIN) tests/mansard/serving/router/test_router_fuzz.py
+	@$(MAIN) tests/mansard/serving/router/test_fuzz.py
 
 bench-loss: setup
 	@$(MAIN) tests/benchmarks/bench_loss.py

@@ -25,10 +25,10 @@ from mansard.store.bucket import PART_BYTES, Bucket
 from mansard.store.collection import collect, preview
 from mansard.store.snapshot import TensorFile
 from mansard.store.store import Store
-from tests.mansard.stored_files import contents, write_tree
+from tests.mansard.store.stored_files import contents, write_tree
 
 MakeCheckpoint = Callable[..., Path]
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 CHECKOUT = str(Path(mansard.__file__).parent.parent)
 DEADLINE_SECONDS = 300.0
 

@@ -17,7 +17,7 @@ from mansard.serving.client import HostClient
 from mansard.serving.process import identify
 from mansard.site import load_site
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[4]
 
 
 def command(place: Any, *words: str) -> "subprocess.CompletedProcess[str]":

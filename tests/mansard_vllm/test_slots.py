@@ -20,7 +20,7 @@ from mansard.demo.base import save_base, train_tokenizer, untrained_model
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 SHAPE = {"vocabulary": 300, "hidden": 128, "intermediate": 256, "blocks": 2, "heads": 2, "max_tokens": 128}
 BASE, OTHER = "a" * 64, "b" * 64
 GOOD = shape_of(128, 64, 1)

@@ -36,7 +36,7 @@ from tests.mansard.serving.conftest import ask
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[4]
 RELEASE: dict[str, Any] = {
     "steps": [{"weight_percent": w, "bake_seconds": 0.2, "min_requests": 10} for w in (50, 100)],
     "max_error_excess": 0.02, "latency_tolerance": 50.0, "output_tolerance": 2.0,

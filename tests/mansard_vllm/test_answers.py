@@ -10,7 +10,7 @@ from mansard_vllm.refusals import line_in, marked
 
 from mansard.demo.base import save_base, train_tokenizer, untrained_model
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 SHAPE = {"vocabulary": 300, "hidden": 128, "intermediate": 256, "blocks": 2, "heads": 2, "max_tokens": 128}
 METHODS = {
     "plain": None,

@@ -18,7 +18,7 @@ from mansard.errors import MansardError
 from mansard.store.collection import collect
 from mansard.store.disk import DIRECT_BYTES, DIRECT_CHUNK_BYTES, copy_new
 from mansard.store.store import Store
-from tests.mansard.stored_files import contents, write_tree
+from tests.mansard.store.stored_files import contents, write_tree
 
 DISK_BYTES = 4 << 20
 

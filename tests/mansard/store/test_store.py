@@ -20,7 +20,7 @@ from mansard.errors import BadInput
 from mansard.store.locks import file_lock, file_lock_if_free
 from mansard.store.snapshot import Blob, Manifest
 from mansard.store.store import Store
-from tests.mansard.stored_files import contents, object_path, object_paths, write_tree
+from tests.mansard.store.stored_files import contents, object_path, object_paths, write_tree
 
 MakeCheckpoint = Callable[..., Path]
 ABSENT = "ab" * 32

@@ -13,7 +13,7 @@ from mansard.digest import digest_bytes
 from mansard.errors import Corrupt, MansardError
 from mansard.store.snapshot import TensorFile
 from mansard.store.store import Store
-from tests.mansard.stored_files import contents, flip_bit, object_path, write_tree
+from tests.mansard.store.stored_files import contents, flip_bit, object_path, write_tree
 
 MakeCheckpoint = Callable[..., Path]
 

@@ -91,7 +91,7 @@ def test_there_is_one_host_per_site(shared: Any) -> None:
         capture_output=True,
         text=True,
         timeout=120,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[3])},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[4])},
     )
     assert second.returncode == 1
     assert f"runs already, process {shared.host.pid}" in second.stderr
