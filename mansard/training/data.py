@@ -200,25 +200,26 @@ class Mixture:
     def batch(self, step: int) -> Batch:
         """The batch of the 0-based `step`; the same whatever was asked before."""
         first = step * self.batch_sequences
-        picked = [self._row(source, n) for source, n in self._rows(first + self.batch_sequences)[first:]]
+        picked = [self._row(source, n) for source, n in self._rows(first, first + self.batch_sequences)]
         tokens, positions = zip(*(self.sources[source].rows([row]) for source, row in picked), strict=True)
         is_general_B = torch.tensor([self._is_general[source] for source, _ in picked])
         return as_batch(numpy.concatenate(tokens), numpy.concatenate(positions), is_general_B)
 
     def rows_taken(self, steps: int) -> dict[str, int]:
         """How many rows of each source `steps` steps take."""
-        rows = self._rows(steps * self.batch_sequences)
+        rows = self._rows(0, steps * self.batch_sequences)
         return {s.name: sum(index == i for index, _ in rows) for i, s in enumerate(self.sources)}
 
-    def _rows(self, count: int) -> list[tuple[int, int]]:
-        """(source, how many of its rows came before) of the first `count` rows; a tie goes to the first source."""
-        while len(self._schedule) < count:
+    def _rows(self, first: int, end: int) -> list[tuple[int, int]]:
+        """(source, how many of its rows came before) of the rows from `first` up to `end`; a tie goes to the first
+        source."""
+        while len(self._schedule) < end:
             due = len(self._schedule) + 1
             behind = [share * due - taken for share, taken in zip(self._shares, self._taken, strict=True)]
             source = behind.index(max(behind))
             self._schedule.append((source, self._taken[source]))
             self._taken[source] += 1
-        return self._schedule[:count]
+        return self._schedule[first:end]
 
     def _row(self, source: int, number: int) -> tuple[int, int]:
         epoch, place = divmod(number, len(self.sources[source]))
