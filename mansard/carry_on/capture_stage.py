@@ -40,7 +40,7 @@ from mansard.specs.data import Data
 from mansard.store.stream import file_chunks
 from mansard.training.data import Packed, each_text, require_rows
 from mansard.training.packing import first_rows
-from mansard.training.tokenize_stage import tokenized
+from mansard.training.tokens import tokenized
 
 if TYPE_CHECKING:
     from mansard.worker import StageContext

@@ -9,14 +9,8 @@ begins again.
 
 import os
 import shutil
-from array import array
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from mansard.errors import BadInput
 from mansard.models.loading import load_tokenizer
@@ -24,36 +18,17 @@ from mansard.models.vocabulary import end_of
 from mansard.records import SnapshotId
 from mansard.store.snapshot import Blob
 from mansard.store.stream import file_chunks
-from mansard.training.data import each_text, shuffled_order
+from mansard.training.data import each_text
 from mansard.training.packing import Rows, packed_rows
 from mansard.training.shards import write_shards
 from mansard.training.sources import TEXT_FILE
+from mansard.training.tokens import tokenized
 
 if TYPE_CHECKING:
     from mansard.worker import StageContext
 
 CODE_VERSION = 2
 PACKAGES = ("numpy", "tokenizers", "transformers")
-
-BATCH_CHARACTERS = 1 << 20
-BATCH_DOCUMENTS = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Tokenized:
-    """Token ids of all documents, one after the other, in a file; `ends` says where each ends (in tokens)."""
-
-    ids: NDArray[numpy.uint32]
-    ends: "array[int]"
-    size_bytes: int
-    highest: int
-
-    def shuffled(self, key: str, end: list[int]) -> Iterator[NDArray[numpy.uint32]]:
-        """The documents that have tokens, in the key's order, each followed by `end`."""
-        for document in shuffled_order(len(self.ends), key):
-            begin = self.ends[document - 1] if document else 0
-            if begin < self.ends[document]:
-                yield numpy.append(self.ids[begin : self.ends[document]], numpy.array(end, numpy.uint32))
 
 
 def run(context: "StageContext") -> SnapshotId:
@@ -81,35 +56,6 @@ def run(context: "StageContext") -> SnapshotId:
     write_shards(output, chunks, row_tokens, max(found.highest, *special, 0), facts)
     spool.unlink()
     return context.store.snapshot(output)
-
-
-def tokenized(texts: Iterable[str], tokenizer: Any, spool: Path) -> Tokenized:  # noqa: ANN401 - of transformers
-    """Token ids without special tokens, written to `spool` batch by batch."""
-    ends, size_bytes, count, highest = array("q"), 0, 0, 0
-    with spool.open("wb") as file:
-        for batch in _batches(texts):
-            size_bytes += sum(len(text.encode()) for text in batch)
-            for document in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
-                ids = numpy.array(document, numpy.uint32)
-                highest = max(highest, int(ids.max(initial=0)))
-                count += len(ids)
-                ends.append(count)
-                file.write(ids.data)
-    ids = numpy.memmap(spool, numpy.uint32, "r") if count else numpy.empty(0, numpy.uint32)
-    return Tokenized(ids, ends, size_bytes, highest)
-
-
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    room = BATCH_CHARACTERS
-    for text in texts:
-        batch.append(text)
-        room -= len(text)
-        if room <= 0 or len(batch) == BATCH_DOCUMENTS:
-            yield batch
-            batch, room = [], BATCH_CHARACTERS
-    if batch:
-        yield batch
 
 
 def _texts(context: "StageContext", name: str, snapshot: SnapshotId) -> Iterator[str]:
