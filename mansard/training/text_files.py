@@ -65,7 +65,7 @@ def documents(files: list[Path], column: str, where: str) -> Iterator[Document]:
 
 def _check_jsonl(path: Path, column: str, where: str) -> None:
     _check_utf8(path, where)
-    with path.open("rb") as file:
+    with _opened(path, where) as file:
         first = file.readline()
     if not first.strip():
         raise BadInput(f"{where}: {path} is empty; one JSON object with {column} a line is expected")
@@ -152,18 +152,15 @@ def _parquet(path: Path, column: str, where: str) -> Any:  # noqa: ANN401 - a py
 
 
 def _check_utf8(path: Path, where: str) -> int:
-    """How many bytes the file has; BadInput where they are not UTF-8."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    num_bytes = 0
+    """How many bytes were looked at: the file's first, however long it is, because a spec is checked in a second; the
+    rest is decoded where it becomes tokens. BadInput where these are not UTF-8."""
+    with _opened(path, where) as file:
+        data: bytes = file.read(CHUNK_BYTES)
     try:
-        with _opened(path, where) as file:
-            while chunk := file.read(CHUNK_BYTES):
-                num_bytes += len(chunk)
-                decoder.decode(chunk)
-            decoder.decode(b"", final=True)
+        codecs.getincrementaldecoder("utf-8")().decode(data, final=len(data) < CHUNK_BYTES)
     except UnicodeDecodeError as error:
-        raise BadInput(f"{where}: {path} is not UTF-8, near byte {max(num_bytes - CHUNK_BYTES, 0)}") from error
-    return num_bytes
+        raise BadInput(f"{where}: {path} is not UTF-8, at byte {error.start}") from error
+    return len(data)
 
 
 def _opened(path: Path, where: str) -> Any:  # noqa: ANN401 - a binary file

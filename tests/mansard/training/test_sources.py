@@ -147,10 +147,21 @@ def test_a_row_in_the_middle_is_named(store: Store, tmp_path: Path) -> None:
         read_texts(b'{"text": "\\ud800"}', "x")
 
 
-def test_a_character_that_crosses_a_chunk_is_no_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mansard.training.text_files.CHUNK_BYTES", 7)
+@pytest.mark.parametrize("chunk_bytes", range(11, 17))
+def test_a_character_that_crosses_the_end_of_what_is_checked_is_no_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int
+) -> None:
+    monkeypatch.setattr("mansard.training.text_files.CHUNK_BYTES", chunk_bytes)
     (tmp_path / "data.jsonl").write_text('{"text": "äöü – 漢字"}\n', encoding="utf-8")
     check_text(SourceText(path="data.jsonl"), tmp_path, "here")
+
+
+def test_a_specs_check_looks_at_the_beginning_of_a_text_and_its_tokens_need_all_of_it(tmp_path: Path) -> None:
+    data = b'{"text": "word"}\n' * 70_000 + b"\xff\n"
+    (tmp_path / "data.jsonl").write_bytes(data)
+    check_text(SourceText(path="data.jsonl"), tmp_path, "here")
+    with pytest.raises(BadInput, match=f"data.code.train: byte {len(data) - 2} is not UTF-8"):
+        read_texts(data, "data.code.train")
 
 
 def test_a_source_that_changes_while_it_is_taken_is_refused(
