@@ -4,8 +4,10 @@ Every stage in its worker process, as an upgrade runs it; one engine start. (The
 """
 
 import asyncio
+import contextlib
 import json
 import math
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -83,6 +85,7 @@ async def answered(site: Site, store: Store, artifact: str, suite: str) -> tuple
         with store.using(artifact) as tree:
             try:
                 await engine.start(tree, ())
+                assert vllm_processes(engine.pid) == ["VLLM::EngineCor"], "it computes beside the API server, no other"
                 where = {"endpoint": engine.endpoint, "served_name": "qwen"}
                 slices = {
                     "suite": SUITE.model_dump(mode="json"), "serve": SERVE.model_dump(mode="json"), "engine": {}
@@ -94,6 +97,17 @@ async def answered(site: Site, store: Store, artifact: str, suite: str) -> tuple
             finally:
                 await engine.stop()
     return records.snapshot, completion
+
+
+def vllm_processes(session: int) -> list[str]:
+    """The names of the processes that vLLM started in an engine's session, as far as Linux keeps them."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            name = (folder / "comm").read_text().strip()
+            if name.startswith("VLLM::") and os.getsid(int(folder.name)) == session:
+                found.append(name)
+    return found
 
 
 def bits_in_memory(tree: Path, documents: list[str]) -> list[float]:

@@ -235,7 +235,7 @@ def test_real_engine_answers_for_each_branch_as_evaluation_recorded_it(place: An
     tree = json.loads(place.site.path.read_text())
     tree["environments"]["serve"] = {
         "python": str(ROOT / ".venv-serve/bin/python"), "lock": str(ROOT / "infra/constraints/serve-cpu.txt"),
-        "variables": {"VLLM_PLUGINS": "mansard_carry_on", "PYTHONPATH": str(ROOT / "infra/vllm-plugin")},
+        "variables": {"VLLM_PLUGINS": "mansard_carry_on,mansard_cpu", "PYTHONPATH": str(ROOT / "infra/vllm-plugin")},
     }  # fmt: skip
     place.site.path.write_text(json.dumps(tree))
     set_site(place, start_timeout_seconds=1800)
