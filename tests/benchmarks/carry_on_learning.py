@@ -7,8 +7,9 @@ while the best is at the edge), which are told. Loss is bits per byte of files h
 files than are reported. `area_*`: its mean over the run
 (tokens), and over the seconds that the fastest run took; `node_seconds` are without the base's forward passes, as where
 other nodes make the states. The claim (GPT Carry-On, arXiv 2504.07513: faster convergence) is confirmed where the
-branch's area is smaller than both others'. The curves go to --output as curves.json and curves.png. Prints one JSON
-line last.
+branch's area is smaller than both others'. Seconds are measured alone, over some steps of every way after all runs, and
+counted from the steps of a run (pace.py); `--jobs` runs several trainings at a time, `--work` keeps what is done. The
+curves go to --output as curves.json and curves.png. Prints one JSON line last.
 """
 
 import argparse
@@ -16,14 +17,17 @@ import json
 import random
 import sys
 import sysconfig
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from learning_curves import summary, write_curves
-from ways_of_learning import WAYS, choose_device, choose_rate, learn, learner, plan_of, pretrain, tell
+from pace import STEPS, Pace, measured
+from side_by_side import Trainings, add_arguments, stand_on, work_folder
+from ways_of_learning import WAYS, Point, choose_device, choose_rate, learn, learner, plan_of, pretrain, tell
 
 from mansard.demo.base import train_tokenizer, untrained_model
 from mansard.demo.corpus import Document, read_domains, without_near_duplicates
@@ -91,8 +95,19 @@ def split(documents: Sequence[Document]) -> tuple[list[Document], list[Document]
     return without_near_duplicates([documents[i] for i in order[count:]], held_out), held_out
 
 
-def make_base(size: Size, device: torch.device, dtype: torch.dtype) -> tuple[Any, Packed, list[Packed], dict[str, Any]]:
-    """(the base, code to learn, held-out text of both kinds, what it is)."""
+@dataclass(frozen=True, slots=True)
+class Ground:
+    """The base, the code to learn, held-out text of both kinds."""
+
+    base: Any
+    domain: Packed
+    held_out: list[Packed]
+    size: Size
+    facts: dict[str, Any]
+
+
+def make_ground(size: Size, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """A ground as it is kept: the base as its weights, the device by name."""
     docstrings, code = read_text(size.files)
     tell(f"text: {len(docstrings)} files of docstrings, {len(code)} of code")
     (known, known_held_out), (new, new_held_out) = split(docstrings), split(code)
@@ -111,49 +126,107 @@ def make_base(size: Size, device: torch.device, dtype: torch.dtype) -> tuple[Any
         "parameters": sum(p.numel() for p in model.parameters()), "tokens": plan.tokens, "bits_per_byte": bits,
         "text_tokens": {"docstrings": int(training.tokens_RT.size), "code": int(domain.tokens_RT.size)},
     }  # fmt: skip
-    return model, domain, held_out, facts
+    return {
+        "weights": {name: t.cpu() for name, t in model.state_dict().items()}, "device": device.type, "dtype": dtype,
+        "text": (domain, held_out), "size": asdict(size), "facts": facts,
+    }  # fmt: skip
 
 
-def one(base: Any, way: str, rate: float, seed: int, domain: Packed, held_out: Sequence[Packed], size: Size) -> Any:
-    """(curve, trained parameters) of one run."""
-    made = learner(way, base, size.parameters, rate, seed)
+def read_ground(kept: Mapping[str, Any]) -> Ground:
+    size = Size(**kept["size"])
+    return Ground(model_of(kept["weights"], size.model, 0, kept), *kept["text"], size, kept["facts"])
+
+
+def model_of(weights: Mapping[str, Any], shape: Mapping[str, int], seed: int, kept: Mapping[str, Any]) -> Any:
+    """A base that was kept, where it was made."""
+    model = untrained_model(dict(shape), seed).to(kept["device"], kept["dtype"])
+    model.load_state_dict(weights)
+    return model
+
+
+def one(ground: Ground, way: str, rate: float, seed: int) -> dict[str, Any]:
+    """Curve and trained parameters of one run."""
+    size = ground.size
+    made = learner(way, ground.base, size.parameters, rate, seed)
     plan = plan_of(size.steps, size.rows * size.row_tokens, size.evaluations)
-    mixture = Mixture([domain], [1.0], size.rows, seed)
-    return learn(made, mixture, held_out, plan, f"{way}, rate {rate:g}, seed {seed}"), made.parameters
+    curve = learn(made, mixture_of(ground, seed), ground.held_out, plan, f"{way}, rate {rate:g}, seed {seed}")
+    return {"curve": [asdict(point) for point in curve], "parameters": made.parameters}
 
 
-def all_runs(base: Any, domain: Packed, held_out: Sequence[Packed], size: Size) -> dict[str, dict[str, Any]]:
-    """Of every way: final losses of the rates tried, the one taken, the seeds' curves at it."""
-    found = {}
-    for way in WAYS:
+def mixture_of(ground: Ground, seed: int) -> Mixture:
+    return Mixture([ground.domain], [1.0], ground.size.rows, seed)
 
-        def run(rate: float, way: str = way) -> tuple[float, Any]:
-            curve, parameters = one(base, way, rate, 0, domain, held_out, size)
-            return curve[-1].bits_per_byte[CHOOSING], (curve, parameters)
 
-        tried, rate, (first, parameters) = choose_rate(size.rates[way], size.most_rates, run)
-        curves = [first] + [one(base, way, rate, s, domain, held_out, size)[0] for s in range(1, size.seeds)]
-        is_edge = rate in (min(tried), max(tried))
-        found[way] = {
-            "parameters": parameters, "rates_tried": tried, "rate": rate, "is_rate_at_edge": is_edge, "curves": curves,
+def pace_of(ground: Ground, way: str) -> dict[str, Any]:
+    size = ground.size
+    made = learner(way, ground.base, size.parameters, size.rates[way][0], 0)
+    rows = len(ground.domain)
+    pace = measured(made, mixture_of(ground, 0), size.rows * size.row_tokens, size.rows, rows, way)
+    return {"pace": asdict(pace), "rows": rows}
+
+
+def all_runs(trainings: Trainings, size: Size) -> dict[str, dict[str, Any]]:
+    """Of every way: final losses of the rates tried, the one taken, the seeds' curves at it, in seconds alone."""
+
+    def call(way: str, rate: float, seed: int) -> tuple[Any, ...]:
+        return f"{way}/{rate:g}/{seed}", one, way, rate, seed
+
+    def runs(way: str) -> dict[str, Any]:
+        def run(rate: float) -> tuple[float, dict[str, Any]]:
+            made = trainings.of(*call(way, rate, 0))
+            return made["curve"][-1]["bits_per_byte"][CHOOSING], made
+
+        trainings.ahead(*(call(way, rate, 0) for rate in size.rates[way]))
+        tried, rate, first = choose_rate(size.rates[way], size.most_rates, run)
+        others = [call(way, rate, seed) for seed in range(1, size.seeds)]
+        trainings.ahead(*others)
+        curves = [made["curve"] for made in (first, *(trainings.of(*other) for other in others))]
+        return {
+            "parameters": first["parameters"], "rates_tried": tried, "rate": rate,
+            "is_rate_at_edge": rate in (min(tried), max(tried)),
+            "curves": [[Point(**point) for point in curve] for curve in curves],
         }  # fmt: skip
+
+    found = dict(zip(WAYS, trainings.each(runs, WAYS), strict=True))
+    for way, run in found.items():
+        alone = trainings.alone(f"pace/{way}", pace_of, way)
+        pace, tokens = Pace(**alone["pace"]), size.rows * size.row_tokens
+        run["curves"] = [pace.timed(curve, tokens, size.rows, alone["rows"]) for curve in run["curves"]]
     return found
 
 
+def facts_of(ground: Any) -> dict[str, Any]:
+    """What the base is."""
+    facts: dict[str, Any] = ground.facts
+    return facts
+
+
+def least_runs(size: Size, ways: Sequence[str]) -> int:
+    """Rates, further seeds and the pace of every way, and the base's facts."""
+    return 1 + sum(len(size.rates[way]) + size.seeds for way in ways)
+
+
 def main(arguments: Sequence[str]) -> int:
+    began = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--small", action="store_true", help="some seconds on a CPU: that it runs, not what is true")
     parser.add_argument("--output", type=Path, default=Path(".mansard/carry-on-learning"))
+    add_arguments(parser)
     chosen = parser.parse_args(arguments)
     device, dtype = choose_device(chosen.device)
     size = SMALL if chosen.small else LARGE
     torch.set_num_threads(CPU_THREADS)
-    base, domain, held_out, facts = make_base(size, device, dtype)
-    runs = all_runs(base, domain, held_out, size)
+    with work_folder(chosen.work, Path(__file__).name, size, device.type) as work:
+        stand_on(work, lambda: make_ground(size, device, dtype))
+        least = least_runs(size, WAYS)
+        with Trainings(work, read_ground, chosen.jobs, began + chosen.deadline, least) as trainings:
+            facts = trainings.of("base", facts_of)
+            runs = all_runs(trainings, size)
     write_curves(runs, chosen.output)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     told = {"device": name, "torch": torch.__version__, "base": facts, "seeds": size.seeds}
+    told |= {"seconds_are": f"counted from {STEPS} steps alone", "jobs": chosen.jobs}
     print(json.dumps(told | {"tokens": runs["full"]["curves"][0][-1].tokens} | summary(runs)))
     return 0
 

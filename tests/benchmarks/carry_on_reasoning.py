@@ -7,7 +7,8 @@ what it can do. Then 1,000 samples with their steps worked out are learned by a 
 greedy; the number after the last "so", or else the last one, counts. Before: the base alone, asked the same way, and
 with two worked examples before the question. The rate of each way is the best of those tried on seed 0 (three, and
 further ones while the best is at the edge), by problems of neither part. Shares come with Wilson's interval of 95 %,
-seed by seed. Prints one JSON line last.
+seed by seed; `seconds` of a run are counted from some steps measured alone (pace.py). `--jobs` runs several trainings
+at a time, `--work` keeps what is done. Prints one JSON line last.
 """
 
 import argparse
@@ -15,14 +16,19 @@ import copy
 import json
 import random
 import sys
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from carry_on_learning import read_text
+from carry_on_learning import facts_of, least_runs, model_of, read_text
 from learning_curves import interval
-from ways_of_learning import Learner, choose_device, choose_rate, learn, learner, plan_of, pretrain, tell
+from pace import STEPS as PACE_STEPS
+from pace import Pace, measured
+from side_by_side import Trainings, add_arguments, stand_on, work_folder
+from ways_of_learning import Learner, Point, choose_device, choose_rate, learn, learner, plan_of, pretrain, tell
 from worked_arithmetic import LARGEST, STEPS, Problem, answer_in, known_lines, problems, sum_of
 
 from mansard.carry_on.branch_file import branch_bytes
@@ -78,19 +84,48 @@ SMALL = Size(
 )  # fmt: skip
 
 
-def make_base(
-    size: Size, with_chains: bool, without: Sequence[Problem], device: torch.device, dtype: torch.dtype
-) -> tuple[Any, Any, dict[str, Any]]:
-    """(base, tokenizer, what it is)."""
+@dataclass(frozen=True, slots=True)
+class Ground:
+    """The base, and the problems: worked ones to learn, those by which rates are chosen, those that are reported."""
+
+    base: Any
+    tokenizer: Any
+    worked: list[Problem]
+    checked: list[Problem]
+    asked: list[Problem]
+    size: Size
+    facts: dict[str, Any]
+
+
+def make_ground(size: Size, with_chains: bool, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """A ground as it is kept: the base as its weights, the device by name."""
     documents = [d.text for d in read_text(size.files)[0]]
     tokenizer = train_tokenizer(documents[:1], CHARACTERS, size.model["max_tokens"])
     text = pack_texts("docstrings", documents, tokenizer, size.row_tokens, 0)
-    lines = known_lines(size.sums_lines, 0, with_chains, without)
+    _, checked, asked = all_problems(size)
+    lines = known_lines(size.sums_lines, 0, with_chains, [*checked, *asked])
     sums = pack_texts("sums", lines, tokenizer, size.row_tokens, 0)
     model = untrained_model(dict(size.model), 0).to(device, dtype)
     plan = plan_of(size.base_steps, size.base_rows * size.row_tokens, 5)
     bits = pretrain(model, Mixture([text, sums], [0.3, 0.7], size.base_rows, 0), [], plan, size.base_rate)
-    return model, tokenizer, {"parameters": sum(p.numel() for p in model.parameters()), "tokens": plan.tokens, **bits}
+    return {
+        "weights": {name: t.cpu() for name, t in model.state_dict().items()}, "device": device.type, "dtype": dtype,
+        "tokenizer": tokenizer, "size": asdict(size),
+        "facts": {"parameters": sum(p.numel() for p in model.parameters()), "tokens": plan.tokens, **bits},
+    }  # fmt: skip
+
+
+def all_problems(size: Size) -> tuple[list[Problem], list[Problem], list[Problem]]:
+    """To learn, to choose rates by, to report."""
+    worked = problems(size.samples, SAMPLES_SEED)
+    checked = problems(size.checked, CHECK_SEED, without=worked)
+    return worked, checked, problems(size.asked, ASKED_SEED, without=[*worked, *checked])
+
+
+def read_ground(kept: Mapping[str, Any]) -> Ground:
+    size = Size(**kept["size"])
+    base = model_of(kept["weights"], size.model, 0, kept)
+    return Ground(base, kept["tokenizer"], *all_problems(size), size, kept["facts"])
 
 
 class Samples:
@@ -111,6 +146,10 @@ class Samples:
         self._rows = rows
         self._seed = seed
         self.steps_per_epoch = len(ids) // rows
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self._rows * int(self.tokens_RT.shape[1])
 
     def batch(self, step: int) -> Batch:
         epoch, place = divmod(step, self.steps_per_epoch)
@@ -166,35 +205,62 @@ def single_sums(model: Any, tokenizer: Any, count: int) -> float:
     return round(right / count, 4)
 
 
-def taught(way: str, base: Any, tokenizer: Any, worked: Sequence[Problem], rate: float, seed: int, size: Size) -> Any:
-    """(learner that has learned, its last point)."""
-    made = learner(way, base, size.parameters, rate, seed)
-    samples = Samples(worked, tokenizer, size.rows, seed)
-    plan = plan_of(size.epochs * samples.steps_per_epoch, size.rows * samples.tokens_RT.shape[1], 3)
-    return made, learn(made, samples, [], plan, f"{way}, rate {rate:g}, seed {seed}")[-1]
+def before(ground: Ground) -> dict[str, Any]:
+    """What the base alone can do."""
+    base, tokenizer, asked = ground.base, ground.tokenizer, ground.asked
+    examples = "".join(p.prompt + p.solution for p in ground.worked[:EXAMPLES])
+    return {
+        "single_sums_right": single_sums(base, tokenizer, max(ground.size.asked, 16)),
+        "asked_alike": score(base, tokenizer, asked), "after_examples": score(base, tokenizer, asked, examples),
+    }  # fmt: skip
 
 
-def run_way(
-    way: str, base: Any, tokenizer: Any, worked: Sequence[Problem], checked: Sequence[Problem],
-    asked: Sequence[Problem], size: Size,
-) -> dict[str, Any]:  # fmt: skip
-    """Rates tried on seed 0, then every seed asked at the one taken."""
+def taught(ground: Ground, way: str, rate: float, seed: int) -> dict[str, Any]:
+    """What one that has learned gets right, of the problems to choose by and of those that are reported."""
+    size, tokenizer = ground.size, ground.tokenizer
+    made = learner(way, ground.base, size.parameters, rate, seed)
+    samples = Samples(ground.worked, tokenizer, size.rows, seed)
+    plan = plan_of(size.epochs * samples.steps_per_epoch, samples.tokens_per_step, 3)
+    last = learn(made, samples, [], plan, f"{way}, rate {rate:g}, seed {seed}")[-1]
+    return {
+        "checked": score(made.model, tokenizer, ground.checked)["exact_match"], "loss": last.loss,
+        "asked": score(made.model, tokenizer, ground.asked), "parameters": made.parameters, **file_bytes(made),
+    }  # fmt: skip
 
-    def run(rate: float) -> tuple[float, Any]:
-        made, last = taught(way, base, tokenizer, worked, rate, 0, size)
-        right = score(made.model, tokenizer, checked)["exact_match"]
-        tell(f"{way}: rate {rate:g}: {right:.1%} of {len(checked)} right")
-        return -right + TIES * last.loss, (made, last)
 
-    tried, rate, (first, last) = choose_rate(size.rates[way], size.most_rates, run)
-    runs = [first] + [taught(way, base, tokenizer, worked, rate, s, size)[0] for s in range(1, size.seeds)]
-    after = [score(made.model, tokenizer, asked) for made in runs]
+def seconds_of(ground: Ground, way: str) -> dict[str, Any]:
+    """Of a whole run."""
+    size = ground.size
+    made = learner(way, ground.base, size.parameters, size.rates[way][0], 0)
+    samples = Samples(ground.worked, ground.tokenizer, size.rows, 0)
+    tokens, rows = samples.tokens_per_step, len(samples.tokens_RT)
+    pace: Pace = measured(made, samples, tokens, size.rows, rows, way)
+    end = Point(size.epochs * samples.steps_per_epoch * tokens, 0.0, 0.0, 0.0, {})
+    return {"seconds": pace.timed([end], tokens, size.rows, rows)[0].seconds}
+
+
+def run_way(trainings: Trainings, way: str, size: Size) -> dict[str, Any]:
+    """Rates tried on seed 0, then every seed at the one taken."""
+
+    def call(rate: float, seed: int) -> tuple[Any, ...]:
+        return f"{way}/{rate:g}/{seed}", taught, way, rate, seed
+
+    def run(rate: float) -> tuple[float, dict[str, Any]]:
+        found = trainings.of(*call(rate, 0))
+        tell(f"{way}: rate {rate:g}: {found['checked']:.1%} of {size.checked} right")
+        return -found["checked"] + TIES * found["loss"], found
+
+    trainings.ahead(*(call(rate, 0) for rate in size.rates[way]))
+    tried, rate, first = choose_rate(size.rates[way], size.most_rates, run)
+    others = [call(rate, seed) for seed in range(1, size.seeds)]
+    trainings.ahead(*others)
+    after = [found["asked"] for found in (first, *(trainings.of(*other) for other in others))]
     for seed, found in enumerate(after):
         tell(f"{way}, seed {seed}: {found}")
     return {
-        "parameters": first.parameters, **file_bytes(first),
+        **{key: first[key] for key in ("parameters", "file_bytes") if key in first},
         "right_by_rate": {r: round(-score, 4) for r, score in tried.items()}, "rate": rate,
-        "is_rate_at_edge": rate in (min(tried), max(tried)), "seconds": round(last.seconds, 1), "after": after,
+        "is_rate_at_edge": rate in (min(tried), max(tried)), "after": after,
         "over_seeds": interval([found["exact_match"] for found in after]),
     }  # fmt: skip
 
@@ -209,27 +275,32 @@ def file_bytes(made: Learner) -> dict[str, int]:
 
 
 def main(arguments: Sequence[str]) -> int:
+    began = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--small", action="store_true", help="some seconds on a CPU: that it runs, not what is true")
     parser.add_argument("--base", choices=("sums", "chains"), default="sums", help="what it knows beforehand")
+    add_arguments(parser)
     chosen = parser.parse_args(arguments)
     device, dtype = choose_device(chosen.device)
     size = SMALL if chosen.small else LARGE
     torch.set_num_threads(CPU_THREADS)
-    worked = problems(size.samples, SAMPLES_SEED)
-    checked = problems(size.checked, CHECK_SEED, without=worked)
-    asked = problems(size.asked, ASKED_SEED, without=[*worked, *checked])
-    base, tokenizer, facts = make_base(size, chosen.base == "chains", [*checked, *asked], device, dtype)
-    facts["single_sums_right"] = single_sums(base, tokenizer, max(size.asked, 16))
-    examples = "".join(p.prompt + p.solution for p in worked[:EXAMPLES])
-    before = {"asked_alike": score(base, tokenizer, asked), "after_examples": score(base, tokenizer, asked, examples)}
-    tell(f"base: {facts}, before: {before}")
-    ways = {way: run_way(way, base, tokenizer, worked, checked, asked, size) for way in WAYS}
+    with work_folder(chosen.work, Path(__file__).name, size, chosen.base, device.type) as work:
+        stand_on(work, lambda: make_ground(size, chosen.base == "chains", device, dtype))
+        least = 1 + least_runs(size, WAYS)
+        with Trainings(work, read_ground, chosen.jobs, began + chosen.deadline, least) as trainings:
+            trainings.ahead(("before", before))
+            facts = trainings.of("base", facts_of)
+            ways = dict(zip(WAYS, trainings.each(lambda way: run_way(trainings, way, size), WAYS), strict=True))
+            known = dict(trainings.of("before", before))
+            for way, found in ways.items():
+                found["seconds"] = round(trainings.alone(f"pace/{way}", seconds_of, way)["seconds"], 1)
+    facts = facts | {"single_sums_right": known.pop("single_sums_right")}
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     told = {"device": name, "torch": torch.__version__, "base_knows": chosen.base, "base": facts}
-    told |= {"samples": size.samples, "epochs": size.epochs, "asked": size.asked}
-    print(json.dumps(told | {"before": before, "ways": ways}))
+    told |= {"samples": size.samples, "epochs": size.epochs, "asked": size.asked, "jobs": chosen.jobs}
+    told |= {"seconds_are": f"counted from {PACE_STEPS} steps alone"}
+    print(json.dumps(told | {"before": known, "ways": ways}))
     return 0
 
 

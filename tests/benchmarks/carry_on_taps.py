@@ -8,7 +8,8 @@ layers before the last), `projected` (as even, with a projection for each layer 
 (the code's base beside the first), `twin` (the twin beside it: more states, nothing new known). Each form's rate is the
 best of those tried on seed 0, by held-out code that is not reported. `gains`: bits per byte of held-out code that a
 form saves against `final`, seed by seed, with Student's interval over the seeds; it is shown where the interval lies
-above 0, refuted where it lies below. Prints one JSON line last.
+above 0, refuted where it lies below. `--jobs` runs several trainings at a time, `--work` keeps what is done. Prints one
+JSON line last.
 """
 
 import argparse
@@ -19,13 +20,14 @@ import sys
 import sysconfig
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from carry_on_learning import SKIPPED, split
+from carry_on_learning import SKIPPED, facts_of, model_of, split
 from learning_curves import interval
+from side_by_side import Trainings, add_arguments, stand_on, work_folder
 from ways_of_learning import CLIP_NORM, Learner, choose_device, learn, plan_of, pretrain, tell, wait
 
 from mansard.carry_on.branch import Branch
@@ -146,10 +148,12 @@ class Ground:
     bases: Mapping[str, Any]
     domain: Packed
     held_out: Packed
+    size: Size
     facts: dict[str, Any]
 
 
-def make_ground(size: Size, device: torch.device, dtype: torch.dtype) -> Ground:
+def make_ground(size: Size, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """A ground as it is kept: the bases as their weights, the device by name."""
     docstrings, new, packages = read_text(size.files)
     known, known_held_out = split(docstrings)
     domain, held_out = split(new)
@@ -171,15 +175,24 @@ def make_ground(size: Size, device: torch.device, dtype: torch.dtype) -> Ground:
         model = untrained_model(dict(size.model), seed).to(device, dtype)
         plan = plan_of(size.base_steps, size.base_rows * size.row_tokens, 2)
         bits[name] = pretrain(model, Mixture([texts[text]], [1.0], size.base_rows, seed), judged, plan, size.base_rate)
-        bases[name] = untrained_model(dict(size.model), seed).to(device, dtype).eval()
-        bases[name].load_state_dict(model.state_dict())  # a model that is not compiled: taps are hooks
+        bases[name] = {key: t.cpu() for key, t in model.state_dict().items()}
     to_learn = packed("code", domain)
     facts = {
-        "parameters": sum(p.numel() for p in bases["first"].parameters()), "blocks": size.model["blocks"],
+        "parameters": sum(p.numel() for p in model.parameters()), "blocks": size.model["blocks"],
         "tokens": size.base_steps * size.base_rows * size.row_tokens, "bits_per_byte": bits,
         "text_tokens": {n: int(t.tokens_RT.size) for n, t in (texts | {"to_learn": to_learn}).items()},
     }  # fmt: skip
-    return Ground(bases, to_learn, judged[1], facts)
+    return {
+        "bases": bases, "device": device.type, "dtype": dtype, "text": (to_learn, judged[1]), "size": asdict(size),
+        "facts": facts,
+    }  # fmt: skip
+
+
+def read_ground(kept: Mapping[str, Any]) -> Ground:
+    """The bases are not compiled: taps are hooks."""
+    size = Size(**kept["size"])
+    bases = {name: model_of(weights, size.model, 0, kept).eval() for name, weights in kept["bases"].items()}
+    return Ground(bases, *kept["text"], size, kept["facts"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +206,9 @@ class Run:
     shares: list[float]
 
 
-def one(ground: Ground, form: str, rate: float, seed: int, size: Size) -> Run:
+def one(ground: Ground, form: str, rate: float, seed: int) -> dict[str, Any]:
+    """A `Run`, as it is kept."""
+    size = ground.size
     bases = [ground.bases["first"], *([ground.bases[BESIDE[form]]] if form in BESIDE else [])]
     made = learner(bases, form, size, rate, seed)
     plan = plan_of(size.steps, size.rows * size.row_tokens, 2)
@@ -203,7 +218,7 @@ def one(ground: Ground, form: str, rate: float, seed: int, size: Size) -> Run:
     judged = [bits(made, ground.held_out, rows) for rows in (range(count), range(count, 2 * count))]
     weights = [t for n, t in made.engine.trained().items() if n in ("tap_weights", "base_weights")]
     shares = [round(float(share), 4) for w in weights for share in w.float().softmax(0)]
-    return Run(*judged, made.parameters, shares)
+    return asdict(Run(*judged, made.parameters, shares))
 
 
 def bits(made: Learner, text: Packed, rows: Sequence[int]) -> float:
@@ -212,15 +227,22 @@ def bits(made: Learner, text: Packed, rows: Sequence[int]) -> float:
     return float(loss.mean / math.log(2) / text.bytes_per_token)
 
 
-def all_runs(ground: Ground, size: Size) -> dict[str, tuple[dict[float, float], list[Run]]]:
+def all_runs(trainings: Trainings, size: Size) -> dict[str, tuple[dict[float, float], list[Run]]]:
     """Form -> (losses of the rates tried on seed 0, the runs of every seed at the best)."""
-    found = {}
-    for form in size.taps:
-        tried = {rate: one(ground, form, rate, 0, size) for rate in size.rates}
+
+    def call(form: str, rate: float, seed: int) -> tuple[Any, ...]:
+        return f"{form}/{rate:g}/{seed}", one, form, rate, seed
+
+    def runs(form: str) -> tuple[dict[float, float], list[Run]]:
+        trainings.ahead(*(call(form, rate, 0) for rate in size.rates))
+        tried = {rate: Run(**trainings.of(*call(form, rate, 0))) for rate in size.rates}
         rate = min(tried, key=lambda r: tried[r].choosing_bits)
-        runs = [tried[rate], *(one(ground, form, rate, seed, size) for seed in range(1, size.seeds))]
-        found[form] = {rate: run.choosing_bits for rate, run in tried.items()}, runs
-    return found
+        others = [call(form, rate, seed) for seed in range(1, size.seeds)]
+        trainings.ahead(*others)
+        found = [tried[rate], *(Run(**trainings.of(*other)) for other in others)]
+        return {rate: run.choosing_bits for rate, run in tried.items()}, found
+
+    return dict(zip(size.taps, trainings.each(runs, size.taps), strict=True))
 
 
 def report(found: Mapping[str, tuple[dict[float, float], list[Run]]], size: Size) -> dict[str, Any]:
@@ -248,21 +270,27 @@ def verdict(gain: Mapping[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
+    began = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--small", action="store_true", help="some seconds on a CPU: that it runs, not what is true")
     parser.add_argument("--forms", nargs="+", default=[], help="these beside `final` (default: all)")
+    add_arguments(parser)
     chosen = parser.parse_args(arguments)
     device, dtype = choose_device(chosen.device)
     size = SMALL if chosen.small else LARGE
     if chosen.forms:
         size = replace(size, taps={form: size.taps[form] for form in ("final", *chosen.forms)})
     torch.set_num_threads(CPU_THREADS)
-    ground = make_ground(size, device, dtype)
-    told = report(all_runs(ground, size), size)
+    least = 1 + len(size.taps) * (len(size.rates) + size.seeds - 1)
+    with work_folder(chosen.work, Path(__file__).name, size, device.type) as work:
+        stand_on(work, lambda: make_ground(size, device, dtype))
+        with Trainings(work, read_ground, chosen.jobs, began + chosen.deadline, least) as trainings:
+            facts = trainings.of("base", facts_of)
+            told = report(all_runs(trainings, size), size)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     tokens = size.steps * size.rows * size.row_tokens
-    print(json.dumps({"device": name, "base": ground.facts, "seeds": size.seeds, "tokens": tokens} | told))
+    print(json.dumps({"device": name, "base": facts, "seeds": size.seeds, "tokens": tokens} | told))
     return 0
 
 

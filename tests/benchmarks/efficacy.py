@@ -5,26 +5,26 @@ them (domain) with a fifth of general text, five ways: plain LLaMA Pro (even, no
 anchored), LoRA on every linear, as many blocks of the base's own, full tuning; all but the last with equally many
 trained parameters. Rates (further ones while the highest is the best), placement and anchor are chosen on a seed and on
 held-out text that are not counted. Reported, over three seeds: gain on held-out domain text, loss on held-out general
-text in bits per byte, with 95 % intervals (Student's t), seconds, peak memory. `--work` keeps what is done, by scale,
-so a run goes on; `--mlflow URI` records it; the last line is JSON.
+text in bits per byte, with 95 % intervals (Student's t), peak memory; seconds are a run's steps times those of a step,
+measured alone after all runs. `--work` keeps what is done, by scale, so a run goes on; `--jobs` runs several trainings
+at a time (side_by_side.py); `--mlflow URI` records it; the last line is JSON.
 """
 
 import argparse
+import fcntl
 import json
 import statistics
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from efficacy_ground import FULL, SMALL, Ground, Scale, make_ground
+from efficacy_ground import FULL, SMALL, Ground, Scale, make_ground, on_this_machine
+from side_by_side import Trainings, add_arguments, stand_on, work_folder
+from ways_of_learning import wait
 
 from mansard import expand
-from mansard.canonical import write_atomically
-from mansard.digest import digest_bytes
 from mansard.models.expand import plan
 from mansard.models.freeze import freeze_except
 from mansard.models.importance import losses
@@ -53,6 +53,10 @@ RATES = {
     "full_tuning": (3e-4, 1e-3, 3e-3),
 }
 MOST_RATES = 6
+METHODS = ("llama_pro", "ours", "lora", "existing_blocks", "full_tuning")
+TIMED_STEPS, WARMING_STEPS = 20, 3
+LEAST_RUNS = 2 + sum(map(len, RATES.values())) + len(PLACEMENTS) + 2 * len(ANCHORS) + len(METHODS) * (len(SEEDS) + 1)
+"""With the base's losses, the importance of blocks and a timing of every method."""
 Settings = dict[str, Any]
 
 
@@ -61,7 +65,9 @@ def model_of(ground: Ground, method: str, settings: Settings, seed: int) -> tupl
     rate, scale = settings["rate"], ground.scale
     if method in ("llama_pro", "ours"):
         positions = settings["positions"]
-        made = expand(ground.base, scale.new_blocks, positions, workspace=ground.work / "workspace")
+        with (ground.work / "expanding").open("w") as lock:  # the next process finds it made
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            made = expand(ground.base, scale.new_blocks, positions, workspace=ground.work / "workspace")
         model = load_model(made.store.materialize(made.snapshot), scale.dtype, device=ground.device)
         names = checkpoint_names(made.store, made.snapshot)
         groups, _ = train_only(model, names, LearningRates(new_blocks=rate))
@@ -95,49 +101,56 @@ def _lora(model: Any, scale: Scale, seed: int) -> set[str]:
     return {name for name, _ in model.named_parameters() if "lora_" in name}
 
 
-def train(ground: Ground, method: str, settings: Settings, seed: int) -> dict[str, Any]:
+def prepared(
+    ground: Ground, method: str, settings: Settings, seed: int
+) -> tuple[LocalEngine, Mixture, Schedule, list[Group]]:
+    """What trains, on what, how."""
     scale = ground.scale
     model, groups, anchor = model_of(ground, method, settings, seed)
     engine = LocalEngine(model, groups, 0.0, 1.0, micro_batch_sequences=scale.micro, anchor=anchor)
     sources = [ground.training["domain"], ground.training["general"]]
     mixture = Mixture(sources, [DOMAIN_SHARE, 1 - DOMAIN_SHARE], scale.batch, seed, {"general"})
-    steps = scale.tokens // (scale.batch * scale.sequence)
-    schedule = Schedule(steps, steps // 20)
+    steps = steps_of(scale)
+    return engine, mixture, Schedule(steps, steps // 20), groups
+
+
+def steps_of(scale: Scale) -> int:
+    return scale.tokens // (scale.batch * scale.sequence)
+
+
+def train(ground: Ground, method: str, settings: Settings, seed: int) -> dict[str, Any]:
+    engine, mixture, schedule, groups = prepared(ground, method, settings, seed)
     if ground.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    began = time.perf_counter()
-    for step in range(steps):
+    for step in range(schedule.steps):
         engine.gradients(mixture.batch(step))
         engine.step(schedule.factor(step))
     bits = ground.bits(engine, is_pilot=seed == PILOT)
-    seconds = time.perf_counter() - began
     peak = torch.cuda.max_memory_allocated() / 2**30 if ground.device.type == "cuda" else None
     count = sum(p.numel() for group in groups for p in group.parameters.values())
-    return {**settings, **bits, "seconds": seconds, "peak_gib": peak, "parameters": count}
+    return {**settings, **bits, "peak_gib": peak, "parameters": count}
 
 
-def importance(ground: Ground) -> list[int]:
+def pace(ground: Ground, method: str, settings: Settings) -> dict[str, Any]:
+    """Seconds of a step, and of all of a run's."""
+    engine, mixture, schedule, _ = prepared(ground, method, settings, PILOT)
+    for step in range(WARMING_STEPS + TIMED_STEPS):
+        if step == WARMING_STEPS:
+            wait(ground.device)
+            began = time.perf_counter()
+        engine.gradients(mixture.batch(step))
+        engine.step(schedule.factor(min(step, schedule.steps - 1)))
+    wait(ground.device)
+    of_a_step = (time.perf_counter() - began) / TIMED_STEPS
+    return {"seconds": of_a_step * schedule.steps, "of_a_step": of_a_step}
+
+
+def importance(ground: Ground) -> dict[str, Any]:
     """The blocks without which the base loses least on general text."""
     model = load_model(ground.base, ground.scale.dtype, device=ground.device)
     ids_BT = torch.from_numpy(ground.training["general"].tokens_RT[:IMPORTANCE_ROWS].copy()).long()
     _, without = losses(model, ids_BT)
-    return sorted(sorted(range(len(without)), key=without.__getitem__)[: ground.scale.new_blocks])
-
-
-class Done:
-    """What was run, by name, in a file that is written after each."""
-
-    def __init__(self, file: Path) -> None:
-        self._file = file
-        self.runs: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-
-    def of(self, name: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        if name not in self.runs:
-            self.runs[name] = run()
-            write_atomically(self._file, json.dumps(self.runs).encode())
-            print(f"{name}: {json.dumps(self.runs[name])}", file=sys.stderr, flush=True)
-        found: dict[str, Any] = self.runs[name]
-        return found
+    return {"blocks": sorted(sorted(range(len(without)), key=without.__getitem__)[: ground.scale.new_blocks])}
 
 
 def best_rate(rates: Iterable[float], score: Callable[[float], float]) -> float:
@@ -148,33 +161,64 @@ def best_rate(rates: Iterable[float], score: Callable[[float], float]) -> float:
     return best
 
 
-def choose(ground: Ground, done: Done) -> dict[str, Settings]:
+class Search:
     """Each method's settings, by the pilot seed: the rate with the best domain; for ours the placement with the best
     domain, then the rate and anchor with the best domain that lose no more general text than plain LLaMA Pro."""
 
-    def pilot(method: str, settings: Settings) -> dict[str, Any]:
-        name = f"pilot/{method}/" + "/".join(str(v) for v in settings.values())
-        return done.of(name, lambda: train(ground, method, settings, PILOT))
+    def __init__(self, trainings: Trainings) -> None:
+        self._trainings = trainings
 
-    chosen: dict[str, Settings] = {}
-    for method, rates in RATES.items():
+    def settings(self, method: str) -> Settings:
+        if method == "ours":
+            return self._ours(self.settings("llama_pro"))
         more: Settings = {"positions": "even", "anchor": 0.0} if method == "llama_pro" else {}
-        rate = best_rate(rates, lambda r, method=method, more=more: pilot(method, {"rate": r, **more})["domain"])
-        chosen[method] = {"rate": rate, **more}
-    rate = chosen["llama_pro"]["rate"]
-    places: dict[str, Any] = {p: p for p in PLACEMENTS}
-    places["importance"] = done.of("importance", lambda: {"blocks": importance(ground)})["blocks"]
-    by_place = {p: pilot("ours", {"rate": rate, "positions": places[p], "anchor": 0.0})["domain"] for p in PLACEMENTS}
-    best = places[min(by_place, key=by_place.__getitem__)]
-    tried = [{"rate": r, "positions": best, "anchor": a} for r in (rate, 2 * rate) for a in ANCHORS]
-    plain = pilot("llama_pro", chosen["llama_pro"])["general"]
-    keeping = [settings for settings in tried if pilot("ours", settings)["general"] <= plain] or tried[:1]
-    chosen["ours"] = min(keeping, key=lambda settings: pilot("ours", settings)["domain"])
-    return chosen
+        self._ahead(method, [{"rate": rate, **more} for rate in RATES[method]])
+        rate = best_rate(RATES[method], lambda rate: self._pilot(method, {"rate": rate, **more})["domain"])
+        return {"rate": rate, **more}
+
+    def _ours(self, plain: Settings) -> Settings:
+        rate = plain["rate"]
+        places: dict[str, Any] = {p: p for p in PLACEMENTS}
+        self._trainings.ahead(("importance", importance))
+        self._ahead("ours", [{"rate": rate, "positions": p, "anchor": 0.0} for p in PLACEMENTS if p != "importance"])
+        places["importance"] = self._trainings.of("importance", importance)["blocks"]
+        by_place = {p: {"rate": rate, "positions": places[p], "anchor": 0.0} for p in PLACEMENTS}
+        self._ahead("ours", by_place.values())
+        best = places[min(PLACEMENTS, key=lambda p: self._pilot("ours", by_place[p])["domain"])]
+        tried = [{"rate": r, "positions": best, "anchor": a} for r in (rate, 2 * rate) for a in ANCHORS]
+        self._ahead("ours", tried)
+        most = self._pilot("llama_pro", plain)["general"]
+        keeping = [settings for settings in tried if self._pilot("ours", settings)["general"] <= most] or tried[:1]
+        return min(keeping, key=lambda settings: self._pilot("ours", settings)["domain"])
+
+    def _ahead(self, method: str, tried: Iterable[Settings]) -> None:
+        self._trainings.ahead(*(call("pilot/" + method, method, settings) for settings in tried))
+
+    def _pilot(self, method: str, settings: Settings) -> dict[str, Any]:
+        return self._trainings.of(*call("pilot/" + method, method, settings))
 
 
-def named(method: str, chosen: dict[str, Settings], seed: int) -> str:
-    return "/".join([method, *(str(value) for value in chosen[method].values()), str(seed)])
+def call(name: str, method: str, settings: Settings, seed: int = PILOT) -> tuple[Any, ...]:
+    """A training as `Trainings` takes it, named by what it is of."""
+    numbered = () if seed == PILOT else (str(seed),)
+    return "/".join([name, *map(str, settings.values()), *numbered]), train, method, settings, seed
+
+
+def run_all(trainings: Trainings) -> tuple[dict[str, Settings], dict[str, list[dict[str, Any]]]]:
+    """By method: its settings, and the runs of every seed at them, with its seconds."""
+    search = Search(trainings)
+
+    def runs(method: str) -> tuple[Settings, list[dict[str, Any]]]:
+        settings = search.settings(method)
+        calls = [call(method, method, settings, seed) for seed in SEEDS]
+        trainings.ahead(*calls)
+        return settings, [trainings.of(*one) for one in calls]
+
+    found = dict(zip(METHODS, trainings.each(runs, METHODS), strict=True))
+    chosen = {method: settings for method, (settings, _) in found.items()}
+    paces = {m: trainings.alone("/".join(["pace", m, *map(str, s.values())]), pace, m, s) for m, s in chosen.items()}
+    seconds = {method: {"seconds": paces[method]["seconds"]} for method in METHODS}
+    return chosen, {method: [run | seconds[method] for run in of_seeds] for method, (_, of_seeds) in found.items()}
 
 
 def interval(values: Iterable[float]) -> list[float]:
@@ -222,32 +266,28 @@ def record(found: dict[str, Any], runs: dict[str, list[dict[str, Any]]], uri: st
                     mlflow.log_metrics({k: run[k] for k in ("domain", "general", "seconds")})
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> int:
+    began = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="minutes on a CPU")
     parser.add_argument("--tiny", action="store_true", help="seconds: whether it runs, not what it finds")
-    parser.add_argument("--work", type=Path, help="where what is done is kept")
     parser.add_argument("--mlflow", help="a tracking URI")
-    asked = parser.parse_args()
+    add_arguments(parser)
+    asked = parser.parse_args(arguments)
     scale = SMALL.tiny() if asked.tiny else SMALL if asked.small else FULL
-    with tempfile.TemporaryDirectory() as temporary:
-        work = (asked.work or Path(temporary)) / digest_bytes(repr(scale).encode())[:12]
-        work.mkdir(parents=True, exist_ok=True)
-        ground, done = make_ground(scale, work), Done(work / "runs.json")
-        base = done.of("base", ground.base_bits)
-        chosen = choose(ground, done)
-        runs = {
-            method: [
-                done.of(named(method, chosen, s), lambda m=method, s=s: train(ground, m, chosen[m], s)) for s in SEEDS
-            ]
-            for method in ("llama_pro", "ours", "lora", "existing_blocks", "full_tuning")
-        }
+    with work_folder(asked.work, scale) as work:
+        stand_on(work, lambda: make_ground(scale, work))
+        with Trainings(work, on_this_machine, asked.jobs, began + asked.deadline, LEAST_RUNS) as trainings:
+            trainings.ahead(("base", Ground.base_bits))
+            chosen, runs = run_all(trainings)
+            base = trainings.of("base", Ground.base_bits)
     found = summary(base, runs)
     found["chosen"] = chosen
     if asked.mlflow:
         record(found, runs, asked.mlflow)
     print(json.dumps(found))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

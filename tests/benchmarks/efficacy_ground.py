@@ -88,7 +88,7 @@ class Ground:
 
 
 def make_ground(scale: Scale, work: Path) -> Ground:
-    device = torch.device("cuda" if torch.cuda.is_available() and scale.dtype == torch.bfloat16 else "cpu")
+    device = device_of(scale)
     texts = {"general": read("general", scale.general_bytes), "domain": read("domain", scale.domain_bytes)}
     base = work / "base"
     if not (base / "model.safetensors").exists():  # written last
@@ -105,6 +105,15 @@ def make_ground(scale: Scale, work: Path) -> Ground:
     if not (base / "model.safetensors").exists():
         pretrain(ground, tokenizer)
     return ground
+
+
+def device_of(scale: Scale) -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() and scale.dtype == torch.bfloat16 else "cpu")
+
+
+def on_this_machine(ground: Ground) -> Ground:
+    """A ground that was kept, read again."""
+    return replace(ground, device=device_of(ground.scale))
 
 
 def pretrain(ground: Ground, tokenizer: Any) -> None:

@@ -44,19 +44,33 @@ def ground_of(work: Path) -> Any:
     return ground
 
 
+def trainings_on(folder: Path, ground: Any = None) -> Any:
+    from efficacy_ground import on_this_machine
+    from side_by_side import Trainings, stand_on
+
+    if ground is not None:
+        stand_on(folder, lambda: ground)
+    return Trainings(folder, on_this_machine)
+
+
+def choose(efficacy: ModuleType, trainings: Any) -> dict[str, Any]:
+    return {method: efficacy.Search(trainings).settings(method) for method in METHODS}
+
+
 def test_every_way_runs_from_choice_to_table(efficacy: ModuleType, tmp_path: Path) -> None:
-    ground, done = ground_of(tmp_path), efficacy.Done(tmp_path / "runs.json")
-    base = ground.base_bits()
-    chosen = efficacy.choose(ground, done)
+    ground = ground_of(tmp_path)
+    base, done = ground.base_bits(), trainings_on(tmp_path, ground)
+    chosen, runs = efficacy.run_all(done)
     assert set(chosen) == set(METHODS) and chosen["ours"]["anchor"] in efficacy.ANCHORS
-    runs = {method: [efficacy.train(ground, method, chosen[method], 1)] * 3 for method in METHODS}
     found = efficacy.summary(base, runs)
     assert set(found["methods"]) == set(METHODS)
+    assert all(run["seconds"] > 0 for of_seeds in runs.values() for run in of_seeds)
     counts = {method: row["parameters"] for method, row in found["methods"].items()}
     assert counts["llama_pro"] == counts["ours"] == counts["existing_blocks"] < counts["full_tuning"]
     assert counts["lora"] == pytest.approx(counts["ours"], rel=0.2)
-    again = efficacy.Done(tmp_path / "runs.json")
-    assert again.runs == done.runs and efficacy.choose(ground, again) == chosen, "what is done is not done again"
+    again = trainings_on(tmp_path)
+    (tmp_path / "ground.pt").unlink()
+    assert efficacy.run_all(again) == (chosen, runs), "what is done is not done again"
 
 
 def test_settings_are_chosen_by_text_that_is_not_reported(efficacy: ModuleType, tmp_path: Path) -> None:
@@ -107,15 +121,14 @@ def finished(efficacy: ModuleType, file: Path, general_of_ours: float) -> Any:
             general = general_of_ours if anchor < 1.0 else 2.0
             runs[f"pilot/ours/{rate}/[1]/{anchor}"] = {"domain": 0.5 + 0.1 * anchor + rate, "general": general}
     file.write_text(json.dumps(runs))
-    return efficacy.Done(file)
+    return trainings_on(file.parent)
 
 
 @pytest.mark.parametrize(("general_of_ours", "anchor"), [(1.9, 0.3), (2.0, 0.3), (2.1, 1.0)])
 def test_ours_is_the_best_on_the_domain_among_those_that_keep_what_plain_keeps(
     efficacy: ModuleType, tmp_path: Path, general_of_ours: float, anchor: float
 ) -> None:
-    done = finished(efficacy, tmp_path / "runs.json", general_of_ours)
-    chosen = efficacy.choose(None, done)
+    chosen = choose(efficacy, finished(efficacy, tmp_path / "runs.json", general_of_ours))
     rates = {method: settings["rate"] for method, settings in chosen.items() if method != "ours"}
     assert rates == {method: of_method[1] for method, of_method in efficacy.RATES.items()}
     assert chosen["ours"] == {"rate": rates["llama_pro"], "positions": [1], "anchor": anchor}
