@@ -33,7 +33,7 @@ types:
 check: setup lint types
 	@$(MAIN) -m pytest -q -m "not slow and not engine"
 
-# Two workers, a file to each in the tree's order (the stories with engines come early and are the longest).
+# Two workers, a file to each; tests/conftest.py puts the long ones first.
 test: setup lint types
 	@$(MAIN) -m pytest -v -n 2 --dist loadfile --no-loadscope-reorder --durations=25
 

@@ -24,6 +24,19 @@ MakeCheckpoint = Callable[..., Path]
 HIDDEN, INTERMEDIATE, VOCABULARY, HEADS = 16, 24, 32, 4
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where workers share the files: those with engines first, then the other slow ones, so that many short ones are
+    left when one worker runs out. What is to run, and the order within a file, stay as they are."""
+    if not hasattr(config, "workerinput"):
+        return
+    ranks: dict[Path, int] = {}
+    for item in items:
+        rank = next((i for i, mark in enumerate(("engine", "slow")) if item.get_closest_marker(mark)), 2)
+        ranks[item.path] = min(rank, ranks.get(item.path, rank))
+    items.sort(key=lambda item: ranks[item.path])
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "store")

@@ -13,7 +13,7 @@ from mansard.demo.base import save_base, train_tokenizer, untrained_model
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[4]
+ROOT = Path(__file__).resolve().parents[2]
 SHAPE = {"vocabulary": 300, "hidden": 128, "intermediate": 256, "blocks": 1, "heads": 2, "max_tokens": 128}
 CORES = sorted(os.sched_getaffinity(0))[:2]
 OURS = ["uni", "mansard_vllm.cpu_worker.BoundWorker", "fork"]
