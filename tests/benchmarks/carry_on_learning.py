@@ -226,7 +226,7 @@ def main(arguments: Sequence[str]) -> int:
     write_curves(runs, chosen.output)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     told = {"device": name, "torch": torch.__version__, "base": facts, "seeds": size.seeds}
-    told |= {"seconds_are": f"counted from {STEPS} steps alone", "jobs": chosen.jobs}
+    told |= {"seconds_are": f"counted from at most {STEPS} steps alone", "jobs": chosen.jobs}
     print(json.dumps(told | {"tokens": runs["full"]["curves"][0][-1].tokens} | summary(runs)))
     return 0
 

@@ -7,7 +7,6 @@ same. What is kept is not run again. A training that fails ends the program, as 
 under way then are finished and kept. Seconds are only measured `alone`, when nothing else runs.
 """
 
-import argparse
 import gc
 import json
 import math
@@ -17,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from argparse import ArgumentParser
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -42,7 +42,7 @@ class OutOfTime(SystemExit):
         super().__init__(OUT_OF_TIME)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, each in a process of its own")
     parser.add_argument("--work", type=Path, help="where what is done is kept, so that a run goes on")
     parser.add_argument("--deadline", type=float, default=math.inf, metavar="SECONDS",
