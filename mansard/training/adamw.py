@@ -60,8 +60,7 @@ def make_optimizer(groups: list[dict[str, Any]], kind: str, is_rounded: bool) ->
         return AdamW8bit(groups, betas=BETAS, eps=EPSILON, block_size=MOMENT_BLOCK, bf16_stochastic_round=is_rounded)
     if is_rounded:
         return RoundedAdamW(groups)
-    on_accelerator = any(p.is_cuda for group in groups for p in group["params"])
-    return torch.optim.AdamW(groups, betas=BETAS, eps=EPSILON, foreach=not on_accelerator, fused=on_accelerator)
+    return torch.optim.AdamW(groups, betas=BETAS, eps=EPSILON, fused=True)
 
 
 def moment_bytes(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> int:
@@ -95,7 +94,7 @@ def state_of(
     optimizer: torch.optim.Optimizer, parameter: torch.Tensor, tensors: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """What `state_tensors` told, as `optimizer`'s state for `parameter`, on its device."""
-    # torchao counts steps on the CPU, and so does torch where it is not fused.
+    # torchao counts steps on the CPU.
     counts_on_cpu = isinstance(optimizer.param_groups[0]["lr"], torch.Tensor)
     state = {}
     for kind, value in tensors.items():

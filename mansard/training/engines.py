@@ -15,6 +15,7 @@ from mansard.models.bypass import bypassed
 from mansard.models.freeze import digest_tensors
 from mansard.training.anchor import Anchor
 from mansard.training.attention import attention_inputs, preferred_kernels, use_packed_attention
+from mansard.training.cpu_blocks import speed_up
 from mansard.training.data import Batch
 from mansard.training.decoder import Decoder
 from mansard.training.head_loss import HeadLoss
@@ -177,6 +178,8 @@ class LocalEngine(ModelEngine):
         anchor: Anchor | None = None,
     ) -> None:
         super().__init__(model, micro_batch_sequences, anchor)
+        if self.device.type == "cpu" and model.dtype == torch.float32:
+            speed_up(self.objective.decoder.module)
         self._clip_norm = clip_norm
         self._optimizer = MasterAdamW(groups, weight_decay, optimizer, master)
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, linear
 
 from mansard.training.packing import IGNORED
+from mansard.training.products import product
 
 CHUNK_VALUES = 2**26
 """Logits in hand at once: 256 MB in float32. Smaller chunks make thin products."""
@@ -133,7 +134,7 @@ def _chunk(
     logit is raised once: with e = exp(logit - largest) and s their sum, the gradient (e / s - onehot) @ weight is taken
     as (e - s onehot) @ weight / s.
     """
-    logits_CV = _capped(linear(hidden_CH, weight_VH).float(), softcap)
+    logits_CV = _capped(product(hidden_CH, weight_VH).float(), softcap)
     slope_CV = None if softcap is None else 1.0 - (logits_CV / softcap).square()
     counts_C1 = (labels_C != IGNORED).unsqueeze(-1)
     labels_C1 = labels_C.clamp(min=0).unsqueeze(-1)
@@ -145,7 +146,7 @@ def _chunk(
     grad_CV = raised_CV.scatter_add_(1, labels_C1, -sum_C1)
     if slope_CV is not None:
         grad_CV = grad_CV * slope_CV
-    grad_CH = (grad_CV.to(hidden_CH.dtype) @ weight_VH) * (counts_C1 / sum_C1).to(hidden_CH.dtype)
+    grad_CH = product(grad_CV.to(hidden_CH.dtype), weight_VH.t()) * (counts_C1 / sum_C1).to(hidden_CH.dtype)
     return nats, grad_CH
 
 

@@ -39,7 +39,7 @@ from mansard.training.state import Checkpoints
 if TYPE_CHECKING:
     from mansard.worker import StageContext
 
-CODE_VERSION = 8
+CODE_VERSION = 9
 PACKAGES = ("numpy", "peft", "safetensors", "tokenizers", "torch", "torchao", "transformers")
 
 

@@ -1,0 +1,69 @@
+"""Blocks as a CPU trains them: transformers' values and gradients, under transformers' names."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from mansard.models.freeze import freeze_except
+from mansard.training.attention import attention_inputs, use_packed_attention
+from mansard.training.cpu_attention import Attention
+from mansard.training.cpu_blocks import GatedMLP, Norm, speed_up
+
+pytestmark = pytest.mark.slow
+SIZES = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+         "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+POSITIONS = torch.stack([torch.arange(20), torch.arange(20) % 13])
+TOKENS = torch.arange(40).view(2, 20)
+
+
+def model_of(kind: str, trained_block: int, **others: Any) -> Any:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES, **others))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    trained = {n for n, _ in model.named_parameters() if f"layers.{trained_block}." in n}
+    freeze_except(model, trained)
+    use_packed_attention(model)
+    return model
+
+
+def states_and_gradients(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    inputs = attention_inputs(model.config, POSITIONS, torch.float32, torch.device("cpu"))
+    states: torch.Tensor = model.get_decoder()(
+        input_ids=TOKENS, position_ids=POSITIONS, use_cache=False, **inputs
+    ).last_hidden_state
+    states.square().sum().backward()
+    return states.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("trained_block", [0, 1])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+def test_a_model_computes_what_it_did(kind: str, trained_block: int) -> None:
+    right, wanted = states_and_gradients(model_of(kind, trained_block))
+    model = model_of(kind, trained_block)
+    speed_up(model.get_decoder())
+    found, gradients = states_and_gradients(model)
+    torch.testing.assert_close(found, right, atol=1e-5, rtol=1e-5)
+    assert gradients.keys() == wanted.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, wanted[name], atol=1e-4 * float(wanted[name].abs().max()), rtol=0.0)
+
+
+def test_what_computes_something_else_stays() -> None:
+    model = model_of("llama", 0, hidden_act="gelu", attention_bias=True)
+    speed_up(model.get_decoder())
+    assert {type(module) for module in model.modules()} & {Norm, GatedMLP, Attention} == {Norm}
+
+
+def test_what_is_frozen_keeps_no_input() -> None:
+    model = model_of("llama", 1)
+    speed_up(model.get_decoder())
+    kept = []
+    above = model.get_decoder().layers[2]
+    states = torch.randn(2, 20, 32, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        above.mlp(states)
+    sizes = sorted(x.numel() for x in kept if not isinstance(x, torch.nn.Parameter))
+    assert sizes == [40 * 48, 40 * 48]
