@@ -7,16 +7,17 @@ of a micro-batch, D base width, C rows of a chunk.
 
 from dataclasses import dataclass
 
-from mansard.carry_on.head import BLOCK_TOKENS, CHUNK_ROWS
+from mansard.carry_on.head import CHUNK_ROWS
+from mansard.carry_on.streamed_loss import BLOCK_TOKENS
 from mansard.composition.shape import BranchShape
 from mansard.training.optimizer import HeldBytes
 
 WORKSPACE_BYTES = 34_000_000
 """cuBLAS's workspace on Hopper (32 MiB, measured 2026-11) and what the allocator rounds up."""
-OUTPUT_VALUES = 7
-"""D-wide values a token that a micro-batch's backward holds: x, f, g, g f, and the gradients of the last three."""
-TAP_VALUES = 3
-"""The same for every state that is tapped: as it came, normed, weighted."""
+OUTPUT_VALUES = 2
+"""D-wide values a token that a micro-batch's backward holds: f and the mixer's product, then their gradients."""
+TAP_VALUES = 2
+"""The same for every state that is tapped: normed, weighted."""
 BLOCK_VALUES = 12
 """Values a token in units of the branch's width that one block holds while its inside is computed again."""
 
@@ -49,7 +50,7 @@ def account(
     """`value_bytes` of a weight (2: bf16, 4: float32)."""
     parameters, width = shape.parameters, shape.base_width
     chunk, block = min(CHUNK_ROWS, vocabulary), min(BLOCK_TOKENS, step_tokens)
-    read = sum(shape.widths[1:]) + (TAP_VALUES - 1) * width * (1 + len(shape.taps)) * bool(shape.taps)
+    read = TAP_VALUES * (1 + len(shape.taps)) if shape.taps else 0
     lent = max(parameters * value_bytes, 4 * step_tokens * width)
     always = (
         ("branch's weights", parameters * value_bytes),
@@ -57,28 +58,30 @@ def account(
         ("optimizer's moments", optimizer.moments),
         ("gradients, before them the sums of p W", lent),
     )
-    buffers = ("two chunks of the head", 2 * chunk * width * value_bytes)
+    buffers = (
+        ("two chunks of the head", 2 * chunk * width * value_bytes),
+        ("two micro-batches' states", 2 * micro_tokens * sum(shape.widths) * value_bytes),
+    )
     workspace = ("library workspace", WORKSPACE_BYTES)
     phase_2 = (
         *always,
         ("y", step_tokens * width * value_bytes),
-        ("labels' rows, then dL/dy", step_tokens * width * value_bytes),
-        buffers,
+        *buffers,
         ("logits of a block", block * chunk * (4 + value_bytes)),
         workspace,
     )
     phase_3 = (
         *always,
         ("dL/dy", step_tokens * width * value_bytes),
-        buffers,
-        ("micro-batch, base width", micro_tokens * (width * OUTPUT_VALUES + read) * value_bytes),
+        *buffers,
+        ("micro-batch, base width", micro_tokens * width * (OUTPUT_VALUES + read) * value_bytes),
         ("micro-batch, branch width", micro_tokens * shape.width * (BLOCK_VALUES + shape.blocks) * value_bytes),
         workspace,
     )
     moving = (
         *always,
         ("dL/dy", step_tokens * width * value_bytes),
-        buffers,
+        *buffers,
         ("widened on the way", optimizer.passing),
         workspace,
     )

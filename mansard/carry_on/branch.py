@@ -99,12 +99,18 @@ class Branch(nn.Module):  # type: ignore[misc]
         self, states_BTW: torch.Tensor, positions_BT: torch.Tensor, mask: torch.Tensor, keep: Keep | None = None
     ) -> torch.Tensor:
         """g * f of the states in the branch's type. `mask` [B, 1, T, S] is true where a token sees a key."""
+        last_BTd = self.last(states_BTW, positions_BT, mask, keep)
+        return torch.sigmoid(linear(last_BTd, self.mixer)) * linear(last_BTd, self.output)
+
+    def last(
+        self, states_BTW: torch.Tensor, positions_BT: torch.Tensor, mask: torch.Tensor, keep: Keep | None = None
+    ) -> torch.Tensor:
+        """What mixer and f's projection read, d wide."""
         h_BTd = self.read(states_BTW.to(self.project.dtype))
         rotation = rotation_of(self.shape, positions_BT, h_BTd.dtype)
         for number, block in enumerate(self.blocks):
             h_BTd = self.run_block(block, h_BTd, rotation, mask, keep, number)
-        last_BTd = _norm(h_BTd, self.norm, self.shape)
-        return torch.sigmoid(linear(last_BTd, self.mixer)) * linear(last_BTd, self.output)
+        return _norm(h_BTd, self.norm, self.shape)
 
     def read(self, states_BTW: torch.Tensor) -> torch.Tensor:
         """What the blocks begin with, d wide."""

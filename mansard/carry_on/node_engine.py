@@ -14,12 +14,15 @@ from functools import partial
 from typing import Protocol
 
 import torch
+from torch.nn.functional import linear
 
-from mansard.carry_on.branch import joined, packed_mask
+from mansard.carry_on.branch import packed_mask
+from mansard.carry_on.double_buffer import DoubleBuffer
 from mansard.carry_on.flat import FlatWeights
-from mansard.carry_on.head import Head, head_loss
+from mansard.carry_on.head import Head
 from mansard.carry_on.loader import Part
-from mansard.carry_on.replay import Replay
+from mansard.carry_on.replay import Replay, compiled
+from mansard.carry_on.streamed_loss import head_loss
 from mansard.carry_on.wire import decode, moved
 from mansard.training.data import Batch
 from mansard.training.engines import Loss
@@ -51,8 +54,8 @@ class Moves(Protocol):
 class BranchEngine:
     """Loss, gradients and steps of one branch. `alpha` is the one of training; evaluation may take others.
 
-    `is_recording`: gradients are played from CUDA graphs (replay.py). Written and not yet run on a GPU (2026-11), so
-    nothing but the benchmark asks for it.
+    On a GPU gradients are played from CUDA graphs (replay.py), which is what makes the node fast: as separate calls a
+    step took 289 ms, of which the device was at work for 80 (H100, 2026-11-26).
     """
 
     def __init__(
@@ -63,7 +66,6 @@ class BranchEngine:
         optimizer: Moves,
         alpha: float,
         clip_norm: float,
-        is_recording: bool = False,
     ) -> None:
         self._weights = weights
         self._branch = weights.branch
@@ -74,8 +76,12 @@ class BranchEngine:
         self._clip_norm = clip_norm
         self._lent = torch.empty(0, dtype=torch.uint8)
         self._y_ND = torch.empty(0)
-        self._replay = Replay(self.device, is_recording)
+        self._buffer = DoubleBuffer(self.device)
+        self._replay = Replay(self.device, is_recording=True)
         self._direct = Replay(self.device, is_recording=False)
+        if self.device.type == "cuda":
+            for block in self._branch.blocks:
+                block.compile(dynamic=False)
 
     @property
     def device(self) -> torch.device:
@@ -101,11 +107,10 @@ class BranchEngine:
             y_ND = self._y_ND = self._joined(parts, self._alpha, self._y_ND, self._replay)
             found = head_loss(self._head, y_ND, batch.labels_BT.flatten(), self._sums(y_ND), self._replay)
             self._weights.lend(self._lent)
-            for part in parts:
-                states_BTW, positions_BT = self._inputs(part, self._replay)
-                slope_BTD = y_ND[part.rows].view(*positions_BT.shape, -1)  # the gradient took y's place
-                pull = partial(self._pull, states_BTW, positions_BT, slope_BTD)
-                self._replay.run("pull", pull, states_BTW, positions_BT, slope_BTD, self._lent)
+            for rows, states_BTW, positions_BT in self._buffer.through(parts, self._put):
+                slope_ND = y_ND[rows]  # the gradient took y's place
+                pull = partial(self._pull, states_BTW, positions_BT, slope_ND)
+                self._replay.run("pull", pull, states_BTW, positions_BT, slope_ND, self._lent)
             return Loss(float(found.nats_N.sum()), found.labels)
 
     def step(self, factor: float) -> float:
@@ -144,33 +149,55 @@ class BranchEngine:
         if into_ND is None or into_ND.shape != wanted:
             into_ND = torch.empty(wanted, dtype=self._branch.project.dtype, device=self.device)
         with torch.no_grad():
-            for part in parts:
-                states_BTW, positions_BT = self._inputs(part, replay)
-                y_BTD = into_ND[part.rows].view(*positions_BT.shape, -1)
-                join = partial(self._join, states_BTW, positions_BT, y_BTD, alpha)
-                replay.run(f"join {alpha}", join, states_BTW, positions_BT, y_BTD)
+            for rows, states_BTW, positions_BT in self._buffer.through(parts, self._put):
+                y_ND = into_ND[rows]
+                join = partial(self._join, states_BTW, positions_BT, y_ND, alpha)
+                replay.run(f"join {alpha}", join, states_BTW, positions_BT, y_ND)
         return into_ND
 
-    def _join(
-        self, states_BTW: torch.Tensor, positions_BT: torch.Tensor, y_BTD: torch.Tensor, alpha: float
-    ) -> None:
-        """x + alpha g f into `y_BTD`."""
-        x_BTD = states_BTW[..., : self._branch.shape.base_width]
-        if alpha != 0.0:
-            x_BTD = joined(x_BTD, self._branch(states_BTW, positions_BT, packed_mask(positions_BT)), alpha)
-        y_BTD.copy_(x_BTD)
+    def _join(self, states_BTW: torch.Tensor, positions_BT: torch.Tensor, y_ND: torch.Tensor, alpha: float) -> None:
+        """x + alpha g f into `y_ND`."""
+        x_ND = states_BTW[..., : self._branch.shape.base_width].flatten(0, 1)
+        if alpha == 0.0:
+            y_ND.copy_(x_ND)
+            return
+        branch = self._branch
+        last_Nd = branch.last(states_BTW, positions_BT, packed_mask(positions_BT)).flatten(0, 1)
+        delta_ND = linear(last_Nd, branch.mixer).sigmoid_().mul_(linear(last_Nd, branch.output))
+        torch.add(x_ND, delta_ND, alpha=alpha, out=y_ND)
 
-    def _pull(self, states_BTW: torch.Tensor, positions_BT: torch.Tensor, slope_BTD: torch.Tensor) -> None:
-        """dL/dy times alpha goes backward through g f, into the branch's gradients."""
-        delta_BTD = self._branch(states_BTW, positions_BT, packed_mask(positions_BT))
-        delta_BTD.backward((slope_BTD * self._alpha).to(delta_BTD.dtype))
+    def _pull(self, states_BTW: torch.Tensor, positions_BT: torch.Tensor, slope_ND: torch.Tensor) -> None:
+        """dL/dy times alpha goes backward through g f, into the branch's gradients.
 
-    def _inputs(self, part: Part, replay: Replay) -> tuple[torch.Tensor, torch.Tensor]:
-        """States [b, T, W], x first, in the branch's type, and positions of a micro-batch, on its device."""
-        coded = moved(part.coded, self.device)
-        states_NW = decode(coded, part.first_rows.to(self.device, non_blocking=True), self._branch.project.dtype)
-        positions_BT = replay.fixed("positions", part.positions_BT.to(self.device, non_blocking=True))
-        return replay.fixed("states", states_NW.view(*positions_BT.shape, -1)), positions_BT
+        The last two products' gradients are written out: autograd would hold seven D-wide values a token for them."""
+        branch = self._branch
+        last_BTd = branch.last(states_BTW, positions_BT, packed_mask(positions_BT))
+        with torch.no_grad():
+            last_Nd = last_BTd.detach().flatten(0, 1)
+            products = linear(last_Nd, branch.mixer), linear(last_Nd, branch.output)
+            slopes = compiled(_slopes, self.device)(*products, slope_ND, self._alpha)
+            pulled_Nd = torch.zeros_like(last_Nd)
+            for weight, slope_of in zip((branch.mixer, branch.output), slopes, strict=True):
+                weight.grad.addmm_(slope_of.T, last_Nd)
+                pulled_Nd.addmm_(slope_of, weight)
+        last_BTd.backward(pulled_Nd.view(last_BTd.shape))
+
+    def _put(self, part: Part, turn: int) -> tuple[slice, torch.Tensor, torch.Tensor]:
+        """A micro-batch's rows of N, its states [b, T, W], x first, in the branch's type, and its positions, on the
+        device."""
+        dtype, shape = self._branch.project.dtype, part.positions_BT.shape
+        if self.device.type != "cuda":
+            return part.rows, decode(part.coded, part.first_rows, dtype).view(*shape, -1), part.positions_BT
+        states_ND = part.coded.states_ND
+        there_ND = self._buffer.room("states", turn, states_ND.shape, dtype)
+        if part.coded.scales_N is None:
+            there_ND.copy_(states_ND, non_blocking=True)
+        else:
+            first_rows = part.first_rows.to(self.device, non_blocking=True)
+            there_ND.copy_(decode(moved(part.coded, self.device), first_rows, dtype))
+        positions_BT = self._buffer.room("positions", turn, shape, torch.int64)
+        positions_BT.copy_(part.positions_BT, non_blocking=True)
+        return part.rows, there_ND.view(*shape, -1), positions_BT
 
     def _sums(self, y_ND: torch.Tensor) -> torch.Tensor:
         """Float32 like y, in the memory that holds the gradients in phase 3: the two are never there together."""
@@ -178,3 +205,16 @@ class BranchEngine:
         if len(self._lent) < wanted:
             self._lent = torch.empty(wanted, dtype=torch.uint8, device=y_ND.device)
         return self._lent[: 4 * y_ND.numel()].view(torch.float32).view(y_ND.shape)
+
+
+def _slopes(
+    mixed_ND: torch.Tensor, f_ND: torch.Tensor, slope_ND: torch.Tensor, alpha: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dL/d(mixer's product) and dL/df in the memory of the two, at y = x + alpha sigmoid(mixer's product) f.
+
+    In their type throughout, as autograd would have it."""
+    g_ND = mixed_ND.sigmoid_()
+    pulled_ND = slope_ND * alpha
+    df_ND = pulled_ND * g_ND
+    pulled_ND = df_ND * f_ND
+    return g_ND.neg_().add_(1).mul_(pulled_ND), f_ND.copy_(df_ND)

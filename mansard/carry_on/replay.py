@@ -8,6 +8,8 @@ Without recording, and on a CPU, every piece is simply done. Not covered: what d
 
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from typing import Any
 
 import torch
 
@@ -16,9 +18,7 @@ class Replay:
     """Of one device. Everything that it does happens on a stream of its own, which `stream` enters."""
 
     def __init__(self, device: torch.device, is_recording: bool) -> None:
-        self.is_recording = is_recording
         self._on_gpu = is_recording and device.type == "cuda"
-        self._fixed: dict[Hashable, torch.Tensor] = {}
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph | None] = {}
         if self._on_gpu:
             self._stream = torch.cuda.Stream(device)
@@ -34,16 +34,6 @@ class Replay:
         with torch.cuda.stream(self._stream):
             yield
         torch.cuda.current_stream().wait_stream(self._stream)
-
-    def fixed(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Its values in the memory that `name` has for its shape and type; the tensor itself where nothing is
-        recorded."""
-        if not self.is_recording:
-            return tensor
-        key = (name, tuple(tensor.shape), tensor.dtype)
-        if key not in self._fixed:
-            self._fixed[key] = torch.empty_like(tensor)
-        return self._fixed[key].copy_(tensor, non_blocking=True)
 
     def run(self, name: str, act: Callable[[], None], *tensors: torch.Tensor) -> None:
         """`act`, which reads and writes `tensors` and what is always in one place (weights and their gradients)."""
@@ -67,3 +57,9 @@ class Replay:
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             act()
         return graph
+
+
+@cache
+def compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """One kernel of it on a GPU; the function itself on a CPU, where a compiler may be missing."""
+    return torch.compile(function, dynamic=False) if device.type == "cuda" else function

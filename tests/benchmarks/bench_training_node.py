@@ -4,7 +4,7 @@ A branch of 100 M parameters beside the 32B shape (D 5,120, vocabulary 152,064),
 random; then the 7B shape (D 4,096, vocabulary 32,000): a first epoch computes the base's states (a random Llama of 32
 layers, forward only, by transformers) and trains on them, later ones read them from the cache in the store. Prints one
 JSON line last (`--no-epochs` leaves the second part out, `--profile` lists kernels and says how much of a step's wall
-time they take, `--graphs` plays recorded CUDA graphs). Needs a CUDA device, torchao, and, for the epochs, transformers.
+time they take). Needs a CUDA device, torchao, and, for the epochs, transformers.
 The base's forward is transformers', not vLLM's.
 """
 
@@ -103,7 +103,7 @@ def engine_of(width: int, vocabulary: int, states: Any) -> tuple[BranchEngine, A
     weights = FlatWeights(branch)
     groups = [Group("branch", 1e-4, weights.parameters)]
     optimizer = MasterAdamW(groups, 0.0, "adamw_8bit", "stochastic_rounding")
-    return BranchEngine(weights, head, states, optimizer, 1.0, 1.0, "--graphs" in sys.argv), shape
+    return BranchEngine(weights, head, states, optimizer, 1.0, 1.0), shape
 
 
 def memory_and_speed(width: int, vocabulary: int, steps: int) -> dict[str, Any]:
