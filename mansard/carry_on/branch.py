@@ -9,13 +9,15 @@ branch width, H heads, K head width, S keys.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 import torch.utils.checkpoint
 from torch import nn
-from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
+from mansard.carry_on.products import product
 from mansard.composition.shape import BranchShape
 
 Keep = Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -29,6 +31,7 @@ class Block(nn.Module):  # type: ignore[misc]
         super().__init__()
         wide = shape.heads * shape.head_width
         self.shape = shape
+        self.pieces = PIECES
         self.attention_norm = nn.Parameter(torch.ones(shape.width))
         self.qkv = _matrix(3 * wide, shape.width)
         self.attention_output = _matrix(shape.width, wide)
@@ -45,15 +48,14 @@ class Block(nn.Module):  # type: ignore[misc]
         number: int,
     ) -> torch.Tensor:
         shape, (rows, tokens, _) = self.shape, h_BTd.shape
-        qkv = linear(_norm(h_BTd, self.attention_norm, shape), self.qkv)
-        q, k, v = qkv.view(rows, tokens, 3, shape.heads, shape.head_width).permute(2, 0, 3, 1, 4)
-        q, k = rotate(q, *rotation), rotate(k, *rotation)
+        qkv = product(self.pieces.norm(h_BTd, self.attention_norm, shape.norm_epsilon), self.qkv)
+        q, k, v = self.pieces.apart(qkv.view(rows, tokens, 3, shape.heads, shape.head_width), *rotation)
         if keep is not None:
             k, v = keep(number, k, v)
         mixed_BHTK = scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        h_BTd = h_BTd + linear(mixed_BHTK.transpose(1, 2).flatten(2), self.attention_output)
-        gate, up = linear(_norm(h_BTd, self.mlp_norm, shape), self.gate_up).chunk(2, dim=-1)
-        return h_BTd + linear(silu(gate) * up, self.down)
+        h_BTd = h_BTd + product(mixed_BHTK.transpose(1, 2).flatten(2), self.attention_output)
+        gate_up = product(self.pieces.norm(h_BTd, self.mlp_norm, shape.norm_epsilon), self.gate_up)
+        return h_BTd + product(self.pieces.gated(gate_up), self.down)
 
 
 class Branch(nn.Module):  # type: ignore[misc]
@@ -100,7 +102,7 @@ class Branch(nn.Module):  # type: ignore[misc]
     ) -> torch.Tensor:
         """g * f of the states in the branch's type. `mask` [B, 1, T, S] is true where a token sees a key."""
         last_BTd = self.last(states_BTW, positions_BT, mask, keep)
-        return torch.sigmoid(linear(last_BTd, self.mixer)) * linear(last_BTd, self.output)
+        return torch.sigmoid(product(last_BTd, self.mixer)) * product(last_BTd, self.output)
 
     def last(
         self, states_BTW: torch.Tensor, positions_BT: torch.Tensor, mask: torch.Tensor, keep: Keep | None = None
@@ -110,29 +112,29 @@ class Branch(nn.Module):  # type: ignore[misc]
         rotation = rotation_of(self.shape, positions_BT, h_BTd.dtype)
         for number, block in enumerate(self.blocks):
             h_BTd = self.run_block(block, h_BTd, rotation, mask, keep, number)
-        return _norm(h_BTd, self.norm, self.shape)
+        return _norm(h_BTd, self.norm, self.shape.norm_epsilon)
 
     def read(self, states_BTW: torch.Tensor) -> torch.Tensor:
         """What the blocks begin with, d wide."""
         shape = self.shape
         if not (shape.taps or shape.others):
-            return linear(states_BTW, self.project)
+            return product(states_BTW, self.project)
         parts = states_BTW.split(shape.widths, dim=-1)
-        h_BTd = self.read_taps(parts[: 1 + len(shape.taps)]) if shape.taps else linear(parts[0], self.project)
+        h_BTd = self.read_taps(parts[: 1 + len(shape.taps)]) if shape.taps else product(parts[0], self.project)
         if not shape.others:
             return h_BTd
         others = zip(parts[-len(shape.others) :], self.other_projects, strict=True)
-        return _weighted(self.base_weights, [h_BTd, *(linear(x, project) for x, project in others)])
+        return _weighted(self.base_weights, [h_BTd, *(product(x, project) for x, project in others)])
 
     def read_taps(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         """The final state's and the taps', normed, d wide."""
         epsilon = self.shape.norm_epsilon
         if self.shape.tap_projections:
             pairs = zip(parts, [self.project, *self.tap_projects], strict=True)
-            read = [linear(rms_norm(p, p.shape[-1:], None, epsilon), project) for p, project in pairs]
+            read = [product(rms_norm(p, p.shape[-1:], None, epsilon), project) for p, project in pairs]
             return _weighted(self.tap_weights, read)
         normed = [rms_norm(p, p.shape[-1:], w, epsilon) for p, w in zip(parts, self.tap_norms, strict=True)]
-        return linear(_weighted(self.tap_weights, normed), self.project)
+        return product(_weighted(self.tap_weights, normed), self.project)
 
     def run_block(self, block: nn.Module, *arguments: Any) -> torch.Tensor:  # noqa: ANN401 - the block's own
         """One block; with gradients its inside is computed again in backward, so that only its input is kept."""
@@ -193,8 +195,34 @@ def _weighted(weights_K: torch.Tensor, parts: Sequence[torch.Tensor]) -> torch.T
     return torch.stack([share * part for share, part in zip(shares_K, parts, strict=True)]).sum(0)
 
 
-def _norm(h_BTd: torch.Tensor, weight: torch.Tensor, shape: BranchShape) -> torch.Tensor:
-    return rms_norm(h_BTd, (shape.width,), weight, shape.norm_epsilon)
+def _norm(h_BTd: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    return rms_norm(h_BTd, weight.shape, weight, epsilon)
+
+
+def _apart(
+    qkv_BT3HK: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries and keys, rotated, and values, [B, H, T, K] each."""
+    q, k, v = qkv_BT3HK.permute(2, 0, 3, 1, 4)
+    return rotate(q, cosine, sine), rotate(k, cosine, sine), v
+
+
+def _gated(gate_up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return silu(gate) * up
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """What a block does between its products. Training on a GPU compiles them; what reads rows of any length does not.
+    """
+
+    norm: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor] = _norm
+    apart: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]] = _apart
+    gated: Callable[[torch.Tensor], torch.Tensor] = _gated
+
+
+PIECES = Pieces()
 
 
 def _matrix(rows: int, columns: int) -> nn.Parameter:

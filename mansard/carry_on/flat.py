@@ -30,19 +30,22 @@ class Piece:
 
 
 class FlatWeights:
-    """Takes the branch's weights over: afterwards its parameters are views."""
+    """Takes the branch's weights over: afterwards its parameters are views, on `device` in `dtype` (where they were, as
+    they were, if nothing is said)."""
 
-    def __init__(self, branch: Branch) -> None:
+    def __init__(
+        self, branch: Branch, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         self.pieces: dict[str, Piece] = {}
         sizes = dict.fromkeys(KINDS, 0)
         for name, parameter in branch.named_parameters():
             kind = KINDS[0] if parameter.ndim >= 2 else KINDS[1]
             self.pieces[name] = Piece(kind, sizes[kind], parameter.shape)
             sizes[kind] += -(-parameter.numel() // ROW) * ROW
-        like = branch.project
+        place = {"dtype": dtype or branch.project.dtype, "device": device or branch.project.device}
         self.parameters = {
-            "matrices": nn.Parameter(torch.zeros(sizes["matrices"] // ROW, ROW, dtype=like.dtype, device=like.device)),
-            "vectors": nn.Parameter(torch.zeros(sizes["vectors"], dtype=like.dtype, device=like.device)),
+            "matrices": nn.Parameter(torch.zeros(sizes["matrices"] // ROW, ROW, **place)),
+            "vectors": nn.Parameter(torch.zeros(sizes["vectors"], **place)),
         }
         self.branch = branch
         with torch.no_grad():

@@ -10,13 +10,14 @@ states' width.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 from functools import partial
 from typing import Protocol
 
 import torch
 from torch.nn.functional import linear
 
-from mansard.carry_on.branch import packed_mask
+from mansard.carry_on.branch import PIECES, Pieces, packed_mask
 from mansard.carry_on.double_buffer import DoubleBuffer
 from mansard.carry_on.flat import FlatWeights
 from mansard.carry_on.head import Head
@@ -79,9 +80,8 @@ class BranchEngine:
         self._buffer = DoubleBuffer(self.device)
         self._replay = Replay(self.device, is_recording=True)
         self._direct = Replay(self.device, is_recording=False)
-        if self.device.type == "cuda":
-            for block in self._branch.blocks:
-                block.compile(dynamic=False)
+        for block in self._branch.blocks:
+            block.pieces = Pieces(*(compiled(piece, self.device) for piece in astuple(PIECES)))
 
     @property
     def device(self) -> torch.device:
@@ -115,7 +115,8 @@ class BranchEngine:
 
     def step(self, factor: float) -> float:
         """Move the branch at `factor` of its peak rate; the gradients' norm before clipping."""
-        return self._optimizer.step(factor, self._clip_norm)
+        with self._replay.stream():  # where the gradients are: what one frees the other takes
+            return self._optimizer.step(factor, self._clip_norm)
 
     def evaluate(self, batches: Sequence[Batch]) -> Loss:
         return self.evaluate_at(batches, self._alpha)

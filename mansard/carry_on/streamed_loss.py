@@ -74,7 +74,7 @@ def head_loss(
         slope_of, weight_N = compiled(_slope, y_ND.device), is_label_N / max(count, 1)
         for start, rows_nD in head.streamed(rows_ND):
             block = slice(start, start + len(rows_nD))
-            y_ND[block] = slope_of(pull_ND[block], sums.sum_N[block], rows_nD, weight_N[block])
+            slope_of(y_ND[block], pull_ND[block], sums.sum_N[block], rows_nD, weight_N[block])
     return HeadLoss(nats_N, count)
 
 
@@ -140,9 +140,11 @@ def _weigh(
     return weights_nC.to(dtype)
 
 
-def _slope(pull_nD: torch.Tensor, sum_n: torch.Tensor, rows_nD: torch.Tensor, weight_n: torch.Tensor) -> torch.Tensor:
-    """dL/dy of tokens that count by `weight_n`, in the head's type."""
-    return ((pull_nD / sum_n[:, None] - rows_nD) * weight_n[:, None]).to(rows_nD.dtype)
+def _slope(
+    y_nD: torch.Tensor, pull_nD: torch.Tensor, sum_n: torch.Tensor, rows_nD: torch.Tensor, weight_n: torch.Tensor
+) -> None:
+    """dL/dy into y's place, of tokens that count by `weight_n`."""
+    y_nD.copy_((pull_nD / sum_n[:, None] - rows_nD) * weight_n[:, None])
 
 
 def _blocks(tokens: int) -> list[slice]:

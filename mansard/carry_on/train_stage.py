@@ -144,11 +144,10 @@ def make_engine(
     dtype = DTYPES[train.precision]
     branch = Branch(shape)
     branch.start(train.seed)
-    branch.to(device, dtype)
     head = Head(head_rows(context.store, context.inputs["artifact"]), device, dtype)
     if head.width != shape.base_width:
         raise BadInput(f"the base's head has width {head.width}, its states have {shape.base_width}")
-    weights = FlatWeights(branch)
+    weights = FlatWeights(branch, device, dtype)
     group = Group("branch", train.learning_rate, weights.parameters)
     optimizer = MasterAdamW([group], train.weight_decay, train.optimizer, train.master)
     return branch, BranchEngine(weights, head, loader, optimizer, train.alpha, train.clip_norm)

@@ -70,6 +70,7 @@ def rates() -> tuple[float, float]:
     host = torch.empty(1 << 28, dtype=torch.uint8).pin_memory()
     there = torch.empty_like(host, device=DEVICE)
     link = timed(lambda: there.copy_(host, non_blocking=True), 5)
+    torch._C._cuda_clearCublasWorkspaces()  # of a stream that the node does not use
     return 2 * 8192**3 / seconds, host.numel() / link
 
 
@@ -97,10 +98,9 @@ def engine_of(width: int, vocabulary: int, states: Any) -> tuple[BranchEngine, A
     shape = shape_of_size(width, PARAMETERS)
     branch = Branch(shape)
     branch.start(0)
-    branch.to(DEVICE, torch.bfloat16)
     rows_VD = (torch.randn(4096, width) * width**-0.5).to(torch.bfloat16).repeat(-(-vocabulary // 4096), 1)[:vocabulary]
     head = Head(rows_VD.contiguous(), DEVICE, torch.bfloat16)
-    weights = FlatWeights(branch)
+    weights = FlatWeights(branch, DEVICE, torch.bfloat16)
     groups = [Group("branch", 1e-4, weights.parameters)]
     optimizer = MasterAdamW(groups, 0.0, "adamw_8bit", "stochastic_rounding")
     return BranchEngine(weights, head, states, optimizer, 1.0, 1.0), shape

@@ -16,7 +16,11 @@ from mansard.composition.shape import shape_of
 from mansard.training.data import Batch
 from mansard.training.optimizer import Group, MasterAdamW
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch's compiler gives them
+]
 ROWS, TOKENS, WIDTH, VOCABULARY = 4, 128, 128, 1000
 MICRO = 2 * TOKENS
 
@@ -65,8 +69,8 @@ def test_played_steps_give_the_gradients_of_one_whole_graph(dtype: torch.dtype, 
         for parameter in reference.parameters():
             parameter.copy_(parameter.to(dtype))
     rows_VD = torch.randn(VOCABULARY, WIDTH).to(dtype).float()
-    branch = copy.deepcopy(reference).to("cuda", dtype)
-    weights = FlatWeights(branch)
+    branch = copy.deepcopy(reference)
+    weights = FlatWeights(branch, torch.device("cuda", 0), dtype)
     optimizer = MasterAdamW([Group("branch", 1e-3, weights.parameters)], 0.0)
     head = Head(rows_VD, torch.device("cuda", 0), dtype, chunk_rows=192)
     states = Held(torch.zeros(ROWS, TOKENS, WIDTH), scheme)
