@@ -16,8 +16,8 @@ from mansard.carry_on.head import Head
 from mansard.carry_on.replay import Replay, compiled
 from mansard.training.packing import IGNORED
 
-BLOCK_TOKENS = 2048
-"""Tokens whose logits stand in memory at once: 2,048 x 2,048 in float32 are 17 MB."""
+BLOCK_TOKENS = 4096
+"""Tokens whose logits stand in memory at once: 4,096 x 2,048 in float32 are 34 MB."""
 LARGEST_SUM = 1e30
 """Sums of p beyond it are made again with another m: float32 ends at 3e38, and sums of p W must not reach that."""
 
