@@ -5,6 +5,7 @@ the optimizer's step comes after them. The largest of the three is the peak. Leg
 of a micro-batch, D base width, C rows of a chunk.
 """
 
+import os
 from dataclasses import dataclass
 
 from mansard.carry_on.head import CHUNK_ROWS
@@ -12,14 +13,16 @@ from mansard.carry_on.streamed_loss import BLOCK_TOKENS
 from mansard.composition.shape import BranchShape
 from mansard.training.optimizer import HeldBytes
 
-WORKSPACE_BYTES = 34_000_000
-"""cuBLAS's workspace on Hopper (32 MiB, measured 2026-11) and what the allocator rounds up."""
+WORKSPACE_BYTES = 17_000_000
+"""cuBLAS's on a GPU, of the thread that goes forward and the one that goes backward, as `GPU_SETTINGS` has it."""
+UNFILLED_BYTES = 80_000_000
+"""What the allocator reserves around all that: its pages of 20 MB in six places (87 MB measured, H100, 2026-11)."""
+GPU_SETTINGS = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "CUBLAS_WORKSPACE_CONFIG": ":4096:2:16:8"}
+"""With the libraries' own, cuBLAS takes four times as much on a Hopper, and large pieces do not share memory."""
 OUTPUT_VALUES = 2
 """D-wide values a token that a micro-batch's backward holds: f and the mixer's product, then their gradients."""
 TAP_VALUES = 2
 """The same for every state that is tapped: normed, weighted."""
-BLOCK_VALUES = 12
-"""Values a token in units of the branch's width that one block holds while its inside is computed again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +48,13 @@ class Account:
 
 
 def account(
-    shape: BranchShape, vocabulary: int, step_tokens: int, micro_tokens: int, value_bytes: int, optimizer: HeldBytes
+    shape: BranchShape,
+    vocabulary: int,
+    step_tokens: int,
+    micro_tokens: int,
+    value_bytes: int,
+    optimizer: HeldBytes,
+    on_gpu: bool,
 ) -> Account:
     """`value_bytes` of a weight (2: bf16, 4: float32)."""
     parameters, width = shape.parameters, shape.base_width
@@ -62,27 +71,39 @@ def account(
         ("two chunks of the head", 2 * chunk * width * value_bytes),
         ("two micro-batches' states", 2 * micro_tokens * sum(shape.widths) * value_bytes),
     )
-    workspace = ("library workspace", WORKSPACE_BYTES)
+    workspace = (("libraries' workspace", WORKSPACE_BYTES), ("pages not filled", UNFILLED_BYTES)) if on_gpu else ()
     phase_2 = (
         *always,
         ("y", step_tokens * width * value_bytes),
         *buffers,
         ("logits of a block", block * chunk * (4 + value_bytes)),
-        workspace,
+        *workspace,
     )
     phase_3 = (
         *always,
         ("dL/dy", step_tokens * width * value_bytes),
         *buffers,
         ("micro-batch, base width", micro_tokens * width * (OUTPUT_VALUES + read) * value_bytes),
-        ("micro-batch, branch width", micro_tokens * shape.width * (BLOCK_VALUES + shape.blocks) * value_bytes),
-        workspace,
+        ("micro-batch, branch width", micro_tokens * block_values(shape) * value_bytes),
+        *workspace,
     )
     moving = (
         *always,
         ("dL/dy", step_tokens * width * value_bytes),
         *buffers,
         ("widened on the way", optimizer.passing),
-        workspace,
+        *workspace,
     )
     return Account(phase_2, phase_3, moving)
+
+
+def use_gpu_settings() -> None:
+    """Before a process first uses a GPU; what the environment says already stays."""
+    for name, value in GPU_SETTINGS.items():
+        os.environ.setdefault(name, value)
+
+
+def block_values(shape: BranchShape) -> int:
+    """Values a token of all blocks' inputs and of one whose inside is computed again and goes backward: gate and up
+    with their slopes and one product, queries, keys and values before and after the rotation, ten of its own width."""
+    return 5 * shape.intermediate + 5 * shape.heads * shape.head_width + (10 + shape.blocks) * shape.width

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mansard.canonical import canonical_json
-from mansard.carry_on.account import account
+from mansard.carry_on.account import account, use_gpu_settings
 from mansard.carry_on.branch import Branch
 from mansard.carry_on.branch_file import branch_bytes
 from mansard.carry_on.cached import AlignedStates, CachedStates, open_cache
@@ -68,6 +68,7 @@ def run(context: "StageContext") -> SnapshotId:
     shape = shape_for(branch_spec, cache.width, [other.width for other in others])
     mixture, held_out = _texts(cache, data, train)
     plan = plan_of(train, data.sequence_tokens)
+    use_gpu_settings()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     states = AlignedStates((cache, *others)) if others else cache
     loader = Loader(states, mixture, MICRO_TOKENS, is_pinned=device.type == "cuda")
@@ -178,8 +179,9 @@ def _tell(context: "StageContext", shape: BranchShape, engine: BranchEngine, pla
     """Parameters and the memory account, before the first step."""
     micro_tokens = max(MICRO_TOKENS, sequence_tokens)
     found = account(
-        shape, engine.vocabulary, plan.tokens_per_step, micro_tokens, engine.value_bytes, engine.optimizer_bytes
-    )
+        shape, engine.vocabulary, plan.tokens_per_step, micro_tokens, engine.value_bytes, engine.optimizer_bytes,
+        engine.device.type == "cuda",
+    )  # fmt: skip
     taps = f", reading layers {', '.join(map(str, shape.taps))} too" if shape.taps else ""
     text = f"branch of {shape.parameters:,} parameters, {shape.blocks} blocks of width {shape.width}{taps}"
     print("\n".join([f"train-branch: {text}", *found.lines()]), file=sys.stderr, flush=True)

@@ -9,20 +9,17 @@ The base's forward is transformers', not vLLM's.
 """
 
 import json
-import os
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
 import numpy
 import torch
 
 from mansard.canonical import canonical_json
-from mansard.carry_on.account import account
+from mansard.carry_on.account import account, use_gpu_settings
 from mansard.carry_on.branch import Branch
 from mansard.carry_on.cached import CAPTURE_FILE, open_cache
 from mansard.carry_on.flat import FlatWeights
@@ -138,7 +135,7 @@ def memory_and_speed(width: int, vocabulary: int, steps: int) -> dict[str, Any]:
         spent["step"] += time.perf_counter() - middle
     seconds = (time.perf_counter() - begun) / steps
     tokens = STEP_ROWS * ROW_TOKENS
-    found = account(shape, vocabulary, tokens, MICRO_TOKENS, 2, engine.optimizer_bytes)
+    found = account(shape, vocabulary, tokens, MICRO_TOKENS, 2, engine.optimizer_bytes, on_gpu=True)
     reserved = torch.cuda.max_memory_reserved()
     free_after, _ = torch.cuda.mem_get_info()
     flops = 6 * shape.parameters + 4 * width * vocabulary
@@ -249,6 +246,7 @@ def _cached(work: Path, packed: Packed, states: list[torch.Tensor], scheme: Any,
 
 
 def main() -> int:
+    use_gpu_settings()
     if not torch.cuda.is_available():
         print("bench-training-node: a CUDA device is needed", file=sys.stderr)
         return 2
