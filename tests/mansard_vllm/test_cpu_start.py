@@ -28,6 +28,7 @@ def test_one_bound_worker_is_forked_with_a_thread_on_each_core_and_nothing_else_
     found = told(tmp_path / "base", cores, [({}, unbound), (two, bound), (by_hand, bound), ({}, bound)])
     assert found["cases"] == [VLLMS, VLLMS, VLLMS, OURS]
     assert (found["threads"], found["bound"]) == (len(CORES), [[core] for core in CORES])
+    assert found["is_port_closed"], "a killed API server's port refuses at once, though its EngineCore still runs"
     assert found["platform_unasked"] is None
 
 

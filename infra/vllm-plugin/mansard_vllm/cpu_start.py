@@ -13,6 +13,9 @@ torch itself: threads it has started would be missing after the fork.
 import multiprocessing
 import os
 import signal
+import socket
+import stat
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,7 +43,7 @@ class OneImportPlatform(CpuPlatform):  # type: ignore[misc]
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
         if multiprocessing.parent_process() is None:
             torch.set_num_threads(1)  # a pool of threads would not outlive the fork, and OpenMP would wait for it
-            os.register_at_fork(after_in_child=_leave_signals)
+            os.register_at_fork(after_in_child=_let_go)
 
 
 def _is_one_bound_worker(vllm_config: "VllmConfig") -> bool:
@@ -55,6 +58,29 @@ def _is_one_bound_worker(vllm_config: "VllmConfig") -> bool:
     )
 
 
-def _leave_signals() -> None:
-    """Signals to the EngineCore are not told to the API server's event loop, which it was forked from."""
+def _let_go() -> None:
+    """What the EngineCore must not share with the API server that it was forked from: the event loop's signals, and the
+    port, which would otherwise take connections after the API server has died, and never answer."""
     signal.set_wakeup_fd(-1)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for number in [int(entry.name) for entry in Path("/proc/self/fd").iterdir()]:
+        if _is_port(number):
+            os.dup2(nothing, number)  # not closed: its owner's object would close whatever has the number by then
+    os.close(nothing)
+
+
+def _is_port(number: int) -> bool:
+    """Whether a file descriptor is a TCP socket that is bound and has no peer."""
+    try:
+        if not stat.S_ISSOCK(os.fstat(number).st_mode):
+            return False
+    except OSError:
+        return False  # the one that read the folder
+    with socket.socket(fileno=os.dup(number)) as found:
+        if found.family not in (socket.AF_INET, socket.AF_INET6) or found.type != socket.SOCK_STREAM:
+            return False
+        try:
+            found.getpeername()
+        except OSError:
+            return bool(found.getsockname()[1])
+        return False
