@@ -155,7 +155,7 @@ class Samples:
         epoch, place = divmod(step, self.steps_per_epoch)
         order = torch.randperm(len(self.tokens_RT), generator=torch.Generator().manual_seed(1000 * self._seed + epoch))
         picked = order[place * self._rows : (place + 1) * self._rows]
-        return Batch(self.tokens_RT[picked], self._positions_T.expand(len(picked), -1), self._labels_RT[picked])
+        return Batch(self.tokens_RT[picked], self._positions_T.repeat(len(picked), 1), self._labels_RT[picked])
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
