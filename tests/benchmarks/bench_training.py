@@ -10,10 +10,14 @@ The last line is JSON: ratio_to_trainer, checkpoint_time_fraction (of the loop's
 checkpoints), forecast_error (the preflight's memory over the peak, of the whole process, libraries included),
 tokens_per_second.
 
-Not reached: 1.3 times Trainer in float32. Of a step (torch.profiler, 2026-11-26) about half are the products that both
-do, at the rate of MKL (oneDNN is 5 to 9 % faster on them), a fifth is attention (causal in both kernels for the 85 % of
-rows that are one document; segment by segment the others gain nothing). Keeping the states below the lowest new block
-from epoch to epoch would save 1 % here: that one block of eight takes 4.2 % of a step, and 28 % of the rows come twice.
+Not reached: 1.3 times Trainer in float32. A step of 1,024 tokens is 9.4 GFLOP in linears and head, 2.1 in attention's
+lower triangle (blocks of 64), in both loops; at the 110 GFLOP/s that oneDNN reaches on one core that is 105 ms, and
+Trainer's step took 193 ms of CPU time at best (2026-11-26): with everything else free, 1.8 times. Ours took 165. Parts
+measured alone, times how often they come: linears and head 90 ms (17 of them the new blocks' weight gradients),
+attention 31, elementwise 13, optimizer 2; the rest is cold caches and calls. Left out, because they gave nothing:
+weights packed ahead for oneDNN, smaller chunks of the head's loss, micro-batches of two rows and of one (2 and 17 %
+slower), blocks of 128 queries (3 % slower), allocator settings (a step faults no page). Keeping the states below the
+lowest new block from epoch to epoch would save 1 %: 28 % of the rows come twice.
 """
 
 import json
