@@ -27,10 +27,12 @@ class DoubleBuffer:
     def through(self, items: Sequence[Item], put: Callable[[Item, int], There]) -> Iterator[There]:
         """What `put(item, turn)` gives, item by item; valid until the next is asked for.
 
-        On a GPU `put` runs on the copying stream, an item ahead, and what it gives must lie in `room` of its turn."""
+        On a GPU `put` runs on the copying stream, an item ahead and after what the stream of the caller was asked for
+        so far (states may be computed there); what it gives must lie in `room` of its turn."""
         if self.device.type != "cuda":
             yield from (put(item, 0) for item in items)
             return
+        self._stream.wait_stream(torch.cuda.current_stream())
         coming = self._put(items[0], 0, put)
         for number in range(len(items)):
             turn, there = number % 2, coming

@@ -11,7 +11,7 @@ from mansard.carry_on.flat import FlatWeights
 from mansard.carry_on.head import Head
 from mansard.carry_on.loader import Part, read_parts
 from mansard.carry_on.node_engine import BranchEngine
-from mansard.carry_on.wire import Coded, Scheme, decode, encode
+from mansard.carry_on.wire import Coded, Scheme, decode, encode, in_a_row, moved
 from mansard.composition.shape import shape_of
 from mansard.training.data import Batch
 from mansard.training.optimizer import Group, MasterAdamW
@@ -28,19 +28,23 @@ MICRO = 2 * TOKENS
 class Held:
     """States of one batch; its rows are asked for in order."""
 
-    def __init__(self, x_BTD: torch.Tensor, scheme: Scheme) -> None:
+    def __init__(self, x_BTD: torch.Tensor, scheme: Scheme, are_computed: bool) -> None:
         self.coded = [encode(x_TD, [0], scheme) for x_TD in x_BTD]
+        self.are_computed = are_computed
 
     def parts(self, batch: Batch) -> list[Part]:
+        """In pinned memory, or as a base on the same GPU gives them: asked for, and not there yet."""
         self.next_row = 0
-        return read_parts(self, batch, MICRO, is_pinned=True)
+        if self.are_computed:
+            torch.cuda._sleep(100_000_000)
+        return read_parts(self, batch, MICRO, is_pinned=not self.are_computed)
 
     def of(self, batch: Batch) -> tuple[Coded, list[int]]:
-        from mansard.carry_on.wire import in_a_row
-
         rows = range(self.next_row, self.next_row + len(batch.tokens_BT))
         self.next_row = rows.stop
-        return in_a_row([self.coded[r] for r in rows]), [i * TOKENS for i in range(len(rows))]
+        coded = in_a_row([self.coded[r] for r in rows])
+        first_rows = [i * TOKENS for i in range(len(rows))]
+        return (moved(coded, torch.device("cuda", 0)) if self.are_computed else coded), first_rows
 
     def decoded(self) -> torch.Tensor:
         first = torch.tensor([0])
@@ -57,10 +61,13 @@ def whole_graph(branch: Branch, x_BTD: torch.Tensor, batch: Batch, rows_VD: torc
     return float(loss.detach()), {n: p.grad.clone() for n, p in branch.named_parameters()}
 
 
-@pytest.mark.parametrize(("dtype", "scheme", "far"), [
-    (torch.float32, "bf16", 3e-4), (torch.float32, "fp8", 3e-4), (torch.bfloat16, "bf16", 3e-2),
+@pytest.mark.parametrize(("dtype", "scheme", "far", "are_computed"), [
+    (torch.float32, "bf16", 3e-4, False), (torch.float32, "fp8", 3e-4, False), (torch.bfloat16, "bf16", 3e-2, False),
+    (torch.float32, "bf16", 3e-4, True),
 ])  # fmt: skip
-def test_played_steps_give_the_gradients_of_one_whole_graph(dtype: torch.dtype, scheme: Scheme, far: float) -> None:
+def test_played_steps_give_the_gradients_of_one_whole_graph(
+    dtype: torch.dtype, scheme: Scheme, far: float, are_computed: bool
+) -> None:
     torch.manual_seed(0)
     reference = Branch(shape_of(WIDTH, 64, 2))
     reference.start(1)
@@ -73,12 +80,12 @@ def test_played_steps_give_the_gradients_of_one_whole_graph(dtype: torch.dtype, 
     weights = FlatWeights(branch, torch.device("cuda", 0), dtype)
     optimizer = MasterAdamW([Group("branch", 1e-3, weights.parameters)], 0.0)
     head = Head(rows_VD, torch.device("cuda", 0), dtype, chunk_rows=192)
-    states = Held(torch.zeros(ROWS, TOKENS, WIDTH), scheme)
+    states = Held(torch.zeros(ROWS, TOKENS, WIDTH), scheme, are_computed)
     engine = BranchEngine(weights, head, states, optimizer, 0.7, 1.0)
     for _ in range(5):  # done, recorded, played, on other data each
         x_BTD = torch.randn(ROWS, TOKENS, WIDTH)
         x_BTD[:, 0] *= 30
-        states.coded = Held(x_BTD, scheme).coded
+        states.coded = Held(x_BTD, scheme, are_computed).coded
         positions_BT = torch.arange(TOKENS).repeat(ROWS, 1)
         positions_BT[2, 50:] = torch.arange(TOKENS - 50)
         labels_BT = torch.randint(0, VOCABULARY, (ROWS, TOKENS))
