@@ -3,8 +3,10 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 
 def canonical_json(value: Any) -> bytes:  # noqa: ANN401 - any JSON value
@@ -18,12 +20,19 @@ def sha256_json(value: Any) -> str:  # noqa: ANN401 - any JSON value
 
 
 def write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:
-    """Write beside, fsync, rename, fsync the folder: a reader sees the old file or the new one, never half."""
+    """A reader sees the old file or the new one, never half."""
+    with replaced_atomically(path, mode) as file:
+        file.write(data)
+
+
+@contextmanager
+def replaced_atomically(path: Path, mode: int = 0o644) -> Iterator[BinaryIO]:
+    """Write beside; at the end fsync, rename, fsync the folder. Nothing is left of it where the body raises."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}")
     try:
         with open(beside, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)

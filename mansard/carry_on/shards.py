@@ -6,24 +6,31 @@ are whole. Legend: N tokens, D width, S sequences.
 """
 
 import json
+import math
+import os
 import shutil
-from collections.abc import Sequence
+import struct
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
-import numpy
 import torch
 from blake3 import blake3
-from safetensors.torch import save
 
-from mansard.canonical import canonical_json, write_atomically
+from mansard.canonical import canonical_json, replaced_atomically, write_atomically
 from mansard.carry_on.sequences import TokenSequence
-from mansard.carry_on.wire import Coded, Scheme, bytes_per_token, in_a_row
+from mansard.carry_on.wire import Coded, Scheme, bytes_per_token
 from mansard.errors import BadInput
 
 SHARD_TOKENS = 65_536
 """At width 5,120 in bf16 a shard has 0.67 GB: small beside a disk, large beside a file's overhead."""
 DISK_MARGIN = 1.05
+SYNCED_BYTES = 1 << 26
+"""What a disk is given at a time, so that the last of a shard is on it soon after it has come."""
+_KINDS = {torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3", torch.int8: "I8"}
+_BYTES = {"I64": 8, "F32": 4, "BF16": 2, "F8_E4M3": 1, "I8": 1, "U8": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,17 +89,54 @@ def check_room(expected: int, folder: Path, room: int | None = None) -> None:
         )
 
 
-def write_shard(folder: Path, shard: Shard, coded: list[Coded], scheme: Scheme) -> None:
-    """Write the shard and its digest from its coded sequences; `coded` is emptied: memory holds the shard once less."""
-    assert [len(c.states_ND) for c in coded] == [len(s.tokens) for s in shard.sequences], "a state for every token"
-    lengths = torch.tensor([len(s.tokens) for s in shard.sequences], dtype=torch.int64)
-    whole = in_a_row(coded)
-    coded.clear()
-    keys = numpy.frombuffer(b"".join(s.key for s in shard.sequences), dtype=numpy.uint8).reshape(len(lengths), -1)
-    tensors = {"states": whole.states_ND, "lengths": lengths, "keys": torch.from_numpy(keys.copy())}
-    if whole.scales_N is not None and whole.first_SD is not None:
-        tensors |= {"scales": whole.scales_N, "first": whole.first_SD}
-    data = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata={"scheme": scheme})
-    write_atomically(folder / shard.name, data)
-    note = {"format": 1, "digest": blake3(data).hexdigest(), "tokens": shard.tokens}
+def write_shard(folder: Path, shard: Shard, coded: Iterable[Coded], scheme: Scheme) -> None:
+    """Write the shard and its digest while its sequences come, in order. ValueError where there are fewer or more."""
+    coming = iter(coded)
+    first = next(coming)
+    digest, behind = blake3(), 0
+    scales, firsts = [], []
+    with replaced_atomically(folder / shard.name) as file:
+
+        def put(tensor: torch.Tensor) -> None:
+            data = memoryview(tensor.contiguous().view(torch.uint8).numpy())
+            file.write(data)
+            digest.update(data)
+
+        head = _header(shard, first, scheme)
+        file.write(head)
+        digest.update(head)
+        put(torch.tensor([len(s.tokens) for s in shard.sequences], dtype=torch.int64))
+        for sequence, part in zip(shard.sequences, chain([first], coming), strict=True):
+            assert len(part.states_ND) == len(sequence.tokens), "a state for every token"
+            put(part.states_ND)
+            scales += [] if part.scales_N is None else [part.scales_N]
+            firsts += [] if part.first_SD is None else [part.first_SD]
+            behind += part.states_ND.nbytes
+            if behind > SYNCED_BYTES:  # so that little is left for the end
+                os.fdatasync(file.fileno())
+                behind = 0
+        for tensor in scales + firsts:
+            put(tensor)
+        put(torch.frombuffer(bytearray(b"".join(s.key for s in shard.sequences)), dtype=torch.uint8))
+    note = {"format": 1, "digest": digest.hexdigest(), "tokens": shard.tokens}
     write_atomically(folder / f"{shard.name}.json", canonical_json(note))
+
+
+def _header(shard: Shard, like: Coded, scheme: Scheme) -> bytes:
+    """A safetensors file's beginning: its tensors' types, shapes and places, in the order in which they are written;
+    `like` is one of the shard's sequences."""
+    count, tokens = len(shard.sequences), shard.tokens
+    width, kind = like.states_ND.shape[1], _KINDS[like.states_ND.dtype]
+    tensors: list[tuple[str, str, list[int]]] = [("lengths", "I64", [count]), ("states", kind, [tokens, width])]
+    if like.scales_N is not None and like.first_SD is not None:
+        tensors.append(("scales", "F32", [tokens, *like.scales_N.shape[1:]]))
+        tensors.append(("first", "BF16", [count, width]))
+    tensors.append(("keys", "U8", [count, len(shard.sequences[0].key)]))
+    entries: dict[str, Any] = {"__metadata__": {"scheme": scheme}}
+    end = 0
+    for name, dtype, size in tensors:
+        begin, end = end, end + math.prod(size) * _BYTES[dtype]
+        entries[name] = {"dtype": dtype, "shape": size, "data_offsets": [begin, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text

@@ -87,17 +87,6 @@ def _check_finite(largest: torch.Tensor) -> None:
         raise BadInput("the states hold values that are not finite; look at the node's base")
 
 
-def in_a_row(parts: Sequence[Coded]) -> Coded:
-    """Sequences that were coded one by one, with the same scheme, as one."""
-    kind = parts[0].states_ND.dtype
-    states_ND = torch.cat([part.states_ND.view(torch.uint8) for part in parts]).view(kind)  # torch joins no fp8
-    scales = [part.scales_N for part in parts if part.scales_N is not None]
-    firsts = [part.first_SD for part in parts if part.first_SD is not None]
-    if not scales:
-        return Coded(states_ND)
-    return Coded(states_ND, torch.cat(scales), torch.cat(firsts), parts[0].widths)
-
-
 def side_by_side(parts: Sequence[Coded]) -> Coded:
     """One row a token of several bases' states of the same tokens; BadInput where they are kept in different ways."""
     kinds = {part.states_ND.dtype for part in parts}

@@ -11,7 +11,7 @@ from mansard.carry_on.flat import FlatWeights
 from mansard.carry_on.head import Head
 from mansard.carry_on.loader import Part, read_parts
 from mansard.carry_on.node_engine import BranchEngine
-from mansard.carry_on.wire import Coded, Scheme, decode, encode, in_a_row, moved
+from mansard.carry_on.wire import Coded, Scheme, decode, encode, moved
 from mansard.composition.shape import shape_of
 from mansard.training.data import Batch
 from mansard.training.optimizer import Group, MasterAdamW
@@ -29,8 +29,7 @@ class Held:
     """States of one batch; its rows are asked for in order."""
 
     def __init__(self, x_BTD: torch.Tensor, scheme: Scheme, are_computed: bool) -> None:
-        self.coded = [encode(x_TD, [0], scheme) for x_TD in x_BTD]
-        self.are_computed = are_computed
+        self.x_BTD, self.scheme, self.are_computed = x_BTD, scheme, are_computed
 
     def parts(self, batch: Batch) -> list[Part]:
         """In pinned memory, or as a base on the same GPU gives them: asked for, and not there yet."""
@@ -42,13 +41,14 @@ class Held:
     def of(self, batch: Batch) -> tuple[Coded, list[int]]:
         rows = range(self.next_row, self.next_row + len(batch.tokens_BT))
         self.next_row = rows.stop
-        coded = in_a_row([self.coded[r] for r in rows])
         first_rows = [i * TOKENS for i in range(len(rows))]
+        coded = encode(self.x_BTD[rows.start : rows.stop].flatten(0, 1), first_rows, self.scheme)
         return (moved(coded, torch.device("cuda", 0)) if self.are_computed else coded), first_rows
 
     def decoded(self) -> torch.Tensor:
-        first = torch.tensor([0])
-        return torch.stack([decode(coded, first, torch.float32) for coded in self.coded])
+        starts = list(range(0, ROWS * TOKENS, TOKENS))
+        coded = encode(self.x_BTD.flatten(0, 1), starts, self.scheme)
+        return decode(coded, torch.tensor(starts), torch.float32).view_as(self.x_BTD)
 
 
 def whole_graph(branch: Branch, x_BTD: torch.Tensor, batch: Batch, rows_VD: torch.Tensor) -> tuple[float, Any]:
@@ -85,7 +85,7 @@ def test_played_steps_give_the_gradients_of_one_whole_graph(
     for _ in range(5):  # done, recorded, played, on other data each
         x_BTD = torch.randn(ROWS, TOKENS, WIDTH)
         x_BTD[:, 0] *= 30
-        states.coded = Held(x_BTD, scheme, are_computed).coded
+        states.x_BTD = x_BTD
         positions_BT = torch.arange(TOKENS).repeat(ROWS, 1)
         positions_BT[2, 50:] = torch.arange(TOKENS - 50)
         labels_BT = torch.randint(0, VOCABULARY, (ROWS, TOKENS))

@@ -183,9 +183,23 @@ def test_shards_before_the_death_of_the_last_node_are_whole(tmp_path: Path) -> N
         list(fill([node], tmp_path, shards, "fp8"))
     whole = [shard.is_whole(tmp_path) for shard in shards]
     assert whole == sorted(whole, reverse=True) and any(whole) and not all(whole)
+    assert not list(tmp_path.glob(".*")), "of the shard under way nothing is left"
     rest = [shard for shard in shards if not shard.is_whole(tmp_path)]
     assert list(fill([Answers("next")], tmp_path, rest, "fp8")) == rest
     assert all(shard.is_whole(tmp_path) for shard in shards)
+
+
+def test_a_disk_that_takes_no_more_ends_the_capture_with_its_error(tmp_path: Path) -> None:
+    from mansard.carry_on.filling import fill
+    from mansard.carry_on.shards import plan_shards
+
+    shards = plan_shards(sequences([4] * 40), shard_tokens=80)
+    (tmp_path / shards[1].name).mkdir()  # what is written cannot take its name
+    filling = fill([Answers("node")], tmp_path, shards, "fp8")
+    assert next(filling) == shards[0] and shards[0].is_whole(tmp_path)
+    with pytest.raises(OSError):
+        next(filling)
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_states_that_are_not_finite_are_taken_from_another_node(tmp_path: Path) -> None:
