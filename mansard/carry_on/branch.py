@@ -5,57 +5,20 @@ the first step and the rest from the second on (were the mixer's zero as well, g
 were f and the mixer's product cut at both ends, nothing would). Taps are normed, weighted by a softmax and summed,
 before one projection (each norm has weights of its own) or after a projection each; the bases of a mixture have a
 projection each, weighted and summed after it. Legend: B rows, T tokens, D base width, W all states' width (x first), d
-branch width, H heads, K head width, S keys.
+branch width, S keys.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
 import torch.utils.checkpoint
 from torch import nn
-from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import rms_norm
 
+from mansard.carry_on.block import Block, Keep, matrix, norm, rotation_of
 from mansard.carry_on.products import product
 from mansard.composition.shape import BranchShape
-
-Keep = Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-"""Takes block number, new keys and values [B, H, T, K]; gives all keys and values so far [B, H, S, K] (a KV cache)."""
-
-
-class Block(nn.Module):  # type: ignore[misc]
-    """A Llama block: pre-norm attention with rotary positions, pre-norm gated MLP."""
-
-    def __init__(self, shape: BranchShape) -> None:
-        super().__init__()
-        wide = shape.heads * shape.head_width
-        self.shape = shape
-        self.pieces = PIECES
-        self.attention_norm = nn.Parameter(torch.ones(shape.width))
-        self.qkv = _matrix(3 * wide, shape.width)
-        self.attention_output = _matrix(shape.width, wide)
-        self.mlp_norm = nn.Parameter(torch.ones(shape.width))
-        self.gate_up = _matrix(2 * shape.intermediate, shape.width)
-        self.down = _matrix(shape.width, shape.intermediate)
-
-    def forward(
-        self,
-        h_BTd: torch.Tensor,
-        rotation: tuple[torch.Tensor, torch.Tensor],
-        mask: torch.Tensor,
-        keep: Keep | None,
-        number: int,
-    ) -> torch.Tensor:
-        shape, (rows, tokens, _) = self.shape, h_BTd.shape
-        qkv = product(self.pieces.norm(h_BTd, self.attention_norm, shape.norm_epsilon), self.qkv)
-        q, k, v = self.pieces.apart(qkv.view(rows, tokens, 3, shape.heads, shape.head_width), *rotation)
-        if keep is not None:
-            k, v = keep(number, k, v)
-        mixed_BHTK = scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        h_BTd = h_BTd + product(mixed_BHTK.transpose(1, 2).flatten(2), self.attention_output)
-        gate_up = product(self.pieces.norm(h_BTd, self.mlp_norm, shape.norm_epsilon), self.gate_up)
-        return h_BTd + product(self.pieces.gated(gate_up), self.down)
 
 
 class Branch(nn.Module):  # type: ignore[misc]
@@ -64,20 +27,20 @@ class Branch(nn.Module):  # type: ignore[misc]
     def __init__(self, shape: BranchShape) -> None:
         super().__init__()
         self.shape = shape
-        self.project = _matrix(shape.width, shape.base_width)
+        self.project = matrix(shape.width, shape.base_width)
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.blocks))
         self.norm = nn.Parameter(torch.ones(shape.width))
         self.output = nn.Parameter(torch.zeros(shape.base_width, shape.width))
-        self.mixer = _matrix(shape.base_width, shape.width)
+        self.mixer = matrix(shape.base_width, shape.width)
         if shape.taps:
             self.tap_weights = nn.Parameter(torch.ones(1 + len(shape.taps)))
         if shape.tap_projections:
-            self.tap_projects = nn.ParameterList(_matrix(shape.width, shape.base_width) for _ in shape.taps)
+            self.tap_projects = nn.ParameterList(matrix(shape.width, shape.base_width) for _ in shape.taps)
         elif shape.taps:
             self.tap_norms = nn.ParameterList(torch.ones(shape.base_width) for _ in range(1 + len(shape.taps)))
         if shape.others:
             self.base_weights = nn.Parameter(torch.ones(1 + len(shape.others)))
-            self.other_projects = nn.ParameterList(_matrix(shape.width, width) for width in shape.others)
+            self.other_projects = nn.ParameterList(matrix(shape.width, width) for width in shape.others)
 
     def start(self, seed: int) -> None:
         """Random weights of deviation 0.02 (blocks' outputs divided by the depth's root, as GPT-2), f's output zero;
@@ -112,7 +75,7 @@ class Branch(nn.Module):  # type: ignore[misc]
         rotation = rotation_of(self.shape, positions_BT, h_BTd.dtype)
         for number, block in enumerate(self.blocks):
             h_BTd = self.run_block(block, h_BTd, rotation, mask, keep, number)
-        return _norm(h_BTd, self.norm, self.shape.norm_epsilon)
+        return norm(h_BTd, self.norm, self.shape.norm_epsilon)
 
     def read(self, states_BTW: torch.Tensor) -> torch.Tensor:
         """What the blocks begin with, d wide."""
@@ -157,22 +120,6 @@ def packed_mask(positions_BT: torch.Tensor) -> torch.Tensor:
     return ((segments_BT[:, :, None] == segments_BT[:, None, :]) & causal_TT)[:, None]
 
 
-def rotation_of(
-    shape: BranchShape, positions_BT: torch.Tensor, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(cosine, sine) [B, 1, T, K / 2] of rotary positions (Su et al., 2021), computed in float32."""
-    half = shape.head_width // 2
-    powers = torch.arange(half, dtype=torch.float32, device=positions_BT.device) / half
-    angles = positions_BT[:, None, :, None].float() * shape.rope_theta**-powers
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(heads_BHTK: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-    """The first half of each head paired with the second (NeoX order, as vLLM's get_rope)."""
-    first, second = heads_BHTK.chunk(2, dim=-1)
-    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
-
-
 def names_of(shape: BranchShape) -> dict[str, tuple[int, ...]]:
     """Every tensor of a branch and its shape."""
     with torch.device("meta"):
@@ -193,37 +140,3 @@ def _weighted(weights_K: torch.Tensor, parts: Sequence[torch.Tensor]) -> torch.T
     """The parts' sum, each times its share of the weights' softmax."""
     shares_K = weights_K.float().softmax(0).to(parts[0].dtype)
     return torch.stack([share * part for share, part in zip(shares_K, parts, strict=True)]).sum(0)
-
-
-def _norm(h_BTd: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    return rms_norm(h_BTd, weight.shape, weight, epsilon)
-
-
-def _apart(
-    qkv_BT3HK: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries and keys, rotated, and values, [B, H, T, K] each."""
-    q, k, v = qkv_BT3HK.permute(2, 0, 3, 1, 4)
-    return rotate(q, cosine, sine), rotate(k, cosine, sine), v
-
-
-def _gated(gate_up: torch.Tensor) -> torch.Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return silu(gate) * up
-
-
-@dataclass(frozen=True, slots=True)
-class Pieces:
-    """What a block does between its products. Training on a GPU compiles them; what reads rows of any length does not.
-    """
-
-    norm: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor] = _norm
-    apart: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]] = _apart
-    gated: Callable[[torch.Tensor], torch.Tensor] = _gated
-
-
-PIECES = Pieces()
-
-
-def _matrix(rows: int, columns: int) -> nn.Parameter:
-    return nn.Parameter(torch.empty(rows, columns))

@@ -17,7 +17,8 @@ from typing import Protocol
 import torch
 from torch.nn.functional import linear
 
-from mansard.carry_on.branch import PIECES, Pieces, packed_mask
+from mansard.carry_on.block import PIECES, Pieces
+from mansard.carry_on.branch import packed_mask
 from mansard.carry_on.double_buffer import DoubleBuffer
 from mansard.carry_on.flat import FlatWeights
 from mansard.carry_on.head import Head

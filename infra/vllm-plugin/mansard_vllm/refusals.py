@@ -28,7 +28,6 @@ def answer_refusals() -> None:
     if "vllm.entrypoints.openai" not in sys.modules:
         return
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
-    from vllm.entrypoints.serve import create_error_response
 
     plain = OpenAIServingModels.load_lora_adapter
     if getattr(plain, "answers_refusals", False):
@@ -37,9 +36,11 @@ def answer_refusals() -> None:
     async def load_lora_adapter(self: Any, *arguments: Any, **named: Any) -> Any:  # noqa: ANN401 - vLLM's own types
         answer = await plain(self, *arguments, **named)
         line = None if isinstance(answer, str) else line_in(answer.error.message)
-        if line is None:
-            return answer
-        return create_error_response(line, "BadRequestError", HTTPStatus.BAD_REQUEST, "lora_path")
+        if line is not None:
+            error = answer.error
+            error.message, error.type, error.code = line, "BadRequestError", HTTPStatus.BAD_REQUEST.value
+            error.param = "lora_path"
+        return answer
 
     load_lora_adapter.answers_refusals = True  # type: ignore[attr-defined]
     OpenAIServingModels.load_lora_adapter = load_lora_adapter
