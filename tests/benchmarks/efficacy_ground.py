@@ -124,6 +124,7 @@ def pretrain(ground: Ground, tokenizer: Any) -> None:
             weight.mul_(INITIAL_STD**-1 * scale.initial_std)
     model = model.to(ground.device, scale.dtype)
     engine = LocalEngine(model, [Group("base", scale.base_rate, dict(model.named_parameters()))], 0.1, 1.0)
+    engine.objective.decoder.compile()  # on a GPU, as the trainer does
     mixture = Mixture([ground.training["general"]], [1.0], scale.base_batch, 0)
     steps = scale.base_tokens // (scale.base_batch * scale.sequence)
     schedule, began = Schedule(steps, steps // 20), time.perf_counter()
