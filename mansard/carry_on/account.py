@@ -58,7 +58,7 @@ def account(
 ) -> Account:
     """`value_bytes` of a weight (2: bf16, 4: float32)."""
     parameters, width = shape.parameters, shape.base_width
-    chunk, block = min(CHUNK_ROWS, vocabulary), min(BLOCK_TOKENS, step_tokens)
+    chunk, block = min(CHUNK_ROWS, vocabulary), min(BLOCK_TOKENS["cuda" if on_gpu else "cpu"], step_tokens)
     read = TAP_VALUES * (1 + len(shape.taps)) if shape.taps else 0
     lent = max(parameters * value_bytes, 4 * step_tokens * width)
     always = (

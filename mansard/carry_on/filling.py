@@ -1,8 +1,8 @@
 """From nodes to shards on disk: coded in the threads that fetch, written by a thread behind.
 
 Held at once, whatever the capture's length: for each node `PREFETCH` coded requests and `REQUESTS_PER_NODE` that are on
-their way in bf16 (as an answer's body and as its states), and half a shard that waits for the disk. At width 5,120 in
-fp8 that is 0.5 GB a node and 0.2 GB of shards, in bf16 0.7 and 0.3.
+their way in bf16 (as an answer's body and as its states), and a shard that waits for the disk (half of the one that
+is written, half of the next). At width 5,120 in fp8 that is 0.5 GB a node and 0.3 GB of shards, in bf16 0.7 and 0.7.
 """
 
 from collections.abc import Iterator, Sequence

@@ -46,7 +46,9 @@ class Head:
         yield from zip(starts, self._buffer.through(rows_XD.split(self.chunk_rows), self._put), strict=True)
 
     def rows_of(self, labels_N: torch.Tensor) -> torch.Tensor:
-        """The labels' rows [N, D] in host memory, valid until they are asked for again (any row for IGNORED)."""
+        """The labels' rows [N, D] in host memory, valid until they are asked for again (any row for IGNORED).
+
+        Nothing may still copy from them then: a step ends with the loss on the host."""
         if len(self._label_rows_ND) != len(labels_N):
             room = torch.empty(len(labels_N), self.width, dtype=self.rows_VD.dtype)
             self._label_rows_ND = room.pin_memory() if self.device.type == "cuda" else room

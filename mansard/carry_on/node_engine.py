@@ -9,7 +9,8 @@ engine like the one that trains Pro blocks. Legend: B rows, T tokens of a row, N
 states' width.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import astuple
 from functools import partial
 from typing import Protocol
@@ -25,7 +26,7 @@ from mansard.carry_on.head import Head
 from mansard.carry_on.loader import Part
 from mansard.carry_on.replay import Replay, compiled
 from mansard.carry_on.streamed_loss import head_loss
-from mansard.carry_on.wire import decode, moved
+from mansard.carry_on.wire import decode, decode_into, moved
 from mansard.training.data import Batch
 from mansard.training.engines import Loss
 from mansard.training.optimizer import HeldBytes
@@ -81,8 +82,7 @@ class BranchEngine:
         self._buffer = DoubleBuffer(self.device)
         self._replay = Replay(self.device, is_recording=True)
         self._direct = Replay(self.device, is_recording=False)
-        for block in self._branch.blocks:
-            block.pieces = Pieces(*(compiled(piece, self.device) for piece in astuple(PIECES)))
+        self._pieces = Pieces(*(compiled(piece, self.device) for piece in astuple(PIECES)))
 
     @property
     def device(self) -> torch.device:
@@ -111,7 +111,8 @@ class BranchEngine:
             for rows, states_BTW, positions_BT in self._buffer.through(parts, self._put):
                 slope_ND = y_ND[rows]  # the gradient took y's place
                 pull = partial(self._pull, states_BTW, positions_BT, slope_ND)
-                self._replay.run("pull", pull, states_BTW, positions_BT, slope_ND, self._lent)
+                with self._compiled():
+                    self._replay.run("pull", pull, states_BTW, positions_BT, slope_ND, self._lent)
             return Loss(float(found.nats_N.sum()), found.labels)
 
     def step(self, factor: float) -> float:
@@ -154,7 +155,8 @@ class BranchEngine:
             for rows, states_BTW, positions_BT in self._buffer.through(parts, self._put):
                 y_ND = into_ND[rows]
                 join = partial(self._join, states_BTW, positions_BT, y_ND, alpha)
-                replay.run(f"join {alpha}", join, states_BTW, positions_BT, y_ND)
+                with self._compiled():
+                    replay.run(f"join {alpha}", join, states_BTW, positions_BT, y_ND)
         return into_ND
 
     def _join(self, states_BTW: torch.Tensor, positions_BT: torch.Tensor, y_ND: torch.Tensor, alpha: float) -> None:
@@ -184,6 +186,18 @@ class BranchEngine:
                 pulled_Nd.addmm_(slope_of, weight)
         last_BTd.backward(pulled_Nd.view(last_BTd.shape))
 
+    @contextmanager
+    def _compiled(self) -> Iterator[None]:
+        """The blocks as training runs them; whoever else has the branch (to generate, any length) gets them plain."""
+        blocks = self._branch.blocks
+        for block in blocks:
+            block.pieces = self._pieces
+        try:
+            yield
+        finally:
+            for block in blocks:
+                block.pieces = PIECES
+
     def _put(self, part: Part, turn: int) -> tuple[slice, torch.Tensor, torch.Tensor]:
         """A micro-batch's rows of N, its states [b, T, W], x first, in the branch's type, and its positions, on the
         device."""
@@ -196,7 +210,7 @@ class BranchEngine:
             there_ND.copy_(states_ND, non_blocking=True)
         else:
             first_rows = part.first_rows.to(self.device, non_blocking=True)
-            there_ND.copy_(decode(moved(part.coded, self.device), first_rows, dtype))
+            decode_into(there_ND, moved(part.coded, self.device), first_rows)
         positions_BT = self._buffer.room("positions", turn, shape, torch.int64)
         positions_BT.copy_(part.positions_BT, non_blocking=True)
         return part.rows, there_ND.view(*shape, -1), positions_BT

@@ -8,6 +8,7 @@ pass over all gradients per micro-batch.
 from typing import Any, cast
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 
@@ -21,6 +22,7 @@ class _Product(torch.autograd.Function):  # type: ignore[misc]
         return linear(x, weight)
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, slope: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:  # noqa: ANN401
         (x,), weight = ctx.saved_tensors, ctx.weight
         slope_x = slope @ weight if ctx.needs_input_grad[0] else None

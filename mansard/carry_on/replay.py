@@ -31,9 +31,11 @@ class Replay:
             yield
             return
         self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            yield
-        torch.cuda.current_stream().wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            torch.cuda.current_stream().wait_stream(self._stream)
 
     def run(self, name: str, act: Callable[[], None], *tensors: torch.Tensor) -> None:
         """`act`, which reads and writes `tensors` and what is always in one place (weights and their gradients)."""

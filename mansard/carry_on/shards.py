@@ -108,6 +108,9 @@ def write_shard(folder: Path, shard: Shard, coded: Iterable[Coded], scheme: Sche
         put(torch.tensor([len(s.tokens) for s in shard.sequences], dtype=torch.int64))
         for sequence, part in zip(shard.sequences, chain([first], coming), strict=True):
             assert len(part.states_ND) == len(sequence.tokens), "a state for every token"
+            if (part.states_ND.shape[1:], part.states_ND.dtype) != (first.states_ND.shape[1:], first.states_ND.dtype):
+                raise BadInput(f"a node's states became {part.states_ND.shape[1]} wide, they were "
+                               f"{first.states_ND.shape[1]}; ask one base")  # fmt: skip
             put(part.states_ND)
             scales += [] if part.scales_N is None else [part.scales_N]
             firsts += [] if part.first_SD is None else [part.first_SD]

@@ -16,7 +16,7 @@ from mansard.carry_on.head import Head
 from mansard.carry_on.replay import Replay, compiled
 from mansard.training.packing import IGNORED
 
-BLOCK_TOKENS = 4096
+BLOCK_TOKENS = {"cuda": 4096, "cpu": 2048}
 """Tokens whose logits stand in memory at once: 4,096 x 2,048 in float32 are 34 MB."""
 LARGEST_SUM = 1e30
 """Sums of p beyond it are made again with another m: float32 ends at 3e38, and sums of p W must not reach that."""
@@ -101,14 +101,14 @@ def _true_maximum(head: Head, y_ND: torch.Tensor) -> torch.Tensor:
 
 def _raise_most(y_ND: torch.Tensor, rows_CD: torch.Tensor, most_N: torch.Tensor) -> None:
     """To the chunk's maximum (in place)."""
-    for block in _blocks(len(y_ND)):
+    for block in _blocks(y_ND):
         torch.maximum(most_N[block], _product(y_ND[block], rows_CD).amax(-1), out=most_N[block])
 
 
 def _add_chunk(y_ND: torch.Tensor, rows_CD: torch.Tensor, sums: _Sums) -> None:
     """One chunk of the vocabulary, for every block of tokens (in place)."""
     weigh = compiled(_weigh, y_ND.device)
-    for block in _blocks(len(y_ND)):
+    for block in _blocks(y_ND):
         logits_nC = _product(y_ND[block], rows_CD)
         totals = sums.sum_N[block], sums.label_N[block]
         weights_nC = weigh(logits_nC, sums.most_N[block], sums.ahead_N[block], *totals, rows_CD.dtype)
@@ -131,10 +131,14 @@ def _weigh(
     label_n: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """p [n, C] in `dtype`; its sums (of float32) are added to `sum_n`, logits of labels in this chunk to `label_n`."""
+    """p [n, C] (in `dtype` on a GPU); its sums go into `sum_n`, the logits of labels in this chunk into `label_n`."""
     rows = logits_nC.shape[1]
     at_label_n = logits_nC.gather(1, ahead_n.clamp(0, rows - 1)[:, None])[:, 0]
     label_n.add_(torch.where((ahead_n >= 0) & (ahead_n < rows), at_label_n, 0.0))
+    if not logits_nC.is_cuda:  # in place; compiled, it would be one more array
+        weights_nC = logits_nC.sub_(most_n[:, None]).exp_()
+        sum_n.add_(weights_nC.sum(-1))
+        return weights_nC
     weights_nC = (logits_nC - most_n[:, None]).exp()
     sum_n.add_(weights_nC.sum(-1))
     return weights_nC.to(dtype)
@@ -147,8 +151,9 @@ def _slope(
     y_nD.copy_((pull_nD / sum_n[:, None] - rows_nD) * weight_n[:, None])
 
 
-def _blocks(tokens: int) -> list[slice]:
-    return [slice(first, first + BLOCK_TOKENS) for first in range(0, tokens, BLOCK_TOKENS)]
+def _blocks(y_ND: torch.Tensor) -> list[slice]:
+    size = BLOCK_TOKENS[y_ND.device.type]
+    return [slice(first, first + size) for first in range(0, len(y_ND), size)]
 
 
 def _product(y_ND: torch.Tensor, rows_CD: torch.Tensor) -> torch.Tensor:

@@ -105,14 +105,20 @@ def decode(coded: Coded, first_rows: torch.Tensor, dtype: torch.dtype = torch.bf
     """States [N, D]; `first_rows` (int64) are the rows that `first_SD` replaces, in its order."""
     if coded.scales_N is None:
         return coded.states_ND.to(dtype)
-    if coded.widths:
-        parts = zip(coded.states_ND.split(coded.widths, dim=-1), coded.scales_N.split(1, dim=-1), strict=True)
-        values = torch.cat([(part.float() * scale).to(dtype) for part, scale in parts], dim=-1)
-    else:
-        values = (coded.states_ND.float() * coded.scales_N[:, None]).to(dtype)
+    return decode_into(torch.empty_like(coded.states_ND, dtype=dtype), coded, first_rows)
+
+
+def decode_into(into_ND: torch.Tensor, coded: Coded, first_rows: torch.Tensor) -> torch.Tensor:
+    """The same in memory that is there, and no more: 8-bit codes are exact in bf16, products are rounded once."""
+    into_ND.copy_(coded.states_ND, non_blocking=True)
+    if coded.scales_N is not None:
+        widths = coded.widths or into_ND.shape[-1:]
+        scales = coded.scales_N.view(len(into_ND), -1).split(1, dim=-1)
+        for part, scale in zip(into_ND.split(widths, dim=-1), scales, strict=True):
+            part.mul_(scale)
     if coded.first_SD is not None:
-        values.index_copy_(0, first_rows, coded.first_SD.to(dtype))
-    return values
+        into_ND.index_copy_(0, first_rows, coded.first_SD.to(into_ND.dtype))
+    return into_ND
 
 
 def pinned(coded: Coded) -> Coded:

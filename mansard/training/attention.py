@@ -97,7 +97,7 @@ def packed_attention(
             mixed: torch.Tensor = sdpa_attention_forward(module, *states, mask, scaling=scaling, dropout=dropout)[0]
             return mixed
 
-        if is_short(query_BHTD) and dropout == 0.0:
+        if is_short(query_BHTD, key_BHTD) and dropout == 0.0:
             repeats = query_BHTD.shape[1] // key_BHTD.shape[1]
             key_BHTD, value_BHTD = repeat_kv(key_BHTD, repeats), repeat_kv(value_BHTD, repeats)
             whole = len(query_BHTD) if attention_mask is None else whole

@@ -12,7 +12,7 @@ from torch import nn
 
 from mansard.training.attention import NAME as PACKED
 from mansard.training.attention import packed_attention
-from mansard.training.products import are_plain, product
+from mansard.training.onednn import are_plain, product
 
 ROTARY = frozenset({"LlamaAttention", "MistralAttention", "Qwen2Attention"})
 """transformers' classes that compute what Attention does, where they have no biases."""
@@ -32,7 +32,7 @@ class Attention(nn.Module):
         super().__init__()
         self.q_proj, self.k_proj, self.v_proj = attention.q_proj, attention.k_proj, attention.v_proj
         self.o_proj = attention.o_proj
-        self.scaling = attention.scaling
+        self.scaling, self.layer_idx = attention.scaling, attention.layer_idx
         self.num_key_value_groups, self.is_causal = attention.num_key_value_groups, True  # transformers' sdpa asks
         self.dropout = attention.attention_dropout
 
@@ -41,10 +41,13 @@ class Attention(nn.Module):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
+        past_key_values: Any = None,  # noqa: ANN401 - transformers' cache, where a model generates
         **others: Any,  # noqa: ANN401 - what transformers passes on
     ) -> tuple[torch.Tensor, None]:
         weights = (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
         query, key, value = _QueryKeyValue.apply(hidden_states, *weights, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
         others |= {"scaling": self.scaling, "dropout": self.dropout if self.training else 0.0}
         mixed, _ = packed_attention(self, query, key, value, attention_mask, **others)
         output_MK: torch.Tensor = _Product.apply(mixed.flatten(0, 1).flatten(1), self.o_proj.weight)

@@ -13,7 +13,7 @@ from torch.nn.functional import silu
 
 from mansard.training.cpu_attention import Attention, is_rotary
 from mansard.training.frozen_mlp import GATED, SILU
-from mansard.training.products import are_plain, product
+from mansard.training.onednn import are_plain, product
 
 NORMS = frozenset({"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"})
 """transformers' classes that compute what Norm does."""

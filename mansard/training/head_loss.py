@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, linear
 
+from mansard.training.onednn import product
 from mansard.training.packing import IGNORED
-from mansard.training.products import product
 
 CHUNK_VALUES = 2**26
 """Logits in hand at once: 256 MB in float32. Smaller chunks make thin products."""

@@ -17,10 +17,10 @@ BLOCK = 64
 """Queries at once. Half as many make thin products, twice as many compute more of what the mask forbids."""
 
 
-def is_short(query_BHTD: torch.Tensor) -> bool:
-    """Whether `short_attention` is for it."""
+def is_short(query_BHTD: torch.Tensor, key_BHTD: torch.Tensor) -> bool:
+    """Whether `short_attention` is for it: rows that see nothing but themselves (no cache of keys before them)."""
     on_cpu: bool = query_BHTD.device.type == "cpu" and query_BHTD.dtype == torch.float32
-    return on_cpu and query_BHTD.shape[2] <= LONGEST
+    return on_cpu and query_BHTD.shape[2] == key_BHTD.shape[2] <= LONGEST
 
 
 def short_attention(

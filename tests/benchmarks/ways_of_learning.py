@@ -165,8 +165,9 @@ class Clocked:
         return norm
 
     def warm(self, batches: Sequence[Batch]) -> None:
-        """What happens once a process (compilations, libraries' workspaces) happens now, and nothing else does."""
-        for batch in batches:
+        """What happens once a process (compilations, workspaces; CUDA graphs, recorded the second time) happens now,
+        and nothing else does."""
+        for batch in (*batches, *batches):
             self._engine.gradients(batch)
         for parameter in self._parameters():
             parameter.grad = None

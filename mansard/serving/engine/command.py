@@ -91,11 +91,11 @@ def variables(site: Site, cores: str) -> dict[str, str]:
     python_path = [str(START_FOLDER), *([given["PYTHONPATH"]] if "PYTHONPATH" in given else [])]
     bound = {"VLLM_CPU_OMP_THREADS_BIND": cores} if cores else {}
     return {
+        "MANSARD_ONE_IMPORT": "1",  # on a CPU our plugin has one process import vLLM instead of three (cpu_start.py)
         **given,
         "PYTHONPATH": os.pathsep.join(python_path),
         "VLLM_CPU_KVCACHE_SPACE": str(site.engine.kv_cache_gib),
         **bound,
-        "MANSARD_ONE_IMPORT": "1",  # on a CPU our plugin has one process import vLLM instead of three (cpu_start.py)
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "HF_HUB_OFFLINE": "1",

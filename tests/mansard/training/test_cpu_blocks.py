@@ -51,6 +51,17 @@ def test_a_model_computes_what_it_did(kind: str, trained_block: int) -> None:
         torch.testing.assert_close(gradient, wanted[name], atol=1e-4 * float(wanted[name].abs().max()), rtol=0.0)
 
 
+def test_it_generates_with_a_cache_what_it_generates_without() -> None:
+    right = model_of("llama", 1).eval()
+    model = model_of("llama", 1).eval()
+    speed_up(model.get_decoder())
+    given = {"input_ids": TOKENS[:1, :7], "attention_mask": torch.ones(1, 7, dtype=torch.int64), "max_new_tokens": 12,
+             "do_sample": False, "pad_token_id": 0, "eos_token_id": None}  # fmt: skip
+    wanted = right.generate(**given, use_cache=False)
+    assert torch.equal(model.generate(**given, use_cache=True), wanted)
+    assert torch.equal(model.generate(**given, use_cache=False), wanted)
+
+
 def test_what_computes_something_else_stays() -> None:
     model = model_of("llama", 0, hidden_act="gelu", attention_bias=True)
     speed_up(model.get_decoder())
