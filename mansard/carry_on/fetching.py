@@ -44,6 +44,7 @@ class _Board(Generic[T]):
     prefetch: int
     changed: threading.Condition = field(default_factory=threading.Condition)
     answers: dict[int, T] = field(default_factory=dict)
+    under_way: set[int] = field(default_factory=set)
     failed_at: dict[int, set[str]] = field(default_factory=dict)
     failures: dict[str, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
@@ -56,7 +57,9 @@ class _Board(Generic[T]):
 
     def has_news(self, number: int) -> bool:
         """Whether the one who waits for this request may go on: it is answered, or never will be."""
-        return number in self.answers or self.bug is not None or not self.alive()
+        if number in self.answers or self.bug is not None:
+            return True
+        return not self.alive() and number not in self.under_way
 
     def next_for(self, endpoint: str) -> int | None:
         """The first waiting request in the window that this node may try: not one that it failed while others live."""
@@ -108,10 +111,12 @@ def _work(board: _Board[T], node: Gives[T], requests: Sequence[Sequence[TokenSeq
             number = board.next_for(node.endpoint)
             assert number is not None, "waited for"
             board.waiting.remove(number)
+            board.under_way.add(number)
         try:
             found = node.states(requests[number])
         except NodeFailed as error:
             with board.changed:
+                board.under_way.discard(number)
                 board.failures[node.endpoint] += 1
                 board.failed_at.setdefault(number, set()).add(node.endpoint)
                 board.problems.append(str(error))
@@ -125,6 +130,7 @@ def _work(board: _Board[T], node: Gives[T], requests: Sequence[Sequence[TokenSeq
                 board.changed.notify_all()
             return
         with board.changed:
+            board.under_way.discard(number)
             board.failures[node.endpoint] = 0
             board.answers[number] = found
             board.changed.notify_all()
