@@ -87,18 +87,16 @@ def without_seconds(found: Any) -> Any:
 @pytest.mark.parametrize(
     ("program", "arguments"),
     [
-        ("carry_on_learning", ["--device", "cpu", "--small"]),
-        ("efficacy", ["--tiny"]),
+        ("carry_on_reasoning", ["--device", "cpu", "--small"]),
+        ("carry_on_taps", ["--device", "cpu", "--small", "--forms", "even"]),
     ],
 )
 def test_runs_side_by_side_find_the_same_and_go_on_after_a_deadline(
     load: Any, tmp_path: Path, program: str, arguments: list[str]
 ) -> None:
-    """Both stand on one ground: it is made by what is killed by its deadline first. Two of the four programs; each
-    takes two minutes."""
+    """Both stand on one ground: it is made by what is killed by its deadline first. Two of the four programs
+    (efficacy takes four minutes so): they share what runs them."""
     benchmark: ModuleType = load(program)
-    if program == "carry_on_learning":
-        arguments = [*arguments, "--output", str(tmp_path / "curves")]
     work = tmp_path / "work"
     arguments = [*arguments, "--work", str(work)]
     with pytest.raises(SystemExit) as ended:
