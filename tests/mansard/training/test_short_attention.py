@@ -25,7 +25,9 @@ def test_values_and_gradients_are_those_of_torch(whole: int) -> None:
     torch.testing.assert_close(torch.autograd.grad(found, states, downstream), wanted, atol=5e-6, rtol=0.0)
 
 
-def test_long_rows_and_shorter_types_stay_with_torch() -> None:
-    assert is_short(torch.empty(1, 1, LONGEST, 8))
-    assert not is_short(torch.empty(1, 1, LONGEST + 1, 8))
-    assert not is_short(torch.empty(1, 1, LONGEST, 8, dtype=torch.bfloat16))
+def test_long_rows_shorter_types_and_kept_keys_stay_with_torch() -> None:
+    row = torch.empty(1, 1, LONGEST, 8)
+    assert is_short(row, row)
+    assert not is_short(row[:, :, -1:], row)
+    assert not is_short(*[torch.empty(1, 1, LONGEST + 1, 8)] * 2)
+    assert not is_short(*[row.bfloat16()] * 2)
