@@ -45,7 +45,7 @@ from mansard.training.tokens import tokenized
 if TYPE_CHECKING:
     from mansard.worker import StageContext
 
-CODE_VERSION = 2
+CODE_VERSION = 3
 PACKAGES = ("numpy", "safetensors", "tokenizers", "torch", "transformers")
 
 
