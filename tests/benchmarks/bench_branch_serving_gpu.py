@@ -3,7 +3,8 @@
 Real vLLM engines with dummy weights in bf16, one after the other, asked directly; random prompts of token ids. With
 CUDA graphs: the base, and base + branch as one model. Eager, as slots are served: the base, then 1, 4 and 16 branches
 of one engine in turn among the requests. The last line is JSON: decoding tokens/s of a user at each load, and for each
-engine the time per output token over the base's. --tiny: a small shape, to try the plumbing on a CPU.
+engine the time per output token over the base's. --slots-only leaves the engines with graphs out. --tiny: a small
+shape, to try the plumbing on a CPU.
 """
 
 import argparse
@@ -119,15 +120,18 @@ def main() -> None:
     parser.add_argument("--users", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--port", type=int, default=18_800)
     parser.add_argument("--engine-argument", action="append", default=[], help="--engine-argument=--X, passed to vLLM")
+    parser.add_argument("--slots-only", action="store_true")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
     one = {"file": "carry_on/branch.safetensors", "alpha": 1.0, "branch": BASE}
     with tempfile.TemporaryDirectory(prefix="bench-branches-") as name:
         bench = Bench(options, Path(name))
-        figures = {"base": bench.rates("base", None), "one_branch": bench.rates("one_branch", one)}
+        figures, ratios = {}, {}
+        if not options.slots_only:
+            figures = {"base": bench.rates("base", None), "one_branch": bench.rates("one_branch", one)}
+            ratios = {"one_branch": over(figures["base"], figures["one_branch"])}
         figures["eager_base"] = bench.rates("eager_base", None, "--enforce-eager")
         figures |= bench.slots()
-    ratios = {"one_branch": over(figures["base"], figures["one_branch"])}
     ratios |= {name: over(figures["eager_base"], f) for name, f in figures.items() if name.startswith("slots")}
     print(json.dumps({"branch_parameters": bench.branch.parameters, "tokens_per_second": figures,
                       "time_per_token_ratio": ratios}))  # fmt: skip
