@@ -41,8 +41,9 @@ class Train(Part):
     """The training loop. `tokens` counts packed tokens; a step takes batch_sequences * sequence_tokens of them, in
     pieces of `micro_batch_sequences` (none: whole).
 
-    `frozen` and `new_blocks`: the type of the linears' products; bf16 leaves them in `precision`. fp8 for `frozen`
-    holds frozen weights in FP8; for `new_blocks` it is their forward pass and input gradient. `max_forward_kl`: how far
+    `frozen` and `new_blocks`: the type of the blocks' linears' products (none: `precision`), of frozen weights and of
+    those that train. fp8 for `frozen` holds frozen weights in FP8; for `new_blocks` it is their forward pass and input
+    gradient. bf16 with precision fp32 rounds the products alone. `max_forward_kl`: how far
     the trainer's forward pass may be from the fused model's on the probe (nats a token). `memory_gib`: what training
     may take; blocks are recomputed in backward until it fits (none: what the device has). `adapter`: low-rank
     matrices in the new blocks train in the place of whole weights (none: whole weights).
@@ -55,8 +56,8 @@ class Train(Part):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     precision: Literal["fp32", "bf16"] = "bf16"
-    frozen: Literal["bf16", "fp8"] = "bf16"
-    new_blocks: Literal["bf16", "fp8"] = "bf16"
+    frozen: Literal["bf16", "fp8"] | None = None
+    new_blocks: Literal["bf16", "fp8"] | None = None
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     master: Literal["fp32", "stochastic_rounding"] = "fp32"
     micro_batch_sequences: Positive | None = None
@@ -75,8 +76,10 @@ class Train(Part):
                      "master": self.master == "stochastic_rounding"}  # fmt: skip
             for key in (key for key, is_set in short.items() if is_set):
                 raise ValueError(f"{key}: {getattr(self, key)} needs precision: bf16, not fp32")
-        if self.new_blocks == "fp8" and self.frozen == "bf16":
-            raise ValueError("new_blocks: fp8 needs frozen: fp8: what never moves is quantized first")
+        shortest = {"fp32": 0, "bf16": 1, "fp8": 2}
+        frozen, new_blocks = self.frozen or self.precision, self.new_blocks or self.precision
+        if shortest[new_blocks] > shortest[frozen]:
+            raise ValueError(f"new_blocks: {new_blocks} needs frozen: {new_blocks}: what never moves is rounded first")
         if self.frozen == "fp8" and self.learning_rates.base > 0.0:
             raise ValueError("frozen: fp8 needs learning_rates.base 0: a base that trains is not frozen")
         if self.anchor is not None and self.learning_rates.base > 0.0:

@@ -20,6 +20,7 @@ from mansard.models.freeze import digest_tensors, freeze_except
 from mansard.specs.training import Adapter, Train
 from mansard.training.blocks import Frozen, Names, groups_of
 from mansard.training.frozen_linear import require_fp8
+from mansard.training.linear_product import shorten
 from mansard.training.optimizer import Group
 from mansard.training.quantized_blocks import quantize_linears
 
@@ -90,6 +91,8 @@ def train_adapters(
         hold_in_four_bits(blocks, device)
     elif train.frozen == "fp8":
         quantize_linears(blocks, new_blocks_too=False)
+    elif train.precision == "fp32":
+        shorten(blocks, train.frozen == "bf16", trained=False)
     model.to(device)
     still = freeze_except(model, parameters.keys())
     return groups, Frozen(digest_tensors(model, still))

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from mansard.errors import BadInput, StageFailed
 from mansard.models.families import Config, Slot, depth_of, family_of
 from mansard.models.freeze import compare, digest_tensors, freeze_except
@@ -16,6 +18,7 @@ from mansard.records import SnapshotId
 from mansard.specs.training import LearningRates, Train
 from mansard.store.store import Store
 from mansard.training.frozen_linear import require_fp8
+from mansard.training.linear_product import shorten
 from mansard.training.optimizer import Group
 from mansard.training.quantized_blocks import quantize_linears
 
@@ -87,8 +90,8 @@ def train_only(
     model: Any,  # noqa: ANN401 - a transformers model
     names: Names,
     rates: LearningRates,
-    frozen: str = "bf16",
-    new_blocks: str = "bf16",
+    frozen: str | None = None,
+    new_blocks: str | None = None,
 ) -> tuple[list[Group], Frozen]:
     """Freeze all but the groups with a rate above 0, `frozen` and `new_blocks` as in `specs.Train`; returns the groups
     and the digests of what is frozen, as it stands in memory."""
@@ -103,6 +106,8 @@ def train_only(
         require_fp8(model.device)
         quantize_linears(model.get_decoder().layers, new_blocks == "fp8")
         still = freeze_except(model, trained)
+    elif model.dtype == torch.float32:
+        shorten(model.get_decoder().layers, frozen == "bf16", new_blocks == "bf16")
     # With a base that trains, buffers alone would be left, and a frozen base is not to be claimed of them.
     return groups, Frozen({} if rates.base > 0.0 else digest_tensors(model, still))
 
@@ -135,7 +140,9 @@ def announcement(
         getattr(module, "quantized_values", 0) for module in model.modules()
     )
     what = " and ".join(f"{name} {parameters:,}" for name, parameters in count.items())
-    kept: str = train.precision if train.frozen == "bf16" else train.frozen
+    kept: str = "fp8" if train.frozen == "fp8" else train.precision
+    if train.precision == "fp32" and train.frozen == "bf16":
+        kept += ", its products in bf16"
     if train.adapter is not None and train.adapter.method == "qlora":
         kept = "4 bits"
     base = f"the base is frozen, in {kept}"

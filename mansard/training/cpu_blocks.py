@@ -1,4 +1,5 @@
-"""Decoder blocks on a CPU in float32: norms, gated MLPs and attention, each as one or two operations.
+"""Decoder blocks on a CPU in float32: norms, gated MLPs and attention, each as one or two operations. Products of a
+block's linears are in float32 or bf16 (linear_product.py), and so is what a gated MLP does between them.
 
 Backward is written out: it works in place, and what is frozen keeps no input and gets no gradient. Parameters keep
 their names. Does not cover other families' modules, biases, or linears that something else has replaced: those stay as
@@ -13,10 +14,11 @@ from torch.nn.functional import silu
 
 from mansard.training.cpu_attention import Attention, is_rotary
 from mansard.training.frozen_mlp import GATED, SILU
-from mansard.training.onednn import are_plain, product
+from mansard.training.linear_product import plain_type, product
 
 NORMS = frozenset({"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"})
 """transformers' classes that compute what Norm does."""
+LINEARS = ("gate_proj", "up_proj", "down_proj")
 
 
 def speed_up(decoder: nn.Module) -> None:
@@ -35,7 +37,7 @@ def is_gated(module: nn.Module) -> bool:
     """Whether GatedMLP computes what `module` does."""
     if type(module).__name__ not in GATED or type(getattr(module, "act_fn", None)).__name__ not in SILU:
         return False
-    return are_plain(module, "gate_proj", "up_proj", "down_proj")
+    return plain_type(module, *LINEARS) is not None
 
 
 class Norm(nn.Module):
@@ -76,10 +78,11 @@ class GatedMLP(nn.Module):
     def __init__(self, mlp: Any) -> None:  # noqa: ANN401 - one that `is_gated`
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        self._type = plain_type(mlp, *LINEARS)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weights = (self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
-        output_MK: torch.Tensor = _GatedMLP.apply(x.flatten(0, -2), *weights)
+        output_MK: torch.Tensor = _GatedMLP.apply(x.flatten(0, -2), *weights, self._type)
         return output_MK.view_as(x)
 
 
@@ -91,22 +94,27 @@ class _GatedMLP(torch.autograd.Function):
         gate_IK: torch.Tensor,
         up_IK: torch.Tensor,
         down_KI: torch.Tensor,
+        dtype: torch.dtype,
     ) -> torch.Tensor:
+        given, x_MK = x_MK.dtype, x_MK.to(dtype)
+        gate_IK, up_IK, down_KI = (weight.to(dtype) for weight in (gate_IK, up_IK, down_KI))
         gate_MI, up_MI = product(x_MK, gate_IK), product(x_MK, up_IK)
         gated_MI = silu(gate_MI).mul_(up_MI)
         if any(ctx.needs_input_grad):
             trains = any(ctx.needs_input_grad[1:])
             ctx.save_for_backward(gate_IK, up_IK, down_KI, gate_MI, up_MI, *((x_MK, gated_MI) if trains else ()))
-        return product(gated_MI, down_KI)
+        return product(gated_MI, down_KI).to(given)
 
     @staticmethod
     def backward(ctx: Any, grad_MK: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: ANN401
         gate_IK, up_IK, down_KI, gate_MI, up_MI, *kept = ctx.saved_tensors
+        given, grad_MK = grad_MK.dtype, grad_MK.to(gate_IK.dtype)
         grad_MI = product(grad_MK, down_KI.t())
         to_up_MI = silu(gate_MI).mul_(grad_MI)
         to_gate_MI = torch.ops.aten.silu_backward(grad_MI.mul_(up_MI), gate_MI)
-        to_x_MK = product(to_gate_MI, gate_IK.t()).add_(product(to_up_MI, up_IK.t()))
+        to_x_MK = product(to_gate_MI, gate_IK.t()).add_(product(to_up_MI, up_IK.t())).to(given)
         if not kept:
-            return to_x_MK, None, None, None
+            return to_x_MK, None, None, None, None
         x_MK, gated_MI = kept
-        return to_x_MK, to_gate_MI.t() @ x_MK, to_up_MI.t() @ x_MK, grad_MK.t() @ gated_MI
+        to_weights = (to_gate_MI.t() @ x_MK, to_up_MI.t() @ x_MK, grad_MK.t() @ gated_MI)
+        return to_x_MK, *(to_weight.to(given) for to_weight in to_weights), None

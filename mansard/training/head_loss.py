@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, linear
 
-from mansard.training.onednn import product
+from mansard.training.linear_product import product
 from mansard.training.packing import IGNORED
 
 CHUNK_VALUES = 2**26

@@ -39,7 +39,7 @@ from mansard.training.state import Checkpoints
 if TYPE_CHECKING:
     from mansard.worker import StageContext
 
-CODE_VERSION = 9
+CODE_VERSION = 10
 PACKAGES = ("numpy", "peft", "safetensors", "tokenizers", "torch", "torchao", "transformers")
 
 
@@ -57,7 +57,7 @@ def run(context: "StageContext") -> SnapshotId:
         changed, probe = write_tensors(expansion, names, learned, train.adapter, output)
     divergence = forward_kl(learned.seen_BTV, output)
     if divergence > train.max_forward_kl:
-        closer = "frozen: bf16, or new_blocks: bf16"
+        closer = f"{train.precision} for frozen and new_blocks (leave both out)"
         if train.adapter is not None and train.adapter.method == "qlora":
             closer = "adapter.method: lora (qlora's forward pass is over a base in 4 bits), or allow more"
         raise StageFailed(

@@ -1,23 +1,27 @@
 """The training engine beside Hugging Face's Trainer on a CPU: the demo's shape, tokens and rows, one thread each.
 
-Both train the four inserted blocks of the same expansion in float32 on the same packed rows with AdamW, warm-up,
-cosine and clipping; Trainer logs and saves nothing. They take turns, so that a noisy machine is noisy for both.
+Both train the four inserted blocks of the same expansion on the same packed rows with AdamW, warm-up, cosine and
+clipping; Trainer logs and saves nothing. They take turns, so that a noisy machine is noisy for both. Ours trains as the
+demo does: a model in float32, the blocks' products in bf16 (`frozen: bf16`, `new_blocks: bf16`). `ratio_to_trainer` is
+against the faster of Trainer in float32 and Trainer with its switch `bf16`, turn by turn, `fp32_ratio_to_trainer` of
+both in float32, `bf16_ratio_to_trainer` of both in bf16 (ours holds the whole model in it then, with float32 masters).
 Trainer is given the rows' positions, from which transformers keeps documents apart, as ours does;
-`ratio_to_leaking_trainer` is against one that lets documents see each other. `bf16_ratio_to_trainer` is of both in
-bf16: ours holds the model in it, with float32 masters, Trainer has its switch `bf16`. `ratio_to_swift` is against
-Trainer on what ms-swift's `llamapro` tuner makes of the base (swift_tuner.py). Then ours with the demo's checkpoints.
-The last line is JSON: ratio_to_trainer, checkpoint_time_fraction (of the loop's seconds, those in which it waited for
-checkpoints), forecast_error (the preflight's memory over the peak, of the whole process, libraries included),
-tokens_per_second.
+`ratio_to_leaking_trainer` is against one that lets documents see each other, `ratio_to_swift` against Trainer on what
+ms-swift's `llamapro` tuner makes of the base (swift_tuner.py). `loss_ratio` is what the products' type costs: the last
+steps' mean loss over that of training in float32. Then ours with the demo's checkpoints. The last line is JSON, with
+checkpoint_time_fraction (of the loop's seconds, those in which it waited for checkpoints) and forecast_error (the
+preflight's memory over the peak, of the whole process, libraries included).
 
-Not reached: 1.3 times Trainer in float32. A step of 1,024 tokens is 9.4 GFLOP in linears and head, 2.1 in attention's
-lower triangle (blocks of 64), in both loops; at the 110 GFLOP/s that oneDNN reaches on one core that is 105 ms, and
-Trainer's step took 193 ms of CPU time at best (2026-11-26): with everything else free, 1.8 times. Ours took 165. Parts
-measured alone, times how often they come: linears and head 90 ms (17 of them the new blocks' weight gradients),
-attention 31, elementwise 13, optimizer 2; the rest is cold caches and calls. Left out, because they gave nothing:
-weights packed ahead for oneDNN, smaller chunks of the head's loss, micro-batches of two rows and of one (2 and 17 %
-slower), blocks of 128 queries (3 % slower), allocator settings (a step faults no page). Keeping the states below the
-lowest new block from epoch to epoch would save 1 %: 28 % of the rows come twice.
+Where a step's time goes (1,024 tokens, one core of a Zen 4, 2026-11-26): 9.4 GFLOP in linears and head, 2.1 in
+attention's lower triangle (blocks of 64), in both loops. In float32, at oneDNN's 110 GFLOP/s, that is 105 ms; Trainer
+took 193 ms of CPU time at best, ours 165: linears and head 90 ms (17 of them the new blocks' weight
+gradients), attention 31, elementwise 13, optimizer 2, the rest cold caches and calls. In bf16 products run at 215
+GFLOP/s: ours took 124 ms where it took 170 in float32 in the same run, 154 with the frozen ones alone in bf16. The
+head's products in bf16 gave nothing (its logits must come back), attention's would be 1.7 times as fast, its softmax
+slower. Left out in float32, because they gave nothing: weights packed ahead for oneDNN, smaller chunks of the head's
+loss, micro-batches of two rows and of one (2 and 17 % slower), blocks of 128 queries (3 % slower), allocator settings
+(a step faults no page). Keeping the states below the lowest new block from epoch to epoch would save 1 %: 28 % of the
+rows come twice.
 """
 
 import json
@@ -25,8 +29,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -45,7 +50,7 @@ from mansard.training.state import Checkpoints
 STEPS = 40
 WARM_STEPS = 5
 TURNS = 4
-CHECKPOINTED_STEPS = 160
+CHECKPOINTED_STEPS, LAST_STEPS = 300, 40
 CHECKPOINT_EVERY = 50
 TOKENS_PER_STEP = BATCH_SEQUENCES * SEQUENCE_TOKENS
 
@@ -66,27 +71,35 @@ class TimedCheckpoints(Checkpoints):
         self.waited_seconds += time.perf_counter() - began
 
 
-def engine_of(upgrade: Upgrade, dtype: torch.dtype = torch.float32) -> LocalEngine:
+def engine_of(upgrade: Upgrade, products: str | None = "bf16", dtype: torch.dtype = torch.float32) -> LocalEngine:
     model = upgrade.model(dtype)
-    groups, _ = train_only(model, upgrade.names, train_section(STEPS).learning_rates)
+    groups, _ = train_only(model, upgrade.names, train_section(STEPS).learning_rates, products, products)
     return LocalEngine(model, groups, 0.0, 1.0)
 
 
-def ours(
-    upgrade: Upgrade, work: Path, steps: int, checkpoint_every: int, dtype: torch.dtype = torch.float32
-) -> tuple[float, float]:
-    """(tokens a second, share of the time that checkpoints took)."""
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Tokens a second, share of the time that checkpoints took, mean loss of the last steps in nats."""
+
+    speed: float
+    waited: float
+    loss: float
+
+
+def ours(upgrade: Upgrade, engine: LocalEngine, work: Path, steps: int, checkpoint_every: int) -> Run:
     section = train_section(steps, evaluate_every_steps=steps + 1, checkpoint_every_steps=checkpoint_every)
-    plan, times = Plan.of(section, SEQUENCE_TOKENS), [0.0]
+    plan, times, losses = Plan.of(section, SEQUENCE_TOKENS), [0.0], []
 
     def report(moment: Moment) -> None:
         times.append(time.perf_counter())
+        losses.append(moment.loss)
 
     checkpoints = TimedCheckpoints(work)
-    run_loop(engine_of(upgrade, dtype), upgrade.mixture, [], plan, checkpoints, report)
+    run_loop(engine, upgrade.mixture, [], plan, checkpoints, report)
     checkpoints.path.unlink(missing_ok=True)
     seconds = times[steps - 1] - times[WARM_STEPS]  # the last step evaluates
-    return (steps - 1 - WARM_STEPS) * TOKENS_PER_STEP / seconds, checkpoints.waited_seconds / (times[-1] - times[1])
+    speed = (steps - 1 - WARM_STEPS) * TOKENS_PER_STEP / seconds
+    return Run(speed, checkpoints.waited_seconds / (times[-1] - times[1]), mean(losses[-LAST_STEPS:]))
 
 
 def trainer(upgrade: Upgrade, work: Path, keeps_apart: bool, bf16: bool = False, with_swift: bool = False) -> float:
@@ -127,27 +140,36 @@ def main() -> int:
         work = Path(folder)
         upgrade = make_upgrade(work)
         forecast = preflight(engine_of(upgrade), upgrade.mixture.batch(0), train_section(STEPS))
-        _, fraction = ours(upgrade, work, CHECKPOINTED_STEPS, CHECKPOINT_EVERY)
+        whole = ours(upgrade, engine_of(upgrade), work, CHECKPOINTED_STEPS, CHECKPOINT_EVERY)
         peak = peak_bytes(torch.device("cpu"))
+        exact = ours(upgrade, engine_of(upgrade, None), work, CHECKPOINTED_STEPS, CHECKPOINT_EVERY)
+
+        def speed(products: str | None, dtype: torch.dtype = torch.float32) -> float:
+            return ours(upgrade, engine_of(upgrade, products, dtype), work, STEPS, STEPS + 1).speed
+
         cases: dict[str, Callable[[], float]] = {
-            "ours": lambda: ours(upgrade, work, STEPS, STEPS + 1)[0],
+            "ours": lambda: speed("bf16"),
+            "ours_fp32": lambda: speed(None),
             "trainer": lambda: trainer(upgrade, work, keeps_apart=True),
             "leaking_trainer": lambda: trainer(upgrade, work, keeps_apart=False),
-            "ours_bf16": lambda: ours(upgrade, work, STEPS, STEPS + 1, torch.bfloat16)[0],
+            "ours_bf16": lambda: speed(None, torch.bfloat16),
             "trainer_bf16": lambda: trainer(upgrade, work, keeps_apart=True, bf16=True),
         }
         if has_swift():
             cases["swift"] = lambda: trainer(upgrade, work, keeps_apart=True, with_swift=True)
         speeds = [{name: case() for name, case in cases.items()} for _ in range(TURNS)]
     figures = {
-        "ratio_to_trainer": median(turn["ours"] / turn["trainer"] for turn in speeds),
+        "ratio_to_trainer": median(turn["ours"] / max(turn["trainer"], turn["trainer_bf16"]) for turn in speeds),
+        "fp32_ratio_to_trainer": median(turn["ours_fp32"] / turn["trainer"] for turn in speeds),
         "ratio_to_leaking_trainer": median(turn["ours"] / turn["leaking_trainer"] for turn in speeds),
         "bf16_ratio_to_trainer": median(turn["ours_bf16"] / turn["trainer_bf16"] for turn in speeds),
         **({"ratio_to_swift": median(turn["ours"] / turn["swift"] for turn in speeds)} if "swift" in cases else {}),
-        "checkpoint_time_fraction": fraction,
+        "loss_ratio": whole.loss / exact.loss,
+        "checkpoint_time_fraction": whole.waited,
         "forecast_error": forecast.peak_bytes / peak - 1,
         "tokens_per_second": median(turn["ours"] for turn in speeds),
         "trainer_tokens_per_second": median(turn["trainer"] for turn in speeds),
+        "trainer_bf16_tokens_per_second": median(turn["trainer_bf16"] for turn in speeds),
         "threads": CPU_THREADS,
     }
     print(json.dumps({name: round(value, 4) for name, value in figures.items()}))

@@ -29,6 +29,7 @@ SITE = (ROOT / "configs/site/local.yaml").read_text()
         ("method: residual", "method: average, weight: 0", "fuse.weight: 0: Input should be greater than 0"),
         ("method: residual", "method: average, weight: 1.5", "fuse.weight: 1.5: Input should be less than"),
         ("  frozen: bf16", "  frozen: fp8", "train: frozen: fp8 needs precision: bf16, not fp32"),
+        ("  frozen: bf16  ", "  frozen: null", "new_blocks: bf16 needs frozen: bf16: what never moves is"),
         ("master: fp32", "master: stochastic_rounding", "master: stochastic_rounding needs precision: bf16, not fp32"),
         ("micro_batch_sequences: null", "micro_batch_sequences: 3", "batch_sequences 4 is no multiple of"),
         ("memory_gib: null", "memory_gib: 0", "train.memory_gib: 0: Input should be greater than 0"),

@@ -10,6 +10,7 @@ from mansard.models.freeze import freeze_except
 from mansard.training.attention import attention_inputs, use_packed_attention
 from mansard.training.cpu_attention import Attention
 from mansard.training.cpu_blocks import GatedMLP, Norm, speed_up
+from mansard.training.linear_product import shorten
 
 pytestmark = pytest.mark.slow
 SIZES = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
@@ -49,6 +50,30 @@ def test_a_model_computes_what_it_did(kind: str, trained_block: int) -> None:
     assert gradients.keys() == wanted.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, wanted[name], atol=1e-4 * float(wanted[name].abs().max()), rtol=0.0)
+
+
+@pytest.mark.parametrize("trained_too", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_with_products_in_bf16_it_computes_what_its_linears_do_one_by_one(kind: str, trained_too: bool) -> None:
+    exact, _ = states_and_gradients(model_of(kind, 1))
+    found = []
+    for is_fast in (False, True):
+        model = model_of(kind, 1)
+        shorten(model.get_decoder().layers, True, trained_too)
+        if is_fast:
+            speed_up(model.get_decoder())
+            of_trained = torch.bfloat16 if trained_too else torch.float32
+            types = [module._type for module in model.modules() if isinstance(module, GatedMLP)]
+            assert types == [torch.bfloat16, of_trained, torch.bfloat16]
+        found.append(states_and_gradients(model))
+    (one_by_one, wanted), (together, gradients) = found
+    # Between an MLP's products, too, values are rounded where they are one operation.
+    largest = float(exact.abs().max())
+    assert 0.0 < float((together - exact).abs().max()) < 0.05 * largest
+    assert float((together - one_by_one).abs().max()) < 0.03 * largest
+    assert gradients.keys() == wanted.keys()
+    for name, gradient in gradients.items():
+        assert float((gradient - wanted[name]).norm()) < 0.05 * float(wanted[name].norm()), name
 
 
 def test_it_generates_with_a_cache_what_it_generates_without() -> None:

@@ -166,6 +166,20 @@ def test_a_rate_of_nothing_for_the_new_blocks_is_refused(store: Store, fill: Fil
         run(store, fill(store), slice_(learning_rates={"new_blocks": 0.0, "base": 1e-3}))
 
 
+def test_products_in_bf16_train_the_same_storey_nearly(store: Store, fill: Fill, capfd: Any) -> None:
+    inputs = fill(store)
+    exact = run(store, inputs, slice_())
+    capfd.readouterr()
+    made = run(store, inputs, slice_(frozen="bf16", new_blocks="bf16"))
+    assert "the base is frozen, in fp32, its products in bf16" in capfd.readouterr().err
+    curves = [[point["bits_per_byte"]["code"] for point in report_of(store, m)["curve"]] for m in (exact, made)]
+    assert curves[0] != curves[1]
+    assert curves[0] == pytest.approx(curves[1], rel=0.02)
+    moved = [tensors_of(store, m, "trained.safetensors") for m in (exact, made)]
+    assert moved[0].keys() == moved[1].keys()
+    assert report_of(store, made)["frozen"] == report_of(store, exact)["frozen"]
+
+
 def test_fp8_is_refused_where_there_is_none(store: Store, fill: Fill) -> None:
     with pytest.raises(BadInput, match=r"train\.frozen: fp8 needs FP8 matrix units, and this is a CPU"):
         run(store, fill(store), slice_(precision="bf16", frozen="fp8"))
