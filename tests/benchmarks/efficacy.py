@@ -1,13 +1,17 @@
-"""Does it work? Five ways to teach a model C and C++ after Python, at equal tokens, text and order.
+"""Does it work? Ways to teach a model C and C++ after Python, at equal tokens.
 
 A Llama is pre-trained on the Python files that are installed here (general), then learns the C and C++ headers beside
-them (domain) with a fifth of general text, five ways: plain LLaMA Pro (even, no anchor), ours (the best placement,
-anchored), LoRA on every linear, as many blocks of the base's own, full tuning; all but the last with equally many
-trained parameters. Rates (further ones while the highest is the best), placement and anchor are chosen on a seed and on
-held-out text that are not counted. Reported, over three seeds: gain on held-out domain text, loss on held-out general
+them (domain) with a fifth of general text: plain LLaMA Pro (even, no anchor), ours (the best placement, anchored), LoRA
+on every linear, as many blocks of the base's own, full tuning; all but the last with equally many trained parameters.
+The anchor asks less replay of general text for what it holds, so ours may take a smaller share of it and more of the
+domain in the same tokens; `less_replay` is plain LLaMA Pro on the mixture that ours chose, so that the two can be told
+apart. Rates (further ones while the highest is the best), placement, anchor and share are chosen on a seed and on
+held-out text that are not counted; `--settings FILE` takes what an earlier run chose (the last line's `chosen`, in a
+file) and runs those methods alone. Reported, over three seeds: gain on held-out domain text, loss on held-out general
 text in bits per byte, with 95 % intervals (Student's t), peak memory; seconds are a run's steps times those of a step,
 measured alone after all runs. `--work` keeps what is done, by scale, so a run goes on; `--jobs` runs several trainings
-at a time (side_by_side.py); `--mlflow URI` records it; the last line is JSON.
+at a time (side_by_side.py); `--base-tokens N` pre-trains a base on fewer; `--mlflow URI` records it; the last line is
+JSON.
 """
 
 import argparse
@@ -17,6 +21,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,7 +51,8 @@ STUDENT = 4.3027
 DOMAIN_SHARE = 0.8
 IMPORTANCE_ROWS = 16
 PLACEMENTS = ("even", "upper-half", "importance")
-ANCHORS = (0.3, 1.0, 3.0)
+HELD = ((0.3, 0.8), (1.0, 0.8), (1.0, 0.9), (3.0, 0.9), (3.0, 0.95), (10.0, 0.95))
+"""Anchors, each with a share of the domain: the stronger it holds, the less general text need be shown."""
 RATES = {
     "llama_pro": (1e-3, 3e-3, 1e-2),
     "lora": (1e-3, 3e-3, 1e-2),
@@ -53,9 +60,9 @@ RATES = {
     "full_tuning": (3e-4, 1e-3, 3e-3),
 }
 MOST_RATES = 6
-METHODS = ("llama_pro", "ours", "lora", "existing_blocks", "full_tuning")
+METHODS = ("llama_pro", "ours", "less_replay", "lora", "existing_blocks", "full_tuning")
 TIMED_STEPS, WARMING_STEPS = 20, 3
-LEAST_RUNS = 2 + sum(map(len, RATES.values())) + len(PLACEMENTS) + 2 * len(ANCHORS) + len(METHODS) * (len(SEEDS) + 1)
+LEAST_RUNS = 2 + sum(map(len, RATES.values())) + len(PLACEMENTS) + len(HELD) + len(METHODS) * (len(SEEDS) + 1)
 """With the base's losses, the importance of blocks and a timing of every method."""
 Settings = dict[str, Any]
 
@@ -63,7 +70,7 @@ Settings = dict[str, Any]
 def model_of(ground: Ground, method: str, settings: Settings, seed: int) -> tuple[Any, list[Group], Anchor | None]:
     """The model, what of it trains, and what holds it."""
     rate, scale = settings["rate"], ground.scale
-    if method in ("llama_pro", "ours"):
+    if method in ("llama_pro", "ours", "less_replay"):
         positions = settings["positions"]
         with (ground.work / "expanding").open("w") as lock:  # the next process finds it made
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -109,7 +116,8 @@ def prepared(
     model, groups, anchor = model_of(ground, method, settings, seed)
     engine = LocalEngine(model, groups, 0.0, 1.0, micro_batch_sequences=scale.micro, anchor=anchor)
     sources = [ground.training["domain"], ground.training["general"]]
-    mixture = Mixture(sources, [DOMAIN_SHARE, 1 - DOMAIN_SHARE], scale.batch, seed, {"general"})
+    share = settings.get("share", DOMAIN_SHARE)
+    mixture = Mixture(sources, [share, 1 - share], scale.batch, seed, {"general"})
     steps = steps_of(scale)
     return engine, mixture, Schedule(steps, steps // 20), groups
 
@@ -162,15 +170,20 @@ def best_rate(rates: Iterable[float], score: Callable[[float], float]) -> float:
 
 
 class Search:
-    """Each method's settings, by the pilot seed: the rate with the best domain; for ours the placement with the best
-    domain, then the rate and anchor with the best domain that lose no more general text than plain LLaMA Pro."""
+    """Each method's settings, given or by the pilot seed: the rate with the best domain; for ours the placement with
+    the best domain, then the anchor and share with the best domain that lose no more general text than plain LLaMA
+    Pro."""
 
-    def __init__(self, trainings: Trainings) -> None:
-        self._trainings = trainings
+    def __init__(self, trainings: Trainings, given: dict[str, Settings]) -> None:
+        self._trainings, self._given = trainings, given
 
     def settings(self, method: str) -> Settings:
+        if method in self._given:
+            return self._given[method]
         if method == "ours":
             return self._ours(self.settings("llama_pro"))
+        if method == "less_replay":
+            return self.settings("llama_pro") | {"share": self.settings("ours")["share"]}
         more: Settings = {"positions": "even", "anchor": 0.0} if method == "llama_pro" else {}
         self._ahead(method, [{"rate": rate, **more} for rate in RATES[method]])
         rate = best_rate(RATES[method], lambda rate: self._pilot(method, {"rate": rate, **more})["domain"])
@@ -185,7 +198,7 @@ class Search:
         by_place = {p: {"rate": rate, "positions": places[p], "anchor": 0.0} for p in PLACEMENTS}
         self._ahead("ours", by_place.values())
         best = places[min(PLACEMENTS, key=lambda p: self._pilot("ours", by_place[p])["domain"])]
-        tried = [{"rate": r, "positions": best, "anchor": a} for r in (rate, 2 * rate) for a in ANCHORS]
+        tried = [{"rate": rate, "positions": best, "anchor": anchor, "share": share} for anchor, share in HELD]
         self._ahead("ours", tried)
         most = self._pilot("llama_pro", plain)["general"]
         keeping = [settings for settings in tried if self._pilot("ours", settings)["general"] <= most] or tried[:1]
@@ -204,9 +217,11 @@ def call(name: str, method: str, settings: Settings, seed: int = PILOT) -> tuple
     return "/".join([name, *map(str, settings.values()), *numbered]), train, method, settings, seed
 
 
-def run_all(trainings: Trainings) -> tuple[dict[str, Settings], dict[str, list[dict[str, Any]]]]:
-    """By method: its settings, and the runs of every seed at them, with its seconds."""
-    search = Search(trainings)
+def run_all(
+    trainings: Trainings, given: dict[str, Settings]
+) -> tuple[dict[str, Settings], dict[str, list[dict[str, Any]]]]:
+    """By method (those given, else all): its settings, and the runs of every seed at them, with its seconds."""
+    search, methods = Search(trainings, given), [method for method in METHODS if method in (given or METHODS)]
 
     def runs(method: str) -> tuple[Settings, list[dict[str, Any]]]:
         settings = search.settings(method)
@@ -214,10 +229,10 @@ def run_all(trainings: Trainings) -> tuple[dict[str, Settings], dict[str, list[d
         trainings.ahead(*calls)
         return settings, [trainings.of(*one) for one in calls]
 
-    found = dict(zip(METHODS, trainings.each(runs, METHODS), strict=True))
+    found = dict(zip(methods, trainings.each(runs, methods), strict=True))
     chosen = {method: settings for method, (settings, _) in found.items()}
     paces = {m: trainings.alone("/".join(["pace", m, *map(str, s.values())]), pace, m, s) for m, s in chosen.items()}
-    seconds = {method: {"seconds": paces[method]["seconds"]} for method in METHODS}
+    seconds = {method: {"seconds": paces[method]["seconds"]} for method in methods}
     return chosen, {method: [run | seconds[method] for run in of_seeds] for method, (_, of_seeds) in found.items()}
 
 
@@ -240,13 +255,16 @@ def summary(base: dict[str, float], runs: dict[str, list[dict[str, Any]]]) -> di
         }
         for method, found in runs.items()
     }
-    ours, plain = runs["ours"], runs["llama_pro"]
     lost = {method: row["general_loss"][0] for method, row in rows.items()}
+
+    def ours_less(other: str, text: str) -> list[float]:
+        return interval(a[text] - b[text] for a, b in zip(runs["ours"], runs[other], strict=True))
+
+    beside = [other for other in ("llama_pro", "less_replay") if other in runs]
     return {
         "base": base,
         "methods": rows,
-        "domain_of_ours_less_plain": interval(a["domain"] - b["domain"] for a, b in zip(ours, plain, strict=True)),
-        "general_of_ours_less_plain": interval(a["general"] - b["general"] for a, b in zip(ours, plain, strict=True)),
+        **{f"{text}_of_ours_less_{other}": ours_less(other, text) for other in beside for text in ("domain", "general")},
         "forgetting_full_over_ours": round(lost["full_tuning"] / lost["ours"], 2) if lost["ours"] > 0 else None,
     }
 
@@ -266,20 +284,34 @@ def record(found: dict[str, Any], runs: dict[str, list[dict[str, Any]]], uri: st
                     mlflow.log_metrics({k: run[k] for k in ("domain", "general", "seconds")})
 
 
+def given_settings(file: Path | None) -> dict[str, Settings]:
+    given: dict[str, Settings] = json.loads(file.read_text()) if file else {}
+    missing = {"llama_pro", "ours", "full_tuning"} - given.keys() if file else set()
+    if missing or not given.keys() <= set(METHODS):
+        raise SystemExit(f"{file}: llama_pro, ours and full_tuning are needed, of {', '.join(METHODS)} any")
+    return given
+
+
 def main(arguments: Sequence[str]) -> int:
     began = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="minutes on a CPU")
     parser.add_argument("--tiny", action="store_true", help="seconds: whether it runs, not what it finds")
+    parser.add_argument("--settings", type=Path, help="JSON: settings by method; plain, ours and full tuning at least")
+    parser.add_argument("--base-tokens", type=int, help="on which the base is pre-trained")
     parser.add_argument("--mlflow", help="a tracking URI")
     add_arguments(parser)
     asked = parser.parse_args(arguments)
     scale = SMALL.tiny() if asked.tiny else SMALL if asked.small else FULL
+    if asked.base_tokens is not None:
+        scale = replace(scale, base_tokens=asked.base_tokens)
+    given = given_settings(asked.settings)
+    least = 1 + len(given) * (len(SEEDS) + 1) if given else LEAST_RUNS
     with work_folder(asked.work, scale) as work:
         stand_on(work, lambda: make_ground(scale, work))
-        with Trainings(work, on_this_machine, asked.jobs, began + asked.deadline, LEAST_RUNS) as trainings:
+        with Trainings(work, on_this_machine, asked.jobs, began + asked.deadline, least) as trainings:
             trainings.ahead(("base", Ground.base_bits))
-            chosen, runs = run_all(trainings)
+            chosen, runs = run_all(trainings, given)
             base = trainings.of("base", Ground.base_bits)
     found = summary(base, runs)
     found["chosen"] = chosen

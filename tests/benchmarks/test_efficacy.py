@@ -16,7 +16,7 @@ from mansard.demo.base import train_tokenizer
 from mansard.models.loading import load_tokenizer
 from mansard.training.data import Packed, pack_texts
 
-METHODS = ("llama_pro", "ours", "lora", "existing_blocks", "full_tuning")
+METHODS = ("llama_pro", "ours", "less_replay", "lora", "existing_blocks", "full_tuning")
 ROW_TOKENS = 32
 
 
@@ -54,14 +54,16 @@ def trainings_on(folder: Path, ground: Any = None) -> Any:
 
 
 def choose(efficacy: ModuleType, trainings: Any) -> dict[str, Any]:
-    return {method: efficacy.Search(trainings).settings(method) for method in METHODS}
+    return {method: efficacy.Search(trainings, {}).settings(method) for method in METHODS}
 
 
 def test_every_way_runs_from_choice_to_table(efficacy: ModuleType, tmp_path: Path) -> None:
     ground = ground_of(tmp_path)
     base, done = ground.base_bits(), trainings_on(tmp_path, ground)
-    chosen, runs = efficacy.run_all(done)
-    assert set(chosen) == set(METHODS) and chosen["ours"]["anchor"] in efficacy.ANCHORS
+    chosen, runs = efficacy.run_all(done, {})
+    ours = chosen["ours"]
+    assert set(chosen) == set(METHODS) and (ours["anchor"], ours["share"]) in efficacy.HELD
+    assert chosen["less_replay"] == chosen["llama_pro"] | {"share": ours["share"]}
     found = efficacy.summary(base, runs)
     assert set(found["methods"]) == set(METHODS)
     assert all(run["seconds"] > 0 for of_seeds in runs.values() for run in of_seeds)
@@ -70,7 +72,11 @@ def test_every_way_runs_from_choice_to_table(efficacy: ModuleType, tmp_path: Pat
     assert counts["lora"] == pytest.approx(counts["ours"], rel=0.2)
     again = trainings_on(tmp_path)
     (tmp_path / "ground.pt").unlink()
-    assert efficacy.run_all(again) == (chosen, runs), "what is done is not done again"
+    assert efficacy.run_all(again, {}) == (chosen, runs), "what is done is not done again"
+    given = {method: chosen[method] for method in ("llama_pro", "ours", "full_tuning")}
+    some = trainings_on(tmp_path)
+    some.runs = {name: run for name, run in some.runs.items() if not name.startswith("pilot")}
+    assert efficacy.run_all(some, given) == (given, {method: runs[method] for method in given}), "nothing is searched"
 
 
 def test_settings_are_chosen_by_text_that_is_not_reported(efficacy: ModuleType, tmp_path: Path) -> None:
@@ -116,22 +122,23 @@ def finished(efficacy: ModuleType, file: Path, general_of_ours: float) -> Any:
     plain = efficacy.RATES["llama_pro"][1]
     for place, domain in (("even", 1.0), ("upper-half", 0.9), ([1], 0.8)):
         runs[f"pilot/ours/{plain}/{place}/0.0"] = {"domain": domain, "general": 2.0}
-    for rate in (plain, 2 * plain):
-        for anchor in efficacy.ANCHORS:
-            general = general_of_ours if anchor < 1.0 else 2.0
-            runs[f"pilot/ours/{rate}/[1]/{anchor}"] = {"domain": 0.5 + 0.1 * anchor + rate, "general": general}
+    for anchor, share in efficacy.HELD:
+        general = general_of_ours if anchor < 1.0 else 2.0
+        domain = 0.5 + 0.1 * anchor - 0.01 * share
+        runs[f"pilot/ours/{plain}/[1]/{anchor}/{share}"] = {"domain": domain, "general": general}
     file.write_text(json.dumps(runs))
     return trainings_on(file.parent)
 
 
-@pytest.mark.parametrize(("general_of_ours", "anchor"), [(1.9, 0.3), (2.0, 0.3), (2.1, 1.0)])
+@pytest.mark.parametrize(("general_of_ours", "held"), [(1.9, (0.3, 0.8)), (2.0, (0.3, 0.8)), (2.1, (1.0, 0.9))])
 def test_ours_is_the_best_on_the_domain_among_those_that_keep_what_plain_keeps(
-    efficacy: ModuleType, tmp_path: Path, general_of_ours: float, anchor: float
+    efficacy: ModuleType, tmp_path: Path, general_of_ours: float, held: tuple[float, float]
 ) -> None:
     chosen = choose(efficacy, finished(efficacy, tmp_path / "runs.json", general_of_ours))
-    rates = {method: settings["rate"] for method, settings in chosen.items() if method != "ours"}
+    rates = {method: chosen[method]["rate"] for method in efficacy.RATES}
     assert rates == {method: of_method[1] for method, of_method in efficacy.RATES.items()}
-    assert chosen["ours"] == {"rate": rates["llama_pro"], "positions": [1], "anchor": anchor}
+    anchor, share = held
+    assert chosen["ours"] == {"rate": rates["llama_pro"], "positions": [1], "anchor": anchor, "share": share}
 
 
 def test_the_table_pairs_seeds_and_says_how_sure_it_is(efficacy: ModuleType) -> None:
@@ -146,7 +153,7 @@ def test_the_table_pairs_seeds_and_says_how_sure_it_is(efficacy: ModuleType) -> 
     found = efficacy.summary(base, runs)
     assert found["methods"]["ours"]["domain_gain"][0] == pytest.approx(0.5)
     assert found["methods"]["ours"]["general_loss"] == [pytest.approx(0.05), pytest.approx(0.0)]
-    assert found["domain_of_ours_less_plain"] == [pytest.approx(-0.1), pytest.approx(0.0)], "seed by seed"
+    assert found["domain_of_ours_less_llama_pro"] == [pytest.approx(-0.1), pytest.approx(0.0)], "seed by seed"
     assert found["forgetting_full_over_ours"] == pytest.approx(6.0)
     harmless = {**runs, "ours": of(1.4, 0.9)}
     assert efficacy.summary(base, harmless)["forgetting_full_over_ours"] is None
