@@ -51,7 +51,7 @@ STUDENT = 4.3027
 DOMAIN_SHARE = 0.8
 IMPORTANCE_ROWS = 16
 PLACEMENTS = ("even", "upper-half", "importance")
-HELD = ((0.3, 0.8), (1.0, 0.8), (1.0, 0.9), (3.0, 0.9), (3.0, 0.95), (10.0, 0.95))
+HELD = ((0.3, 0.8), (1.0, 0.8), (2.0, 0.9), (3.0, 0.9), (5.0, 0.95), (10.0, 0.95))
 """Anchors, each with a share of the domain: the stronger it holds, the less general text need be shown."""
 RATES = {
     "llama_pro": (1e-3, 3e-3, 1e-2),
@@ -264,7 +264,7 @@ def summary(base: dict[str, float], runs: dict[str, list[dict[str, Any]]]) -> di
     return {
         "base": base,
         "methods": rows,
-        **{f"{text}_of_ours_less_{other}": ours_less(other, text) for other in beside for text in ("domain", "general")},
+        **{f"{text}_of_ours_less_{other}": ours_less(other, text) for other in beside for text in base},
         "forgetting_full_over_ours": round(lost["full_tuning"] / lost["ours"], 2) if lost["ours"] > 0 else None,
     }
 
