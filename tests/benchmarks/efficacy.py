@@ -140,16 +140,16 @@ def train(ground: Ground, method: str, settings: Settings, seed: int) -> dict[st
 
 
 def pace(ground: Ground, method: str, settings: Settings) -> dict[str, Any]:
-    """Seconds of a step, and of all of a run's."""
+    """Median seconds of a step, and of all of a run's."""
     engine, mixture, schedule, _ = prepared(ground, method, settings, PILOT)
+    taken = []
     for step in range(WARMING_STEPS + TIMED_STEPS):
-        if step == WARMING_STEPS:
-            wait(ground.device)
-            began = time.perf_counter()
+        began = time.perf_counter()
         engine.gradients(mixture.batch(step))
         engine.step(schedule.factor(min(step, schedule.steps - 1)))
-    wait(ground.device)
-    of_a_step = (time.perf_counter() - began) / TIMED_STEPS
+        wait(ground.device)
+        taken.append(time.perf_counter() - began)
+    of_a_step = statistics.median(taken[WARMING_STEPS:])
     return {"seconds": of_a_step * schedule.steps, "of_a_step": of_a_step}
 
 

@@ -76,7 +76,8 @@ def test_every_way_runs_from_choice_to_table(efficacy: ModuleType, tmp_path: Pat
     given = {method: chosen[method] for method in ("llama_pro", "ours", "full_tuning")}
     some = trainings_on(tmp_path)
     some.runs = {name: run for name, run in some.runs.items() if not name.startswith("pilot")}
-    assert efficacy.run_all(some, given) == (given, {method: runs[method] for method in given}), "nothing is searched"
+    assert efficacy.run_all(some, given) == (given, {method: runs[method] for method in given})
+    assert not [name for name in some.runs if name.startswith("pilot")], "nothing is searched"
 
 
 def test_settings_are_chosen_by_text_that_is_not_reported(efficacy: ModuleType, tmp_path: Path) -> None:
