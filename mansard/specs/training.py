@@ -43,10 +43,10 @@ class Train(Part):
 
     `frozen` and `new_blocks`: the type of the blocks' linears' products (none: `precision`), of frozen weights and of
     those that train. fp8 for `frozen` holds frozen weights in FP8; for `new_blocks` it is their forward pass and input
-    gradient. bf16 with precision fp32 rounds the products alone. `max_forward_kl`: how far
-    the trainer's forward pass may be from the fused model's on the probe (nats a token). `memory_gib`: what training
-    may take; blocks are recomputed in backward until it fits (none: what the device has). `adapter`: low-rank
-    matrices in the new blocks train in the place of whole weights (none: whole weights).
+    gradient. bf16 with precision fp32 rounds the products alone, on a CPU those of attention in such blocks too.
+    `max_forward_kl`: how far the trainer's forward pass may be from the fused model's on the probe (nats a token).
+    `memory_gib`: what training may take; blocks are recomputed in backward until it fits (none: what the device has).
+    `adapter`: low-rank matrices in the new blocks train in the place of whole weights (none: whole weights).
     """
 
     tokens: Positive
@@ -77,11 +77,11 @@ class Train(Part):
             for key in (key for key, is_set in short.items() if is_set):
                 raise ValueError(f"{key}: {getattr(self, key)} needs precision: bf16, not fp32")
         shortest = {"fp32": 0, "bf16": 1, "fp8": 2}
-        frozen, new_blocks = self.frozen or self.precision, self.new_blocks or self.precision
-        if shortest[new_blocks] > shortest[frozen]:
-            raise ValueError(f"new_blocks: {new_blocks} needs frozen: {new_blocks}: what never moves is rounded first")
-        if self.frozen == "fp8" and self.learning_rates.base > 0.0:
-            raise ValueError("frozen: fp8 needs learning_rates.base 0: a base that trains is not frozen")
+        if shortest[self.products["new_blocks"]] > shortest[self.products["frozen"]]:
+            both = self.new_blocks
+            raise ValueError(f"new_blocks: {both} needs frozen: {both}: what never moves is rounded first")
+        if self.products["frozen"] != self.precision and self.learning_rates.base > 0.0:
+            raise ValueError(f"frozen: {self.frozen} needs learning_rates.base 0: a base that trains is not frozen")
         if self.anchor is not None and self.learning_rates.base > 0.0:
             raise ValueError("anchor needs learning_rates.base 0: a base that trains is nothing to hold on to")
         if self.micro_batch_sequences is not None and self.batch_sequences % self.micro_batch_sequences:
@@ -96,10 +96,15 @@ class Train(Part):
         method = self.adapter.method if self.adapter else None
         if method and self.learning_rates.base > 0.0:
             raise ValueError("adapter needs learning_rates.base 0: adapters train in new blocks only")
-        if method and self.new_blocks == "fp8":
-            raise ValueError("adapter needs new_blocks: bf16: their own weights are frozen, frozen: fp8 holds those")
-        if self.frozen == "fp8" and method == "qlora":
-            raise ValueError("adapter: qlora needs frozen: bf16: it holds frozen linears in 4 bits, fp8 does in 8")
+        if method and self.products["new_blocks"] != self.precision:
+            raise ValueError("adapter needs new_blocks left out: the blocks' own weights are frozen, too")
+        if method == "qlora" and self.products["frozen"] != self.precision:
+            raise ValueError("adapter: qlora needs frozen left out: it holds frozen linears in 4 bits")
         if self.frozen == "fp8" and method == "dora":
-            raise ValueError("adapter: dora needs frozen: bf16: it reads its frozen weights' lengths at every step")
+            raise ValueError("adapter: dora needs frozen: bf16: it reads frozen weights' lengths at every step")
         return self
+
+    @property
+    def products(self) -> dict[str, str]:
+        """Types of the blocks' linears' products: of frozen weights, and of those that train."""
+        return {"frozen": self.frozen or self.precision, "new_blocks": self.new_blocks or self.precision}

@@ -102,7 +102,8 @@ def packed_attention(
             key_BHTD, value_BHTD = repeat_kv(key_BHTD, repeats), repeat_kv(value_BHTD, repeats)
             whole = len(query_BHTD) if attention_mask is None else whole
             scale = query_BHTD.shape[-1] ** -0.5 if scaling is None else scaling
-            return short_attention(query_BHTD, key_BHTD, value_BHTD, attention_mask, whole, scale), None
+            dtype = getattr(module, "products", torch.float32)
+            return short_attention(query_BHTD, key_BHTD, value_BHTD, attention_mask, whole, scale, dtype), None
         if whole == 0:
             return attend(slice(None), attention_mask), None
         return torch.cat([attend(slice(whole), None), attend(slice(whole, None), attention_mask)]), None

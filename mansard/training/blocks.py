@@ -141,8 +141,6 @@ def announcement(
     )
     what = " and ".join(f"{name} {parameters:,}" for name, parameters in count.items())
     kept: str = "fp8" if train.frozen == "fp8" else train.precision
-    if train.precision == "fp32" and train.frozen == "bf16":
-        kept += ", its products in bf16"
     if train.adapter is not None and train.adapter.method == "qlora":
         kept = "4 bits"
     base = f"the base is frozen, in {kept}"
@@ -152,4 +150,8 @@ def announcement(
             base += f" (warning: at a rate of {train.learning_rates.base:g}, above {GENTLE_BASE_RATE:g}, it forgets)"
     if train.anchor is not None:
         base += f"; anchored to it on general text by {train.anchor.kind}, weight {train.anchor.weight:g}"
-    return f"new blocks {copies}; parameters that train: {what} of {total:,}; {base}; compute {train.precision}"
+    computing: str = train.precision
+    if train.precision == "fp32" and set(train.products.values()) != {"fp32"}:
+        frozen, new = train.products.values()
+        computing += f" with products of frozen linears in {frozen}, of those that train in {new}"
+    return f"new blocks {copies}; parameters that train: {what} of {total:,}; {base}; compute {computing}"

@@ -1,4 +1,4 @@
-"""Rotary self-attention on a CPU in float32, between the norm and the residual; its linears' products may be in bf16.
+"""Rotary self-attention on a CPU in float32, between the norm and the residual; its products may be in bf16.
 
 The three products and the turning by positions are one operation with a backward of its own (in place; where the
 weights are frozen nothing of the input is kept), attention itself is `packed_attention`. Legend: M tokens, K inputs, N
@@ -12,12 +12,10 @@ from torch import nn
 
 from mansard.training.attention import NAME as PACKED
 from mansard.training.attention import packed_attention
-from mansard.training.linear_product import Product, plain_type, product
+from mansard.training.linear_product import Product, plain_type, product, weight_gradient
 
 ROTARY = frozenset({"LlamaAttention", "MistralAttention", "Qwen2Attention"})
 """transformers' classes that compute what Attention does, where they have no biases."""
-
-
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -35,7 +33,7 @@ class Attention(nn.Module):
         super().__init__()
         self.q_proj, self.k_proj, self.v_proj = attention.q_proj, attention.k_proj, attention.v_proj
         self.o_proj = attention.o_proj
-        self._type = plain_type(attention, *LINEARS)
+        self.products = plain_type(attention, *LINEARS)
         self.scaling, self.layer_idx = attention.scaling, attention.layer_idx
         self.num_key_value_groups, self.is_causal = attention.num_key_value_groups, True  # transformers' sdpa asks
         self.dropout = attention.attention_dropout
@@ -49,12 +47,12 @@ class Attention(nn.Module):
         **others: Any,  # noqa: ANN401 - what transformers passes on
     ) -> tuple[torch.Tensor, None]:
         weights = (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
-        query, key, value = _QueryKeyValue.apply(hidden_states, *weights, *position_embeddings, self._type)
+        query, key, value = _QueryKeyValue.apply(hidden_states, *weights, *position_embeddings, self.products)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         others |= {"scaling": self.scaling, "dropout": self.dropout if self.training else 0.0}
         mixed, _ = packed_attention(self, query, key, value, attention_mask, **others)
-        output_MK: torch.Tensor = Product.apply(mixed.flatten(0, 1).flatten(1), self.o_proj.weight, self._type)
+        output_MK: torch.Tensor = Product.apply(mixed.flatten(0, 1).flatten(1), self.o_proj.weight, self.products)
         return output_MK.view_as(hidden_states), None
 
 
@@ -73,12 +71,13 @@ class _QueryKeyValue(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> tuple[torch.Tensor, ...]:
         (rows, tokens, _), width = x_BTK.shape, cosine_BTD.shape[-1]
-        x_MK = x_BTK.flatten(0, 1).to(dtype)
-        weights = [weight.to(dtype) for weight in (query_NK, key_NK, value_NK)]
+        x_MK, weights = x_BTK.flatten(0, 1).to(dtype), (query_NK, key_NK, value_NK)
         query, key, value = (
-            product(x_MK, weight).to(x_BTK.dtype).view(rows, tokens, -1, width).transpose(1, 2) for weight in weights
+            product(x_MK, weight.to(dtype)).to(x_BTK.dtype).view(rows, tokens, -1, width).transpose(1, 2)
+            for weight in weights
         )
         kept = (x_MK,) if any(ctx.needs_input_grad[1:4]) else ()
+        ctx.dtype = dtype
         ctx.save_for_backward(*weights, cosine_BTD, sine_BTD, *kept)
         turned = [_turned(x, cosine_BTD, sine_BTD, torch.empty_like(x, memory_format=torch.contiguous_format), 1)
                   for x in (query, key)]  # fmt: skip
@@ -87,16 +86,17 @@ class _QueryKeyValue(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: ANN401
         query_NK, key_NK, value_NK, cosine_BTD, sine_BTD, *kept = ctx.saved_tensors
-        (rows, _, tokens, width), dtype = grads[0].shape, query_NK.dtype
+        (rows, _, tokens, width), dtype = grads[0].shape, ctx.dtype
         grads_MN = []
         for grad in grads[:2]:
             flat = grad.new_empty(rows, tokens, grad.shape[1], width)
             _turned(grad, cosine_BTD, sine_BTD, flat.transpose(1, 2), -1)
             grads_MN.append(flat.view(rows * tokens, -1).to(dtype))
         grads_MN.append(grads[2].transpose(1, 2).reshape(rows * tokens, -1).to(dtype))
-        to_x_MK = product(grads_MN[0], query_NK.t())
-        to_x_MK.add_(product(grads_MN[1], key_NK.t())).add_(product(grads_MN[2], value_NK.t()))
-        to_weights = [(grad_MN.t() @ kept[0]).to(grads[0].dtype) if kept else None for grad_MN in grads_MN]
+        weights = [weight_NK.to(dtype).t() for weight_NK in (query_NK, key_NK, value_NK)]
+        to_x_MK = product(grads_MN[0], weights[0])
+        to_x_MK.add_(product(grads_MN[1], weights[1])).add_(product(grads_MN[2], weights[2]))
+        to_weights = [weight_gradient(grad_MN, kept[0]) if kept else None for grad_MN in grads_MN]
         return to_x_MK.to(grads[0].dtype).view(rows, tokens, -1), *to_weights, None, None, None
 
 

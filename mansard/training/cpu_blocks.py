@@ -14,7 +14,7 @@ from torch.nn.functional import silu
 
 from mansard.training.cpu_attention import Attention, is_rotary
 from mansard.training.frozen_mlp import GATED, SILU
-from mansard.training.linear_product import plain_type, product
+from mansard.training.linear_product import plain_type, product, weight_gradient
 
 NORMS = frozenset({"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"})
 """transformers' classes that compute what Norm does."""
@@ -97,18 +97,19 @@ class _GatedMLP(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> torch.Tensor:
         given, x_MK = x_MK.dtype, x_MK.to(dtype)
-        gate_IK, up_IK, down_KI = (weight.to(dtype) for weight in (gate_IK, up_IK, down_KI))
-        gate_MI, up_MI = product(x_MK, gate_IK), product(x_MK, up_IK)
+        gate_MI, up_MI = product(x_MK, gate_IK.to(dtype)), product(x_MK, up_IK.to(dtype))
         gated_MI = silu(gate_MI).mul_(up_MI)
         if any(ctx.needs_input_grad):
             trains = any(ctx.needs_input_grad[1:])
             ctx.save_for_backward(gate_IK, up_IK, down_KI, gate_MI, up_MI, *((x_MK, gated_MI) if trains else ()))
-        return product(gated_MI, down_KI).to(given)
+        ctx.dtype = dtype
+        return product(gated_MI, down_KI.to(dtype)).to(given)
 
     @staticmethod
     def backward(ctx: Any, grad_MK: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: ANN401
-        gate_IK, up_IK, down_KI, gate_MI, up_MI, *kept = ctx.saved_tensors
-        given, grad_MK = grad_MK.dtype, grad_MK.to(gate_IK.dtype)
+        *weights, gate_MI, up_MI = ctx.saved_tensors[:5]
+        kept, given, grad_MK = ctx.saved_tensors[5:], grad_MK.dtype, grad_MK.to(ctx.dtype)
+        gate_IK, up_IK, down_KI = (weight.to(ctx.dtype) for weight in weights)
         grad_MI = product(grad_MK, down_KI.t())
         to_up_MI = silu(gate_MI).mul_(grad_MI)
         to_gate_MI = torch.ops.aten.silu_backward(grad_MI.mul_(up_MI), gate_MI)
@@ -116,5 +117,5 @@ class _GatedMLP(torch.autograd.Function):
         if not kept:
             return to_x_MK, None, None, None, None
         x_MK, gated_MI = kept
-        to_weights = (to_gate_MI.t() @ x_MK, to_up_MI.t() @ x_MK, grad_MK.t() @ gated_MI)
-        return to_x_MK, *(to_weight.to(given) for to_weight in to_weights), None
+        to_gate_IK, to_up_IK = weight_gradient(to_gate_MI, x_MK), weight_gradient(to_up_MI, x_MK)
+        return to_x_MK, to_gate_IK, to_up_IK, weight_gradient(grad_MK, gated_MI), None

@@ -1,9 +1,11 @@
-"""Products of a linear on a CPU, and linears in float32 whose products are taken in bf16 (`frozen: bf16`).
+"""Products of a linear on a CPU, and linears in float32 with products in bf16 (`frozen: bf16`, `new_blocks: bf16`).
 
 oneDNN reaches 110 GFLOP/s in float32 where MKL reaches 100, and 215 in bf16 (1,024 tokens, widths of 128 to 768, one
 core of a Zen 4, 2026-11-26; weights packed ahead are no faster there). A base in bf16 loses nothing when its weights
-are taken in bf16 again; inputs, outputs and gradients are rounded, sums and what trains stay in float32. Products
-elsewhere are torch's. Legend: M tokens, K inputs, N outputs.
+are taken in bf16 again. In bf16 are a product's inputs, its output and its gradients, and what a gated MLP does between
+its products; in float32 are parameters and their gradients' sums, the residual stream, norms and softmax. Attention's
+own products are in bf16 where cpu_attention.py computes them (Llama's kind without biases, in one process, on a CPU
+with bf16 units). Products elsewhere are torch's. Legend: M tokens, K inputs, N outputs.
 """
 
 from typing import Any
@@ -13,34 +15,47 @@ from torch import nn
 from torch.nn.functional import linear
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
-HAS_BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-"""Whether this CPU has vector or matrix units for it (AVX-512 at the least); without them it is slow."""
+HAS_BF16 = HAS_ONEDNN and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+"""Whether this CPU has units for it. Without them bf16 takes ten times as long as float32, so rounded values are
+multiplied in float32."""
 
 
 def product(x_MK: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
     """x @ weight.T, [M, N], of one type; records no gradient."""
-    is_ours = x_MK.dtype == torch.float32 or (x_MK.dtype == torch.bfloat16 and HAS_BF16)
-    if HAS_ONEDNN and is_ours and x_MK.device.type == "cpu":
-        made: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x_MK, weight_NK, None, "none", [], "")
-        return made
-    return linear(x_MK, weight_NK)
+    if x_MK.device.type != "cpu" or x_MK.dtype not in (torch.float32, torch.bfloat16):
+        return linear(x_MK, weight_NK)
+    if x_MK.dtype == torch.bfloat16 and not HAS_BF16:
+        return product(x_MK.float(), weight_NK.float()).to(torch.bfloat16)
+    if not HAS_ONEDNN:
+        return linear(x_MK, weight_NK)
+    made: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x_MK, weight_NK, None, "none", [], "")
+    return made
+
+
+def weight_gradient(grad_MN: torch.Tensor, x_MK: torch.Tensor) -> torch.Tensor:
+    """Gradient [N, K] in float32 of the weight of x @ weight.T, by a product in the type of both."""
+    if x_MK.dtype == torch.bfloat16 and x_MK.device.type == "cpu" and not HAS_BF16:
+        grad_MN, x_MK = grad_MN.float(), x_MK.float()
+    return (grad_MN.t() @ x_MK).float()
 
 
 class Product(torch.autograd.Function):
-    """x @ weight.T with its product and its gradients in `dtype`, [M, N] in x's; what is frozen keeps no input."""
+    """x @ weight.T with its product and its gradients in `dtype`, [M, N] in x's; what is frozen keeps no input. A
+    weight is rounded again in backward, so that no copy of it is kept."""
 
     @staticmethod
     def forward(ctx: Any, x_MK: torch.Tensor, weight_NK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:  # noqa: ANN401
-        short_MK, short_NK = x_MK.to(dtype), weight_NK.to(dtype)
-        ctx.save_for_backward(short_NK, *((short_MK,) if ctx.needs_input_grad[1] else ()))
-        return product(short_MK, short_NK).to(x_MK.dtype)
+        short_MK = x_MK.to(dtype)
+        ctx.dtype = dtype
+        ctx.save_for_backward(weight_NK, *((short_MK,) if ctx.needs_input_grad[1] else ()))
+        return product(short_MK, weight_NK.to(dtype)).to(x_MK.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_MN: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: ANN401 - autograd's
-        short_NK, *kept = ctx.saved_tensors
-        short_MN = grad_MN.to(short_NK.dtype)
-        to_weight_NK = (short_MN.t() @ kept[0]).to(grad_MN.dtype) if kept else None
-        return product(short_MN, short_NK.t()).to(grad_MN.dtype), to_weight_NK, None
+        weight_NK, *kept = ctx.saved_tensors
+        short_MN = grad_MN.to(ctx.dtype)
+        to_x_MK = product(short_MN, weight_NK.to(ctx.dtype).t()).to(grad_MN.dtype) if ctx.needs_input_grad[0] else None
+        return to_x_MK, weight_gradient(short_MN, kept[0]) if kept else None, None
 
 
 class Bf16Linear(nn.Linear):

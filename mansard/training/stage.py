@@ -57,7 +57,9 @@ def run(context: "StageContext") -> SnapshotId:
         changed, probe = write_tensors(expansion, names, learned, train.adapter, output)
     divergence = forward_kl(learned.seen_BTV, output)
     if divergence > train.max_forward_kl:
-        closer = f"{train.precision} for frozen and new_blocks (leave both out)"
+        closer = "precision: fp32, or allow more"
+        if set(train.products.values()) != {train.precision}:
+            closer = "products in `precision` (leave frozen and new_blocks out), or allow more"
         if train.adapter is not None and train.adapter.method == "qlora":
             closer = "adapter.method: lora (qlora's forward pass is over a base in 4 bits), or allow more"
         raise StageFailed(
@@ -71,6 +73,7 @@ def run(context: "StageContext") -> SnapshotId:
         "tokens": plan.tokens,
         "steps": plan.schedule.steps,
         "precision": train.precision,
+        "products": train.products,
         "forward_kl": divergence,
         "fractions": learned.fractions,
         "curve": learned.curve,

@@ -6,22 +6,21 @@ demo does: a model in float32, the blocks' products in bf16 (`frozen: bf16`, `ne
 against the faster of Trainer in float32 and Trainer with its switch `bf16`, turn by turn, `fp32_ratio_to_trainer` of
 both in float32, `bf16_ratio_to_trainer` of both in bf16 (ours holds the whole model in it then, with float32 masters).
 Trainer is given the rows' positions, from which transformers keeps documents apart, as ours does;
-`ratio_to_leaking_trainer` is against one that lets documents see each other, `ratio_to_swift` against Trainer on what
-ms-swift's `llamapro` tuner makes of the base (swift_tuner.py). `loss_ratio` is what the products' type costs: the last
-steps' mean loss over that of training in float32. Then ours with the demo's checkpoints. The last line is JSON, with
-checkpoint_time_fraction (of the loop's seconds, those in which it waited for checkpoints) and forecast_error (the
-preflight's memory over the peak, of the whole process, libraries included).
+`ratio_to_leaking_trainer` is against one that lets documents see each other, `ratio_to_swift` against one on what ms-
+swift's `llamapro` tuner makes of the base (swift_tuner.py), both in float32. `loss_ratio` is what the products' type
+costs: the last steps' mean loss over that of training in float32. Then ours with the demo's checkpoints. The last line
+is JSON, with checkpoint_time_fraction (of the loop's seconds, those in which it waited for checkpoints) and
+forecast_error (the preflight's memory over the peak, of the whole process, libraries included).
 
 Where a step's time goes (1,024 tokens, one core of a Zen 4, 2026-11-26): 9.4 GFLOP in linears and head, 2.1 in
 attention's lower triangle (blocks of 64), in both loops. In float32, at oneDNN's 110 GFLOP/s, that is 105 ms; Trainer
-took 193 ms of CPU time at best, ours 165: linears and head 90 ms (17 of them the new blocks' weight
-gradients), attention 31, elementwise 13, optimizer 2, the rest cold caches and calls. In bf16 products run at 215
-GFLOP/s: ours took 124 ms where it took 170 in float32 in the same run, 154 with the frozen ones alone in bf16. The
-head's products in bf16 gave nothing (its logits must come back), attention's would be 1.7 times as fast, its softmax
-slower. Left out in float32, because they gave nothing: weights packed ahead for oneDNN, smaller chunks of the head's
-loss, micro-batches of two rows and of one (2 and 17 % slower), blocks of 128 queries (3 % slower), allocator settings
-(a step faults no page). Keeping the states below the lowest new block from epoch to epoch would save 1 %: 28 % of the
-rows come twice.
+took 193 ms of CPU time at best, ours 165: linears and head 90 ms (17 of them the new blocks' weight gradients),
+attention 31, elementwise 13, optimizer 2, the rest cold caches and calls. In bf16 products run at 215 GFLOP/s: ours
+took 116 ms where it took 167 in float32 in the same run; 124 while attention's own were in float32 (2026-11-27), 154
+with the frozen linears' alone in bf16. The head's in bf16 gave nothing (its logits must come back). Left out in
+float32, because they gave nothing: weights packed ahead for oneDNN, smaller chunks of the head's loss, micro-batches of
+two rows and of one (2 and 17 % slower), blocks of 128 queries (3 % slower), allocator settings (a step faults no page).
+Keeping the states below the lowest new block from epoch to epoch would save 1 %: 28 % of the rows come twice.
 """
 
 import json
@@ -161,9 +160,9 @@ def main() -> int:
     figures = {
         "ratio_to_trainer": median(turn["ours"] / max(turn["trainer"], turn["trainer_bf16"]) for turn in speeds),
         "fp32_ratio_to_trainer": median(turn["ours_fp32"] / turn["trainer"] for turn in speeds),
-        "ratio_to_leaking_trainer": median(turn["ours"] / turn["leaking_trainer"] for turn in speeds),
+        "ratio_to_leaking_trainer": median(turn["ours_fp32"] / turn["leaking_trainer"] for turn in speeds),
         "bf16_ratio_to_trainer": median(turn["ours_bf16"] / turn["trainer_bf16"] for turn in speeds),
-        **({"ratio_to_swift": median(turn["ours"] / turn["swift"] for turn in speeds)} if "swift" in cases else {}),
+        **{f"ratio_to_{n}": median(turn["ours_fp32"] / turn[n] for turn in speeds) for n in cases if n == "swift"},
         "loss_ratio": whole.loss / exact.loss,
         "checkpoint_time_fraction": whole.waited,
         "forecast_error": forecast.peak_bytes / peak - 1,

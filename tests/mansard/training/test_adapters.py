@@ -26,6 +26,7 @@ from mansard.store.store import Store
 from mansard.training import adapters, stage
 from mansard.training.blocks import checkpoint_names
 from mansard.training.four_bit_linear import PARTS, FourBitLinear
+from mansard.training.linear_product import Bf16Linear
 from mansard.training.ranks import check_ranks
 from mansard.training.state import Checkpoints
 from mansard.worker import Channel, StageContext
@@ -132,6 +133,16 @@ def test_what_trains_is_what_was_asked_for_and_lies_in_new_blocks(
     else:
         expected |= {f"{name}.lora_{side}.default.weight" for name in zeroed for side in "AB"}
     assert trained == {f"model.layers.{block}.{name}" for block in (1, 3, 5) for name in expected}
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_frozen_linears_under_adapters_take_their_products_in_bf16(
+    store: Store, make_family: MakeFamily, method: str  # noqa: F811
+) -> None:
+    model = adapted(store, make_family("llama"), adapter=adapter(method), frozen="bf16")[0]
+    linears = [module for module in model.get_decoder().layers.modules() if isinstance(module, torch.nn.Linear)]
+    assert {type(linear) for linear in linears if linear.weight.requires_grad} == {torch.nn.Linear}
+    assert {type(linear) for linear in linears if not linear.weight.requires_grad} == {Bf16Linear}
 
 
 def test_modules_are_taken_exactly(store: Store, make_family: MakeFamily) -> None:  # noqa: F811
@@ -271,9 +282,12 @@ def test_a_row_of_zeros_is_refused_by_dora_alone(store: Store, make_family: Make
         ({"adapter": adapter("lora", modules=[])}, "modules"),
         ({"adapter": adapter("ia3")}, "method"),
         ({"adapter": adapter("lora"), "learning_rates": {"new_blocks": 1e-3, "base": 1e-5}}, "base 0"),
-        ({"adapter": adapter("qlora"), "frozen": "fp8", "precision": "bf16"}, "4 bits, fp8 does in 8"),
+        ({"adapter": adapter("qlora"), "frozen": "fp8", "precision": "bf16"}, "qlora needs frozen left out"),
+        ({"adapter": adapter("qlora"), "frozen": "bf16", "precision": "fp32"}, "qlora needs frozen left out"),
+        ({"adapter": adapter("lora"), "frozen": "bf16", "new_blocks": "bf16"}, "new_blocks left out"),
+        ({"frozen": "bf16", "precision": "fp32", "learning_rates": {"new_blocks": 1e-3, "base": 1e-6}}, "base 0"),
         ({"adapter": adapter("dora"), "frozen": "fp8", "precision": "bf16"}, "lengths at every step"),
-        ({"adapter": adapter("lora"), "frozen": "fp8", "new_blocks": "fp8", "precision": "bf16"}, "new_blocks: bf16"),
+        ({"adapter": adapter("lora"), "frozen": "fp8", "new_blocks": "fp8", "precision": "bf16"}, "left out"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(train: dict[str, Any], told: str) -> None:

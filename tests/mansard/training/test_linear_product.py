@@ -1,11 +1,20 @@
 """Products in bf16 of linears in float32 (`frozen: bf16`, `new_blocks: bf16`): rounded where it says, else torch's."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from mansard.training.linear_product import Bf16Linear, plain_type, product, shorten
+from mansard.models.loading import load_model
+from mansard.records import SnapshotId
+from mansard.specs.training import LearningRates
+from mansard.store.store import Store
+from mansard.training import linear_product
+from mansard.training.blocks import checkpoint_names, train_only
+from mansard.training.linear_product import Bf16Linear, plain_type, product, shorten, weight_gradient
 
 
 def gradients(module: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -78,3 +87,30 @@ def test_a_product_is_torchs(dtype: torch.dtype) -> None:
     x_MK, weight_NK = torch.randn(33, 24).to(dtype), torch.randn(40, 24).to(dtype)
     torch.testing.assert_close(product(x_MK, weight_NK), linear(x_MK, weight_NK))
     torch.testing.assert_close(product(x_MK, weight_NK.clone().t().contiguous().t()), linear(x_MK, weight_NK))
+
+
+def test_without_units_for_bf16_rounded_values_are_multiplied_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    x_MK, weight_NK, grad_MN = (torch.randn(*shape).bfloat16() for shape in ((33, 24), (40, 24), (33, 40)))
+    monkeypatch.setattr(linear_product, "HAS_BF16", False)
+    assert torch.equal(product(x_MK, weight_NK), linear(x_MK.float(), weight_NK.float()).bfloat16())
+    assert torch.equal(weight_gradient(grad_MN, x_MK), grad_MN.float().t() @ x_MK.float())
+
+
+@pytest.mark.parametrize(("frozen", "new_blocks"), [(None, None), ("bf16", None), ("bf16", "bf16")])
+def test_a_specs_keys_reach_the_linears_they_name(
+    tmp_path: Path, fill: Callable[[Store], dict[str, SnapshotId]], frozen: str | None, new_blocks: str | None
+) -> None:
+    store = Store(tmp_path / "store")
+    expansion = fill(store)["expansion"]
+    model = load_model(store.materialize(expansion), torch.float32)
+    rates, names = LearningRates(new_blocks=1e-3), checkpoint_names(store, expansion)
+    groups, _ = train_only(model, names, rates, frozen, new_blocks)
+    trained = {id(parameter) for group in groups for parameter in group.parameters.values()}
+    found: dict[bool, set[type]] = {False: set(), True: set()}
+    for module in model.get_decoder().layers.modules():
+        if isinstance(module, nn.Linear):
+            found[id(module.weight) in trained].add(type(module))
+    kinds = {None: {nn.Linear}, "bf16": {Bf16Linear}}
+    assert found == {False: kinds[frozen], True: kinds[new_blocks]}
+    assert type(model.get_output_embeddings()) is nn.Linear

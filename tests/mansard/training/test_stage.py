@@ -171,9 +171,10 @@ def test_products_in_bf16_train_the_same_storey_nearly(store: Store, fill: Fill,
     exact = run(store, inputs, slice_())
     capfd.readouterr()
     made = run(store, inputs, slice_(frozen="bf16", new_blocks="bf16"))
-    assert "the base is frozen, in fp32, its products in bf16" in capfd.readouterr().err
+    assert "compute fp32 with products of frozen linears in bf16, of those that train in bf16" in capfd.readouterr().err
     curves = [[point["bits_per_byte"]["code"] for point in report_of(store, m)["curve"]] for m in (exact, made)]
     assert curves[0] != curves[1]
+    assert report_of(store, made)["products"] == {"frozen": "bf16", "new_blocks": "bf16"}
     assert curves[0] == pytest.approx(curves[1], rel=0.02)
     moved = [tensors_of(store, m, "trained.safetensors") for m in (exact, made)]
     assert moved[0].keys() == moved[1].keys()
