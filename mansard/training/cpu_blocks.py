@@ -78,11 +78,11 @@ class GatedMLP(nn.Module):
     def __init__(self, mlp: Any) -> None:  # noqa: ANN401 - one that `is_gated`
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
-        self._type = plain_type(mlp, *LINEARS)
+        self.products = plain_type(mlp, *LINEARS)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weights = (self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
-        output_MK: torch.Tensor = _GatedMLP.apply(x.flatten(0, -2), *weights, self._type)
+        output_MK: torch.Tensor = _GatedMLP.apply(x.flatten(0, -2), *weights, self.products)
         return output_MK.view_as(x)
 
 
@@ -107,9 +107,9 @@ class _GatedMLP(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_MK: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: ANN401
-        *weights, gate_MI, up_MI = ctx.saved_tensors[:5]
-        kept, given, grad_MK = ctx.saved_tensors[5:], grad_MK.dtype, grad_MK.to(ctx.dtype)
-        gate_IK, up_IK, down_KI = (weight.to(ctx.dtype) for weight in weights)
+        gate_IK, up_IK, down_KI, gate_MI, up_MI, *kept = ctx.saved_tensors
+        given, grad_MK = grad_MK.dtype, grad_MK.to(ctx.dtype)
+        gate_IK, up_IK, down_KI = (weight.to(ctx.dtype) for weight in (gate_IK, up_IK, down_KI))
         grad_MI = product(grad_MK, down_KI.t())
         to_up_MI = silu(gate_MI).mul_(grad_MI)
         to_gate_MI = torch.ops.aten.silu_backward(grad_MI.mul_(up_MI), gate_MI)

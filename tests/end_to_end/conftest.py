@@ -134,7 +134,8 @@ def write_specs(folder: Path) -> None:
         {"weight_percent": 100, "bake_seconds": 3, "min_requests": 10, "deadline_seconds": 600},
     ]
     harmful = json.loads(json.dumps(upgrade))
-    harmful["train"] |= {"tokens": 20_000, "learning_rates": {"new_blocks": 2e-3, "base": 1e-2}}
+    harmful["train"] |= {"tokens": 20_000, "learning_rates": {"new_blocks": 2e-3, "base": 1e-2}, "frozen": None,
+                         "new_blocks": None}  # fmt: skip
     harmful["expand"] = {"blocks": 2, "positions": "importance", "probe": {"rows": 4, "tokens": 128, "seed": 0}}
     harmful["fuse"] = {"method": "average", "weight": 0.5}
     weigh(harmful, code=0.9)

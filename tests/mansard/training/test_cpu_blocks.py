@@ -63,7 +63,7 @@ def test_with_products_in_bf16_it_computes_what_its_linears_do_one_by_one(kind: 
         if is_fast:
             speed_up(model.get_decoder())
             of_trained = torch.bfloat16 if trained_too else torch.float32
-            types = [module._type for module in model.modules() if isinstance(module, GatedMLP)]
+            types = [module.products for module in model.modules() if isinstance(module, GatedMLP)]
             assert types == [torch.bfloat16, of_trained, torch.bfloat16]
             attentions = [module.products for module in model.modules() if isinstance(module, Attention)]
             assert attentions == (types if kind == "llama" else [])  # Qwen2's have biases

@@ -11,6 +11,7 @@ from mansard.errors import BadInput
 from mansard.specs.training import LearningRates, Train
 from mansard.training.data import Batch, as_batch
 from mansard.training.engines import LocalEngine
+from mansard.training.linear_product import shorten
 from mansard.training.memory import available_bytes, taken_bytes
 from mansard.training.optimizer import Group
 from mansard.training.packing import pack
@@ -25,13 +26,14 @@ def section(**others: Any) -> Train:
     )
 
 
-def engine(micro_batch: int | None = None) -> tuple[Any, LocalEngine]:
+def engine(micro_batch: int | None = None, in_bf16: bool = False) -> tuple[Any, LocalEngine]:
     from mansard.demo.base import untrained_model
     from mansard.models.freeze import freeze_except
 
     model = untrained_model(SHAPE, 0)
     names = {name for name, _ in model.named_parameters() if name.startswith("model.layers.1.")}
     freeze_except(model, names)
+    shorten(model.get_decoder().layers, frozen=in_bf16, trained=in_bf16)
     group = Group("new_blocks", 1e-2, {n: p for n, p in model.named_parameters() if n in names})
     return model, LocalEngine(model, [group], 0.0, 1.0, micro_batch_sequences=micro_batch)
 
@@ -81,10 +83,11 @@ def test_kinds_of_blocks_are_measured_as_they_are() -> None:
 
 
 @pytest.mark.slow
-def test_the_training_is_bit_identical_with_preflight_and_with_recomputed_blocks() -> None:
+@pytest.mark.parametrize("in_bf16", [False, True])
+def test_the_training_is_bit_identical_with_preflight_and_with_recomputed_blocks(in_bf16: bool) -> None:
     made = []
     for count in (None, 0, 2, 3):
-        model, one = engine()
+        model, one = engine(in_bf16=in_bf16)
         torch.manual_seed(5)
         if count is not None:
             measure(one, batch())
