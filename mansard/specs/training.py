@@ -81,7 +81,8 @@ class Train(Part):
             both = self.new_blocks
             raise ValueError(f"new_blocks: {both} needs frozen: {both}: what never moves is rounded first")
         if self.products["frozen"] != self.precision and self.learning_rates.base > 0.0:
-            raise ValueError(f"frozen: {self.frozen} needs learning_rates.base 0: a base that trains is not frozen")
+            told = "a base that trains is not frozen; leave frozen and new_blocks out"
+            raise ValueError(f"frozen: {self.frozen} needs learning_rates.base 0: {told}")
         if self.anchor is not None and self.learning_rates.base > 0.0:
             raise ValueError("anchor needs learning_rates.base 0: a base that trains is nothing to hold on to")
         if self.micro_batch_sequences is not None and self.batch_sequences % self.micro_batch_sequences:
