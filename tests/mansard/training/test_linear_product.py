@@ -14,7 +14,7 @@ from mansard.specs.training import LearningRates
 from mansard.store.store import Store
 from mansard.training import linear_product
 from mansard.training.blocks import checkpoint_names, train_only
-from mansard.training.linear_product import Bf16Linear, plain_type, product, shorten, weight_gradient
+from mansard.training.linear_product import HAS_BF16, Bf16Linear, plain_type, product, shorten, weight_gradient
 
 
 def gradients(module: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -27,6 +27,7 @@ def gradients(module: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.T
     return output.detach(), x.grad, weight.grad
 
 
+@pytest.mark.skipif(not HAS_BF16, reason="this CPU has no units for bf16")
 @pytest.mark.parametrize("bias", [False, True])
 def test_products_are_of_rounded_values_and_all_else_is_in_float32(bias: bool) -> None:
     torch.manual_seed(0)
