@@ -29,6 +29,7 @@ from mansard.release.journal import Journal
 from mansard.serving.client import HostClient
 from mansard.site import Site, find_site, load_site
 from mansard.store.store import Store
+from tasks import standard_streams
 from tasks.terminal import stage_progress
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,21 +60,21 @@ console = Console(stderr=True)
 
 def main() -> int:
     """Tell the story once; exit status as the failing command's."""
-    site = load_site(find_site(None))
+    standard_streams.prepare()
     began = time.monotonic()
     try:
-        summary = tell(site)
+        summary = tell(load_site(find_site(None)))
     except subprocess.CalledProcessError as error:
-        console.print(f"[red]demo: stopped: `{' '.join(map(str, error.cmd))}` ended with {error.returncode}[/red]")
+        alarm(f"demo: stopped: `{' '.join(map(str, error.cmd))}` ended with {error.returncode}")
         return int(error.returncode)
     except MansardError as error:
-        console.print(f"[red]demo: {error}[/red]")
+        alarm(f"demo: {error}")
         return error.exit_code
     Path("demo-summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     show(summary, time.monotonic() - began)
     counts = summary["traffic"]
     if counts["failed"] or counts["broken_streams"]:
-        console.print(f"[red]demo: requests were lost: {counts['first_failures']}[/red]")
+        alarm(f"demo: requests were lost: {counts['first_failures']}")
         return 1
     return 0
 
@@ -129,15 +130,26 @@ def make_base(site: Site) -> list[Derivation]:
     return [corpus, base]
 
 
+def show_command(verb: str, *words: object) -> None:
+    """What a person would type."""
+    line = f"$ mansard {verb} {' '.join(map(shown, words))}".rstrip()
+    console.print(line, style="bold", markup=False, highlight=False, soft_wrap=True)
+
+
+def alarm(text: str) -> None:
+    """Why the story ended early; an error's brackets are no markup."""
+    console.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
+
+
 def mansard(site: Site, verb: str, *words: object) -> None:
     """Run a command as a person would; its output is theirs."""
-    console.print(f"[bold]$ mansard {verb} {' '.join(map(shown, words))}[/bold]")
+    show_command(verb, *words)
     subprocess.run([*MANSARD, verb, *map(str, words), "--site", str(site.path)], check=True)
 
 
 def mansard_json(site: Site, verb: str, *words: object) -> dict[str, Any]:
     """Run a command with --json and return what it printed; progress stays on standard error."""
-    console.print(f"[bold]$ mansard {verb} {' '.join(map(shown, words))}[/bold]")
+    show_command(verb, *words)
     command = [*MANSARD, verb, *map(str, words), "--site", str(site.path), "--json"]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
     answer: dict[str, Any] = json.loads(done.stdout)
@@ -166,7 +178,7 @@ def was_stable(site: Site, version: int) -> bool:
 
 def rollback_drill(site: Site) -> float:
     """`mansard rollback` from the shell, timed whole: milliseconds from start to exit."""
-    console.print("[bold]$ mansard rollback --as grace[/bold]")
+    show_command("rollback", "--as", "grace")
     began = time.monotonic()
     command = [MANSARD[0], *MANSARD[1:], "rollback", "--as", "grace", "--why", "drill", "--site", str(site.path)]
     subprocess.run(command, check=True)
