@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 
 from mansard.models.probe import forward_logits
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True, slots=True)
 class Distance:
@@ -37,15 +39,22 @@ def probe_logits(
     return logits
 
 
-def distance(reference: Sequence[torch.Tensor], other: Sequence[torch.Tensor], probe_WT: torch.Tensor) -> Distance:
-    """Distance of `other`'s logits to `reference`'s, both as `probe_logits` returns them for `probe_WT`."""
+def distance(
+    reference: Sequence[torch.Tensor],
+    other: Sequence[torch.Tensor],
+    probe_WT: torch.Tensor,
+    device: torch.device = CPU,
+) -> Distance:
+    """Distance of `other`'s logits to `reference`'s, both as `probe_logits` returns them for `probe_WT`; computed on
+    `device`, a window at a time."""
     kl = nll_reference = nll_other = 0.0
     for reference_TV, other_TV, window_T in zip(reference, other, probe_WT, strict=True):
-        log_p_TV = log_softmax(reference_TV.double(), dim=-1)
-        log_q_TV = log_softmax(other_TV.double(), dim=-1)
+        log_p_TV = log_softmax(reference_TV.to(device).double(), dim=-1)
+        log_q_TV = log_softmax(other_TV.to(device).double(), dim=-1)
+        targets = window_T[1:].to(device)
         kl += float((log_p_TV.exp() * (log_p_TV - log_q_TV)).sum())
-        nll_reference += float(cross_entropy(log_p_TV[:-1], window_T[1:], reduction="sum"))
-        nll_other += float(cross_entropy(log_q_TV[:-1], window_T[1:], reduction="sum"))
+        nll_reference += float(cross_entropy(log_p_TV[:-1], targets, reduction="sum"))
+        nll_other += float(cross_entropy(log_q_TV[:-1], targets, reduction="sum"))
     windows, tokens = probe_WT.shape
     predicted = windows * (tokens - 1)
     mean_nll = torch.tensor([nll_reference / predicted, nll_other / predicted], dtype=torch.float64)

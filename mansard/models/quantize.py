@@ -28,6 +28,9 @@ from mansard.models.probe import one_thread
 
 BATCH_WINDOWS = 8
 """Windows of equal length go through the model together; the scales found do not depend on it but for rounding."""
+SHARE_OF_FREE = 0.25
+"""Of an accelerator's free memory: what one batch's activations may take; outputs before and after, and the weights
+beside them, have the rest."""
 
 _MADE_HERE = ("config.json", "recipe.yaml", "model.safetensors.index.json")
 
@@ -42,9 +45,10 @@ def quantize_awq(
     """Quantize every decoder matrix of `model` in place, in groups as `spec` says; `told` hears (block, blocks)."""
     groups = {"group_0": QuantizationScheme(targets=["Linear"], weights=_weights(spec))}
     recipe = [AWQModifier(), QuantizationModifier(config_groups=groups, ignore=["lm_head"])]
+    batch_windows, offload_device = calibration_place(model, windows_WT)
     loader = DataLoader(
         [{"input_ids": window_T, "attention_mask": torch.ones_like(window_T)} for window_T in windows_WT],
-        batch_size=BATCH_WINDOWS,
+        batch_size=batch_windows,
         shuffle=False,
     )
     reset_session()
@@ -56,6 +60,7 @@ def quantize_awq(
             recipe=recipe,
             num_calibration_samples=len(windows_WT),
             shuffle_calibration_samples=False,
+            sequential_offload_device=offload_device,
         )
 
 
@@ -69,6 +74,20 @@ def _weights(spec: Mapping[str, Any]) -> QuantizationArgs:
         symmetric=spec["symmetric"],
         dynamic=False,
     )
+
+
+def calibration_place(model: PreTrainedModel, windows_WT: torch.Tensor) -> tuple[int, str]:
+    """(windows a batch, where activations wait between blocks). An accelerator takes as many as fit and keeps them: a
+    small model's launches cost more than its arithmetic, and each of AWQ's 20 ratios runs every batch. Not in float16,
+    where the squared error of a large batch overflows."""
+    device = model.device
+    if device.type != "cuda" or model.dtype == torch.float16:
+        return BATCH_WINDOWS, "cpu"
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    # Logits twice in two bytes; of the widest products some sixteen copies, half of them in float32 for a moment.
+    token_bytes = 4 * int(model.config.vocab_size) + 32 * int(model.config.intermediate_size)
+    fitting = int(free_bytes * SHARE_OF_FREE) // (token_bytes * windows_WT.shape[1])
+    return max(1, min(fitting, len(windows_WT))), str(device)
 
 
 def save_quantized(model: PreTrainedModel, source: Path, destination: Path) -> int:

@@ -28,7 +28,7 @@ from mansard.store.stream import file_lines
 if TYPE_CHECKING:
     from mansard.worker import StageContext
 
-CODE_VERSION = 3
+CODE_VERSION = 4
 PACKAGES = ("torch", "transformers", "llmcompressor", "compressed-tensors", "tokenizers", "safetensors")
 
 PROBE_WINDOWS = 16
@@ -86,7 +86,7 @@ def _quantize(
     release(model)
     progress(1 + blocks, total, "blocks", "probing the artifact")
     artifact = load_model(tree, dtype=None, device=device)
-    found = distance(reference, probe_logits(artifact, probe_WT, kernel), probe_WT)
+    found = distance(reference, probe_logits(artifact, probe_WT, kernel), probe_WT, device)
     if not all(math.isfinite(number) for number in _numbers(found).values()):
         raise StageFailed(f"the quantized model's answers on the probe are not finite: {found}; look at its input")
     progress(total, total, "blocks", "done", **_numbers(found))
