@@ -36,8 +36,12 @@ Say = Callable[[str], None]
 def up(site: Site, say: Say | None = None) -> dict[str, str]:
     """Start what is not running, wait until all of it answers, return the URLs. Safe to repeat and to race.
 
-    Raises BadInput when a port is taken by somebody else, MansardError when a program does not come up.
+    Raises BadInput when a port is taken by somebody else or the site's engines do not fit its card, MansardError when a
+    program does not come up.
     """
+    from mansard.serving.engine.card_memory import check_card  # `status` loads this module, and needs none of it
+
+    check_card(site)
     tell = say or say_line
     with _stack_lock(site, tell):
         waves = _programs(site)

@@ -13,6 +13,8 @@ ROUTER_PLANES = ("workers", "haproxy")
 NODE_KINDS = ("pooling", "serving")
 NODE_QUANTIZATIONS = ("awq", "compressed-tensors", "fp8", "none")
 ROLES = ("author", "reviewer", "operator")
+LEAST_GPU_GIB = 3
+"""Half of it is the CUDA context and captured graphs."""
 RESERVED_NAMES = ("host",)
 """Not for people: what the journal says where the host itself decided."""
 
@@ -34,6 +36,7 @@ def check(site: "Site") -> None:
         _check_journal(site)
     if site.router.plane not in ROUTER_PLANES:
         raise BadInput(f"{site.path}: router.plane: {site.router.plane!r} is not one of {', '.join(ROUTER_PLANES)}")
+    _check_engine(site)
     if site.engine.branch_slots < 0:
         raise BadInput(f"{site.path}: engine.branch_slots: {site.engine.branch_slots} is not a number from 0 up")
     if site.engine.branch_slots and site.router.plane != "workers":
@@ -51,6 +54,18 @@ def check(site: "Site") -> None:
         raise BadInput(f"{site.path}: models: name at least one model")
     if site.store_url is not None and not re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]+(/[^/\s]+)*/?", site.store_url):
         raise BadInput(f"{site.path}: store: {site.store_url!r} is not of the form s3://BUCKET or s3://BUCKET/PREFIX")
+
+
+def _check_engine(site: "Site") -> None:
+    where = f"{site.path}: engine"
+    gib = site.engine.gpu_memory_gib
+    if gib is not None and gib < LEAST_GPU_GIB:
+        raise BadInput(f"{where}.gpu_memory_gib: {gib} is not a number from {LEAST_GPU_GIB} up (GiB of the card that "
+                       "one engine may take)")  # fmt: skip
+    for argument in site.engine.arguments:
+        if argument.partition("=")[0].replace("_", "-") == "--gpu-memory-utilization":
+            raise BadInput(f"{where}.arguments: {argument} is a fraction of a card that engines share; take it out and "
+                           "state engine.gpu_memory_gib, the GiB that one engine may take")  # fmt: skip
 
 
 def _check_people(site: "Site") -> None:

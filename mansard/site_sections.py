@@ -28,12 +28,16 @@ class Environment:
 class EngineSite:
     """How engines run here. `cores` lists one core set per slot, e.g. ["0", "1"]; empty lets vLLM choose.
 
+    `kv_cache_gib` is an engine's KV cache on a CPU; `gpu_memory_gib` is all that one engine may take of a GPU: weights,
+    activations, KV cache, CUDA context and graphs.
+
     `branch_slots`: so many carry-on branches of one base and shape are served by one engine; 0: each by its own.
     """
 
     environment: str = "serve"
     cores: tuple[str, ...] = ()
     kv_cache_gib: int = 1
+    gpu_memory_gib: int | None = None
     start_timeout_seconds: int = 900
     arguments: tuple[str, ...] = ()
     branch_slots: int = 0

@@ -10,6 +10,7 @@ from mansard.composition.compose import composition_of
 from mansard.launch import Request
 from mansard.records import Derivation, SnapshotId
 from mansard.release.journal import Journal
+from mansard.serving.engine.card_memory import engine_memory
 from mansard.serving.engine.command import variables
 from mansard.site import Site
 from mansard.specs.carry_on import Capture, ChooseAlpha
@@ -57,11 +58,13 @@ def capture(
         **({"taps": spec.branch.taps} if spec.branch.taps else {}),
     }
     request = Request("capture", {"artifact": base.artifact, **files}, slices)
-    where: dict[str, Any] = {"nodes": [asdict(node) for node in work.site.nodes], "start": start_of(work.site)}
+    where: dict[str, Any] = {"nodes": [asdict(node) for node in work.site.nodes]}
     known = work.store.recall(recipe(work.site, request))
     if known is not None and (damaged := drop_damaged(work.store, known)):
         say(f"capture {known[:12]}: {', '.join(damaged)} is damaged and fetched again")
         where["salvage"] = known
+    if known is None or "salvage" in where:
+        where["start"] = start_of(work.site, spec.serve.tensor_parallel)
     return derive_one(work, Asked(replace(request, where=where), "capture", frozenset(files)))
 
 
@@ -135,13 +138,14 @@ def rows_of(mixture: Data, spec: Capture) -> dict[str, dict[str, int]]:
     }
 
 
-def start_of(site: Site) -> dict[str, Any]:
-    """How a capture starts an engine of its own, where the site names no nodes."""
+def start_of(site: Site, tensor_parallel: int) -> dict[str, Any]:
+    """How a capture starts an engine of its own, where the site names no nodes; StageFailed on a card without room."""
     cores = site.engine.cores[-1] if site.engine.cores else ""
+    memory = [] if site.nodes else engine_memory(site, tensor_parallel)
     return {
         "python": str(site.environments[site.engine.environment].python),
         "variables": variables(site, cores),
-        "arguments": list(site.engine.arguments),
+        "arguments": [*memory, *site.engine.arguments],
         "first_port": site.ports.engines_from,
         "timeout_seconds": site.engine.start_timeout_seconds,
         "logs": str(site.logs / "stages"),

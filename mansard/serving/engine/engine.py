@@ -12,7 +12,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import aiohttp
 from mansard.canonical import canonical_json, write_atomically
 from mansard.errors import StageFailed
 from mansard.serving.engine import http as engine_http
+from mansard.serving.engine.card_memory import engine_memory
 from mansard.serving.engine.command import (
     SHUTDOWN_SECONDS,
     EngineIdentity,
@@ -90,12 +91,14 @@ class Engine:
         }
 
     async def start(self, tree: Path, taken_ports: Collection[int]) -> None:
-        """Start vLLM on `tree` and wait until it serves; MansardError with the log's last lines when it does not."""
+        """Start vLLM on `tree` and wait until it serves; MansardError with the log's last lines when it does not, or
+        before anything is started where the card has too little memory."""
         avoid = set(taken_ports)
+        memory = await asyncio.to_thread(engine_memory, self._site, self.identity.serve.tensor_parallel)
         self.begun_at = time.time()
         for _ in range(PORT_ATTEMPTS):
             self.port = free_port(self._site.ports.engines_from, avoid)
-            self._spawn(tree)
+            self._spawn(tree, memory)
             if await self._is_ready_by(self.begun_at + self._site.engine.start_timeout_seconds):
                 return
             lost_port = "address already in use" in tail(self.log, 40).lower()
@@ -185,14 +188,14 @@ class Engine:
         self.record_file.unlink(missing_ok=True)
         self.state = "stopped"
 
-    def _spawn(self, tree: Path) -> None:
+    def _spawn(self, tree: Path, memory_arguments: Sequence[str]) -> None:
         stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
         self.log = self._site.logs / "engines" / f"{stamp}-{self.identity.key}-{self.port}.log"
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.record_file.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("wb") as log_file:
             self._child = spawn(
-                command(self.identity, tree, self.port, self._site),
+                command(self.identity, tree, self.port, self._site, memory_arguments),
                 log_file,
                 {**os.environ, **variables(self._site, self.cores), **slot_variables(tree)},
                 self.record_file.parent,

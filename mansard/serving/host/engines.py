@@ -52,6 +52,7 @@ class Engines:
         self._stops: dict[str, asyncio.Task[None]] = {}
         self._background: set[asyncio.Task[None]] = set()
         self._used: dict[str, int] = {}  # key -> when it was last asked for, by count
+        self._card = asyncio.Lock()
 
     def describe(self) -> list[dict[str, Any]]:
         pinned = self._pinned()
@@ -167,7 +168,7 @@ class Engines:
             engine.cores = self._next_cores()
             with contextlib.ExitStack() as held:
                 tree = await asyncio.to_thread(held.enter_context, self._store.using(identity.artifact))
-                await engine.start(tree, [e.port for k, e in self._engines.items() if k != key])
+                await self._start_in_turn(engine, tree)
             await self._warm(engine)
         except MansardError:
             await engine.stop(drain_seconds=0)
@@ -177,6 +178,20 @@ class Engines:
         write_atomically(self._seconds_file(key), seconds)
         self._keep(engine)
         return engine
+
+    async def _start_in_turn(self, engine: Engine, tree: Path) -> None:
+        """On a GPU one after the other: each measures what the card has free while it starts. Where that is too little,
+        what is idle and in nobody's service ends first."""
+        is_on_card = self._site.engine.gpu_memory_gib is not None
+        async with self._card if is_on_card else contextlib.nullcontext():
+            ports = [e.port for e in self._engines.values() if e is not engine]
+            try:
+                await engine.start(tree, ports)
+            except StageFailed:
+                if not is_on_card or engine.pid:
+                    raise
+                await self.make_room(0)
+                await engine.start(tree, ports)
 
     def _seconds_file(self, key: str) -> Path:
         return self._site.run / "engine-starts" / f"{key}.json"

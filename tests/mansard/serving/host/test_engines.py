@@ -178,3 +178,25 @@ def test_last_words_name_the_first_error_the_first_exception_and_the_end(tmp_pat
     assert words.startswith("(EngineCore pid=1) ERROR 11-22 [executor.py:1] Worker died unexpectedly | ")
     assert "RuntimeError: cancelled | Traceback | last but one | last" in words
     assert last_words(tmp_path / "absent.log") == "it printed nothing"
+
+
+def test_on_a_card_an_engine_gets_its_share_and_one_without_room_is_not_started(
+    place: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """nvidia-smi shows 40 GiB; free is what the test writes into a file."""
+    free_mib = tmp_path / "free"
+    free_mib.write_text("40000")
+    (tmp_path / "nvidia-smi").write_text(f'#!/bin/sh\necho "0, GPU-a, 40960, 0, $(cat {free_mib})"\n')
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    tree = json.loads(place.site.path.read_text())
+    tree["engine"]["gpu_memory_gib"] = 10
+    place.site.path.write_text(json.dumps(tree))
+    place.start_host()
+    first = place.start_engine(place.artifact(voice="a"))
+    assert "share of the card 0.2125" in Path(first["log"]).read_text()
+    free_mib.write_text("5120")
+    with pytest.raises(MansardError, match=r"may take 10 GiB, card 0 has 5.0 GiB free of 40.0"):
+        place.start_engine(place.artifact(voice="b"))
+    assert place.status()["engines"] == []  # the first one was idle and in nobody's service: it made room in vain

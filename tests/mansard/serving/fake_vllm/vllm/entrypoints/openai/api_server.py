@@ -207,11 +207,13 @@ def main() -> None:
         parser.add_argument(name, type=int, required=True)
     for name in ("--enforce-eager", "--no-enable-log-requests", "--disable-uvicorn-access-log", "--enable-lora"):
         parser.add_argument(name, action="store_true")
-    for name in ("--max-loras", "--max-cpu-loras", "--max-lora-rank", "--middleware"):
+    for name in ("--max-loras", "--max-cpu-loras", "--max-lora-rank", "--middleware",
+                 "--gpu-memory-utilization"):
         parser.add_argument(name)
     options = parser.parse_args()
     engine = Engine(options.served_model_name, Path(options.model))
     print(f"cores {os.environ.get('VLLM_CPU_OMP_THREADS_BIND')}", flush=True)
+    print(f"share of the card {options.gpu_memory_utilization}", flush=True)
     if engine.behaviour.get("start") == "die":
         print("INFO loading weights", flush=True)
         raise ValueError("the head is missing from the checkpoint")
