@@ -1,4 +1,4 @@
-"""`mansard adopt SPEC`: takes a first base: quantized, evaluated without comparison, registered as `baseline`.
+"""`mansard adopt SPEC`: takes a first base: quantized or as it is, evaluated alone, registered as `baseline`.
 
 Imports prefect and mlflow: call `flows.stack.use_servers` first.
 """
@@ -27,5 +27,5 @@ def adopt(spec_path: str, site_path: str, as_person: str | None = None, model: s
         base = take_base(work, order, version)
         sound, data = check_base(work, base.snapshot), take_data(work, order.spec.data)
         artifact = quantize(work, base.snapshot, data, order.spec.quantize)
-        candidate = Candidate(base.snapshot, artifact.snapshot, None, (base.derivation, sound, artifact))
+        candidate = Candidate(base.snapshot, artifact.snapshot, None, (base.derivation, sound, *artifact.derivations))
         return recorded_outcome(work, terms, candidate) or judge_and_register(work, terms, candidate, against=None)

@@ -39,5 +39,5 @@ def remove_storey(version: int, storey: int, site_path: str, author: str, model:
     with recorded(site, name, f"remove storey {storey} of {version}", digest_json(wish), tags) as work:
         rest = take_away(work, registration.model, storey)
         artifact = quantize_again(work, rest.snapshot, recorded_quantization(site, registration))
-        candidate = Candidate(rest.snapshot, artifact.snapshot, version, (rest, artifact))
+        candidate = Candidate(rest.snapshot, artifact.snapshot, version, (rest, *artifact.derivations))
         return recorded_outcome(work, terms, candidate) or judge_and_register(work, terms, candidate, against)

@@ -64,5 +64,6 @@ def upgrade(spec_path: str, site_path: str, as_person: str | None = None, model:
         artifact = quantize(work, made_model.snapshot, data, spec.quantize)
         placed = (expansion,) if weighed is None else (weighed, expansion)
         begun = (base.derivation, sound, clean, *(text.made for text in texts), *placed, proven)
-        candidate = Candidate(made_model.snapshot, artifact.snapshot, version, (*begun, trained, *fusion, artifact))
+        derivations = (*begun, trained, *fusion, *artifact.derivations)
+        candidate = Candidate(made_model.snapshot, artifact.snapshot, version, derivations)
         return recorded_outcome(work, terms, candidate) or judge_and_register(work, terms, candidate, against)

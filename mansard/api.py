@@ -20,13 +20,14 @@ from rich.progress import Progress, TaskID
 
 from mansard.errors import BadInput
 from mansard.launch import Request, recipe_with
+from mansard.models.config_keys import check_config_keys
 from mansard.models.tokenizer_files import take_tokenizer
 from mansard.records import SnapshotId
 from mansard.specs.data import Data, SourceText
 from mansard.specs.surgery import Expand, Fuse, Placement, Probe
 from mansard.specs.training import LearningRates, Train
 from mansard.stages import declaration
-from mansard.store.snapshot import check_model_tree
+from mansard.store.snapshot import CONFIG_FILE, check_model_tree, read_json_object
 from mansard.store.store import Store
 from mansard.training.sources import TEXT_FILE, line_of, take_text
 from mansard.training.text_files import documents, files_of
@@ -68,16 +69,19 @@ def expand(
     positions: Placement | list[int] = "even",
     workspace: str | Path = ".mansard-workspace",
     texts: Sequence[Text] = (),
+    ignore_config_keys: Sequence[str] = (),
     **settings: Any,  # noqa: ANN401 - further keys of specs.Expand
 ) -> Model:
     """`blocks` Pro blocks inserted into the Hugging Face folder `model`; proved to compute the same logits, bit by bit.
     For positions "importance" `texts` holds general text (is_domain false), on which the blocks are weighed: by default
-    32 rows of 512 tokens; probe={"rows": 8, "tokens": 256} takes less.
+    32 rows of 512 tokens; probe={"rows": 8, "tokens": 256} takes less. `ignore_config_keys` are keys of config.json
+    that Mansard does not know and that change nothing the model computes.
 
     Raises BadInput for a folder or positions that cannot be expanded, StageFailed where the proof fails.
     """
     tree = Path(model)
     check_model_tree(tree)
+    check_config_keys(read_json_object((tree / CONFIG_FILE).read_bytes(), str(tree / CONFIG_FILE)), ignore_config_keys)
     store = Store(Path(workspace) / "store")
     base = store.snapshot(tree)
     spec = _checked(Expand, {"blocks": blocks, "positions": positions, **settings})

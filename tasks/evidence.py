@@ -35,10 +35,10 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """How a registered artifact was quantized: the settings, and the text that calibrated them."""
+    """How a registered artifact was quantized: the settings, and the text that calibrated them (None: not at all)."""
 
     spec: Quantize
-    text: SnapshotId
+    text: SnapshotId | None
 
 
 def recorded_version(site: Site, model_name: str, version: int) -> Registration:
@@ -63,9 +63,14 @@ def recorded_evidence(site: Site, registration: Registration) -> Evidence:
 
 
 def recorded_quantization(site: Site, registration: Registration) -> Quantization:
-    """Settings and calibration text of the version's artifact."""
-    made = _lineage(Store.of(site), "quantize", registration.artifact, {"model": registration.model})
-    return Quantization(Quantize.model_validate(made["spec"]), made["inputs"]["data"])
+    """Settings and calibration text of the version's artifact. One that is the version's model is not quantized."""
+    if registration.artifact == registration.model:
+        return Quantization(Quantize(scheme="none"), None)
+    lineage = _lineage(Store.of(site), "quantize", registration.artifact, {"model": registration.model})
+    settings = lineage["spec"]
+    if settings["scheme"] == "W4A16_ASYM":  # what was written before 2026-12
+        settings = {**settings, "scheme": "awq", "symmetric": False}
+    return Quantization(Quantize.model_validate(settings), lineage["inputs"]["data"])
 
 
 def terms_without_targets(site: Site, registration: Registration, author: str, asked: dict[str, Any]) -> Terms:

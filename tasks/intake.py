@@ -16,6 +16,7 @@ from mansard.evaluation.control_tokens import check_control_tokens, known_tokens
 from mansard.evaluation.power import alpha_of_attempt
 from mansard.evaluation.suites import parse_items, suite_files
 from mansard.models.checkpoint import check_folder
+from mansard.models.quantizable import check_quantizable, check_widths
 from mansard.models.vocabulary import TOKENIZER_FILE
 from mansard.records import SnapshotId
 from mansard.release import keys
@@ -23,8 +24,8 @@ from mansard.release.journal import Journal
 from mansard.site import Site, load_site
 from mansard.spec_files import load_spec, load_suites
 from mansard.specs.judging import Cost, Fingerprint, Gate, Suite
-from mansard.specs.whole import Serve, Spec
-from mansard.store.snapshot import check_model_tree
+from mansard.specs.whole import QuantizedSpec, Serve, Spec
+from mansard.store.snapshot import check_model_tree, parse_safetensors_header
 from mansard.store.store import Store
 from mansard.training.sources import check_text
 
@@ -89,20 +90,26 @@ def check_author(site: Site, author: str) -> None:
 
 
 def check_base(order: Order[Spec], spec_path: str | Path) -> None:
-    """BadInput unless the base is there: a registered version, something stable, or a folder that is a plain model."""
+    """BadInput unless the base is there: a registered version, something stable, or a folder that is a plain model;
+    and one that the spec's quantization can take."""
     base, site = order.spec.base, order.site
     if base.path is not None:
         check_model_tree(site.data / base.path)
-        check_folder(site.data / base.path)
+        check_folder(site.data / base.path, base.ignore_config_keys)
+        if isinstance(order.spec, QuantizedSpec):
+            files = sorted((site.data / base.path).glob("*.safetensors"))
+            check_widths((e for f in files for e in parse_safetensors_header(f)[1]), order.spec.quantize)
     if base.version is not None:
         with Journal.open(site.journal) as journal:
-            if base.version != "stable":
-                journal.registration(order.model_name, base.version)
-            elif journal.pointers(order.model_name).stable is None:
+            version = journal.pointers(order.model_name).stable if base.version == "stable" else base.version
+            if version is None:
                 raise BadInput(
                     f"{spec_path}: base.version: 'stable', but nothing of {order.model_name} is stable yet; "
                     "adopt and release a base first, or name a path"
                 )
+            model = journal.registration(order.model_name, version).model
+        if isinstance(order.spec, QuantizedSpec):
+            check_quantizable(Store.of(site).manifest(model), order.spec.quantize)
 
 
 def check_items(order: Order[Spec]) -> None:

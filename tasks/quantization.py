@@ -1,4 +1,6 @@
-"""The quantization of a model into what is served."""
+"""What is served of a model: its quantization, or the model itself."""
+
+from dataclasses import dataclass
 
 from mansard.launch import Request
 from mansard.records import Derivation, SnapshotId
@@ -9,19 +11,31 @@ from tasks.evidence import Quantization
 from tasks.snapshots import TakenData
 
 
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """What is evaluated and served. Without quantization that is the model, and nothing was derived."""
+
+    snapshot: SnapshotId
+    derivations: tuple[Derivation, ...]
+
+
 @policy.derivation
-def quantize(work: Work, model: SnapshotId, data: tuple[TakenData, ...], spec: Quantize) -> Derivation:
+def quantize(work: Work, model: SnapshotId, data: tuple[TakenData, ...], spec: Quantize) -> Artifact:
     """The artifact, calibrated on the spec's source."""
-    calibration = next(d.train for d in data if d.name == spec.source)
+    calibration = next((d.train for d in data if d.name == spec.source), None)
     return _quantize(work, model, calibration, spec)
 
 
 @policy.derivation
-def quantize_again(work: Work, model: SnapshotId, like: Quantization) -> Derivation:
+def quantize_again(work: Work, model: SnapshotId, like: Quantization) -> Artifact:
     """The artifact of another model, made as that of a registered version was."""
     return _quantize(work, model, like.text, like.spec)
 
 
-def _quantize(work: Work, model: SnapshotId, text: SnapshotId, spec: Quantize) -> Derivation:
+def _quantize(work: Work, model: SnapshotId, text: SnapshotId | None, spec: Quantize) -> Artifact:
+    if spec.scheme == "none":
+        return Artifact(model, ())
+    assert text is not None, "awq has a source: the spec was checked"
     request = Request("quantize", {"model": model, "data": text}, spec.model_dump(mode="json"))
-    return derive_one(work, Asked(request, "quantize", frozenset({"data"})))
+    derivation = derive_one(work, Asked(request, "quantize", frozenset({"data"})))
+    return Artifact(derivation.snapshot, (derivation,))

@@ -10,6 +10,7 @@ from mansard.digest import digest_json
 from mansard.errors import BadInput, MansardError
 from mansard.evaluation.suites import take_suite
 from mansard.launch import Progress, Request
+from mansard.models.config_keys import check_config_keys, unknown_keys
 from mansard.models.families import family_of
 from mansard.models.model_files import model_config
 from mansard.models.quantizable import check_quantizable
@@ -51,7 +52,8 @@ class TakenData:
 def take_base(work: Work, order: Order[QuantizedSpec], version: int | None) -> BaseModel:
     """The base in the store. `version` is what `resolve_version` found; a base from outside is checked and taken.
 
-    An unsupported family, or a width that AWQ's group does not divide, is refused here, before any work.
+    An unsupported family, an unknown key of config.json, or a width that AWQ's group does not divide, is refused here,
+    before any work.
     """
     begun = time.monotonic()
     if version is not None:
@@ -64,8 +66,12 @@ def take_base(work: Work, order: Order[QuantizedSpec], version: int | None) -> B
         with stage_progress() as report:
             snapshot = work.store.snapshot(tree, _bytes_to(report))
         is_known = snapshot in known
-    family_of(model_config(work.store, snapshot))
-    check_quantizable(work.store.manifest(snapshot), order.spec.quantize.group_size)
+    config = model_config(work.store, snapshot)
+    if version is None:
+        check_config_keys(config, order.spec.base.ignore_config_keys)
+    else:
+        family_of(config)
+    check_quantizable(work.store.manifest(snapshot), order.spec.quantize)
     recipe = digest_json({"stage": "snapshot", "snapshot": snapshot})
     seconds = 0.0 if is_known else time.monotonic() - begun
     taken = Derivation("snapshot", snapshot, recipe, reused=is_known, seconds=seconds, log="")
@@ -77,8 +83,13 @@ def take_base(work: Work, order: Order[QuantizedSpec], version: int | None) -> B
 
 @policy.derivation
 def check_base(work: Work, model: SnapshotId) -> Derivation:
-    """The base is what its config says and holds finite numbers only; BadInput where it is not. Done once a base."""
-    return derive_one(work, Asked(Request("check", {"model": model}, {}), "check"))
+    """The base is what its config says and holds finite numbers only; BadInput where it is not. Done once a base.
+
+    Unknown keys of config.json were accepted when the base came in, by the spec's `ignore_config_keys`.
+    """
+    accepted = unknown_keys(model_config(work.store, model))
+    spec = {"ignore_config_keys": accepted} if accepted else {}
+    return derive_one(work, Asked(Request("check", {"model": model}, spec), "check"))
 
 
 def resolve_version(order: Order[Spec]) -> int | None:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from mansard.errors import BadInput
+from mansard.models.config_keys import check_config_keys
 from mansard.models.families import Config, Family, depth_of, family_of
 from mansard.models.model_files import model_config, weight_files
 from mansard.models.vocabulary import TOKENIZER_FILE, check_vocabulary
@@ -19,23 +20,26 @@ DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF1
 """Types of a model's tensors: the name in config.json -> the name in safetensors."""
 
 
-def check_folder(tree: Path) -> None:
+def check_folder(tree: Path, ignored_keys: Collection[str] = ()) -> None:
     """BadInput unless the model in a folder is one that can be expanded: family, keys, tensors, vocabulary."""
     config = read_json_object((tree / CONFIG_FILE).read_bytes(), str(tree / CONFIG_FILE))
     files = {path.name: parse_safetensors_header(path)[1] for path in sorted(tree.glob("*.safetensors"))}
     tokenizer = tree / TOKENIZER_FILE
-    _check(config, files, tokenizer.read_bytes() if tokenizer.is_file() else None)
+    _check(config, ignored_keys, files, tokenizer.read_bytes() if tokenizer.is_file() else None)
 
 
-def check_snapshot(store: Store, model: SnapshotId) -> None:
+def check_snapshot(store: Store, model: SnapshotId, ignored_keys: Collection[str] = ()) -> None:
     """The same of a model in the store; reads the manifest and small files."""
     manifest = store.manifest(model)
     files = {path: file.entries(path) for path, file in weight_files(manifest).items()}
     tokenizer = store.read_file(model, TOKENIZER_FILE) if TOKENIZER_FILE in manifest.files else None
-    _check(model_config(store, model), files, tokenizer)
+    _check(model_config(store, model), ignored_keys, files, tokenizer)
 
 
-def _check(config: Config, files: Mapping[str, Collection[TensorEntry]], tokenizer: bytes | None) -> None:
+def _check(
+    config: Config, ignored_keys: Collection[str], files: Mapping[str, Collection[TensorEntry]], tokenizer: bytes | None
+) -> None:
+    check_config_keys(config, ignored_keys)
     family = family_of(config)
     check_once(files)
     check_tensors(family, config, {e.name: e for found in files.values() for e in found})

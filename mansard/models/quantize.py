@@ -1,4 +1,4 @@
-"""The one adapter around llm-compressor: AWQ (activation-aware scaling) to 4-bit weights, group-wise asymmetric.
+"""The one adapter around llm-compressor: AWQ (activation-aware scaling) to 4-bit weights with a scale a group.
 
 The same model and the same windows give the same files: the windows come in the order given, nothing is shuffled, a CPU
 computes on one thread, and what is written holds no time and no path. (One thread is also the quickest for a very small
@@ -10,10 +10,12 @@ AWQ, arXiv 2306.00978. Does not cover mixtures of experts.
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, QuantizationStrategy, QuantizationType
 from llmcompressor import oneshot, reset_session
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
@@ -34,11 +36,12 @@ def quantize_awq(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     windows_WT: torch.Tensor,
-    scheme: str,
+    spec: Mapping[str, Any],
     told: Callable[[int, int], None],
 ) -> None:
-    """Quantize every decoder matrix of `model` in place; `told` hears (blocks reached, blocks)."""
-    recipe = [AWQModifier(), QuantizationModifier(scheme=scheme, targets=["Linear"], ignore=["lm_head"])]
+    """Quantize every decoder matrix of `model` in place, in groups as `spec` says; `told` hears (block, blocks)."""
+    groups = {"group_0": QuantizationScheme(targets=["Linear"], weights=_weights(spec))}
+    recipe = [AWQModifier(), QuantizationModifier(config_groups=groups, ignore=["lm_head"])]
     loader = DataLoader(
         [{"input_ids": window_T, "attention_mask": torch.ones_like(window_T)} for window_T in windows_WT],
         batch_size=BATCH_WINDOWS,
@@ -54,6 +57,18 @@ def quantize_awq(
             num_calibration_samples=len(windows_WT),
             shuffle_calibration_samples=False,
         )
+
+
+def _weights(spec: Mapping[str, Any]) -> QuantizationArgs:
+    """4-bit integers in groups of a row's inputs."""
+    return QuantizationArgs(
+        num_bits=4,
+        type=QuantizationType.INT,
+        strategy=QuantizationStrategy.GROUP,
+        group_size=spec["group_size"],
+        symmetric=spec["symmetric"],
+        dynamic=False,
+    )
 
 
 def save_quantized(model: PreTrainedModel, source: Path, destination: Path) -> int:

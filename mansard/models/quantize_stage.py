@@ -21,12 +21,13 @@ from mansard.models.quantizable import check_quantizable
 from mansard.models.quantize import quantize_awq, release, save_quantized
 from mansard.models.windows import first_windows
 from mansard.records import SnapshotId
+from mansard.specs.surgery import Quantize
 from mansard.store.stream import file_lines
 
 if TYPE_CHECKING:
     from mansard.worker import StageContext
 
-CODE_VERSION = 2
+CODE_VERSION = 3
 PACKAGES = ("torch", "transformers", "llmcompressor", "compressed-tensors", "tokenizers", "safetensors")
 
 PROBE_WINDOWS = 16
@@ -35,7 +36,7 @@ PROBE_WINDOWS = 16
 def run(context: "StageContext") -> SnapshotId:
     spec = context.spec
     store = context.store
-    check_quantizable(store.manifest(context.inputs["model"]), spec["group_size"])
+    check_quantizable(store.manifest(context.inputs["model"]), Quantize.model_validate(dict(spec)))
     tree = context.work / "artifact"
     shutil.rmtree(tree, ignore_errors=True)
     tree.mkdir(parents=True)
@@ -77,7 +78,7 @@ def _quantize(
     def told(done: int, of: int) -> None:
         progress(1 + done, total, "blocks", f"AWQ: block {done + 1} of {of}")
 
-    quantize_awq(model, tokenizer, calibration_WT, spec["scheme"], told)
+    quantize_awq(model, tokenizer, calibration_WT, spec, told)
     matrices = save_quantized(model, source, tree)
     release(model)
     progress(1 + blocks, total, "blocks", "probing the artifact")
@@ -93,6 +94,7 @@ def _record(spec: Mapping[str, Any], matrices: int, found: Distance) -> dict[str
         "format": 1,
         "scheme": spec["scheme"],
         "group_size": spec["group_size"],
+        "symmetric": spec["symmetric"],
         "matrices": matrices,
         "calibration": {"windows": spec["samples"], "window_tokens": spec["sample_tokens"]},
         "probe": {"windows": PROBE_WINDOWS, "window_tokens": spec["sample_tokens"]},

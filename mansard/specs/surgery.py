@@ -1,8 +1,8 @@
 """Spec sections: what is done to the model itself: expansion, proof, fusion, quantization."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from mansard.specs.part import Part, Positive
 
@@ -68,11 +68,35 @@ class Fuse(Part):
 
 
 class Quantize(Part):
-    """AWQ to 4 bits; calibrated on the first `samples` windows of `source`'s training text, in fixed order."""
+    """What is served. `awq`: 4-bit weights beside 16-bit activations (W4A16), a scale for each `group_size` inputs of a
+    row and, unless `symmetric`, a zero point; calibrated on the first `samples` windows of `source`'s training text, in
+    fixed order. `none`: the model as it was made, in its own type; it takes no other key, and is written back so."""
 
-    scheme: Literal["W4A16_ASYM"] = "W4A16_ASYM"
-    group_size: Literal[128] = 128
-    source: str
+    scheme: Literal["awq", "none"] = "awq"
+    group_size: Literal[32, 64, 128] = 128
+    symmetric: bool = False
+    source: str | None = None
     samples: Positive = 128
     sample_tokens: Positive = 256
     seed: int = 0
+
+    @field_validator("scheme", mode="before")
+    @classmethod
+    def no_preset_name(cls, value: object) -> object:
+        if value == "W4A16_ASYM":
+            raise ValueError("a preset's name no longer stands for a scheme; write scheme: awq, symmetric: false")
+        return value
+
+    @model_validator(mode="after")
+    def keys_fit_the_scheme(self) -> Self:
+        if self.scheme == "awq" and self.source is None:
+            raise ValueError("awq calibrates on text; name one of data.sources as source, or take scheme: none")
+        if self.scheme == "none" and (others := sorted(self.model_fields_set - {"scheme"})):
+            raise ValueError(f"scheme: none takes no other key ({', '.join(others)}); remove them, or take scheme: awq")
+        return self
+
+    @model_serializer(mode="wrap")
+    def as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Only what decides something enters digests and recipes."""
+        fields: dict[str, Any] = handler(self)
+        return fields if self.scheme == "awq" else {"scheme": self.scheme}

@@ -21,11 +21,15 @@ class Base(Part):
     hub: str | None = None
     revision: str | None = None
     version: Positive | Literal["stable"] | None = None
+    ignore_config_keys: Annotated[list[str], Field(default_factory=list)]
+    """Keys of config.json that Mansard does not know and that change nothing the model computes, says the author."""
 
     @model_validator(mode="after")
     def exactly_one_source(self) -> Self:
         if sum(v is not None for v in (self.path, self.hub, self.version)) != 1:
             raise ValueError("name exactly one of path, hub, version")
+        if self.ignore_config_keys and self.version is not None:
+            raise ValueError("ignore_config_keys goes with path or hub; a version was checked when its base came in")
         if (self.hub is None) != (self.revision is None):
             raise ValueError("hub and revision go together: pin the revision (a commit) of a hub model")
         return self
@@ -59,14 +63,14 @@ class Spec(Part):
 
 
 class QuantizedSpec(Spec):
-    """What `adopt` and `upgrade` share: the artifact is quantized from a model that was made or taken."""
+    """What `adopt` and `upgrade` share: the artifact is made from a model, by quantization or as it is."""
 
     quantize: Quantize
 
     @model_validator(mode="after")
     def calibration_source_is_known(self) -> Self:
         names = [s.name for s in self.data.sources]
-        if self.quantize.source not in names:
+        if self.quantize.scheme == "awq" and self.quantize.source not in names:
             raise ValueError(f"quantize.source {self.quantize.source!r} is not one of data.sources: {names}")
         return self
 

@@ -24,6 +24,7 @@ from mansard.models.tokenizer_files import take_tokenizer
 from mansard.serving.engine.engine import Engine, EngineIdentity
 from mansard.site import Site, load_site
 from mansard.specs.judging import Suite
+from mansard.specs.surgery import Quantize
 from mansard.specs.whole import Serve
 from mansard.store.store import Store
 from tests.end_to_end.conftest import ROOT, write_site
@@ -150,8 +151,8 @@ def test_a_qwen3_is_upgraded_and_answers_through_vllm_as_its_files_say(tmp_path:
     curve = json.loads(store.read_file(trained, "training.json"))["curve"]
     assert curve[-1]["bits_per_byte"]["words"] < curve[0]["bits_per_byte"]["words"]
     fused = made(store, site, "fuse", {"expansion": expansion, "trained": trained}, {"method": "residual"})
-    calibrate = {"scheme": "W4A16_ASYM", "group_size": 128, "source": "words", "samples": 16, "sample_tokens": 32}
-    artifact = made(store, site, "quantize", {"model": fused, "data": data}, {**calibrate, "seed": 0})
+    awq = Quantize(group_size=64, source="words", samples=16, sample_tokens=32)
+    artifact = made(store, site, "quantize", {"model": fused, "data": data}, awq.model_dump(mode="json"))
     config = model_config(store, artifact)
     assert (config["architectures"], config["num_hidden_layers"]) == (["Qwen3ForCausalLM"], 4)
     assert config["layer_types"] == ["full_attention"] * 4 and config["max_window_layers"] == 4

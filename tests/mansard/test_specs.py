@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from mansard.errors import BadInput
 from mansard.site import load_site
@@ -37,6 +38,12 @@ SITE = (ROOT / "configs/site/local.yaml").read_text()
         ("min_domain_fraction: 0.3", "min_domain_fraction: 0.6", "the mixture holds 0.50 domain data"),
         ("  version: 1   ", "  path: x\n  version: 1 ", "name exactly one of path, hub, version"),
         ("source: docstrings", "source: poems", "quantize.source 'poems' is not one of data.sources"),
+        ("  source: docstrings", "  # source", "quantize: awq calibrates on text; name one of data.sources as source"),
+        ("scheme: awq", "scheme: W4A16_ASYM", "quantize.scheme: 'W4A16_ASYM': a preset's name no longer stands for"),
+        ("scheme: awq", "scheme: none", "scheme: none takes no other key (group_size, sample_tokens, samples, source"),
+        ("group_size: 128", "group_size: 48", "quantize.group_size: 48: Input should be 32, 64 or 128"),
+        ("symmetric: false", "symmetric: maybe", "quantize.symmetric: 'maybe': Input should be a valid boolean"),
+        ("  version: 1   ", "  version: 1\n  ignore_config_keys: [a] ", "ignore_config_keys goes with path or hub"),
         ("format: 1", "format: 2", "format: 2: Input should be 1"),
     ],
 )
@@ -49,6 +56,20 @@ def test_wrong_spec_is_refused_in_one_line(tmp_path: Path, old: str, new: str, m
     assert message in str(refused.value)
     assert str(path) in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_no_quantization_is_one_key_and_is_hashed_as_one(tmp_path: Path) -> None:
+    tree = yaml.safe_load(UPGRADE)
+    path = tmp_path / "spec.yaml"
+    digests = set()
+    for quantize in ({"scheme": "none"}, {"source": "code"}, {"source": "code", "group_size": 64},
+                     {"source": "code", "symmetric": True}):  # fmt: skip
+        path.write_text(yaml.safe_dump({**tree, "quantize": quantize}))
+        spec = load_spec(UpgradeSpec, path)
+        digests.add(spec.digest())
+        assert type(spec.quantize).model_validate(spec.quantize.model_dump(mode="json")) == spec.quantize
+        assert (spec.quantize.model_dump(mode="json") == {"scheme": "none"}) == (spec.quantize.scheme == "none")
+    assert len(digests) == 4
 
 
 def test_placement_by_importance_asks_for_general_text(tmp_path: Path) -> None:

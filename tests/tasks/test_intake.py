@@ -1,3 +1,4 @@
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,9 @@ import yaml
 
 from mansard.errors import BadInput, NotAllowed
 from mansard.evaluation.suites import take_suite
+from mansard.records import Registration
 from mansard.release import keys
+from mansard.release.journal import Journal
 from mansard.site import load_site
 from mansard.specs.whole import UpgradeSpec
 from mansard.store.store import Store
@@ -32,9 +35,22 @@ def folder(tmp_path: Path, make_checkpoint: Callable[..., Path]) -> Path:
             '{"id": "1", "file": "a.py", "context": "x", "choices": ["a", "b", "c", "d"], "answer": 0}\n'
         )
     keys.generate_key("ada", load_site(site_file))
-    change(tmp_path, base={"path": "base"})
+    change(tmp_path, base={"path": "base"}, quantize={"scheme": "none"})
     make_checkpoint(depth=1).rename(tmp_path / ".mansard/data/base")
     return tmp_path
+
+
+def registered_base(folder: Path, model: Path) -> None:
+    """The model is version 1, served as it is."""
+    site = load_site(folder / "configs/site/local.yaml")
+    snapshot = Store.of(site).snapshot(model)
+    registration = Registration(
+        model_name="demo", model=snapshot, artifact=snapshot, verdict="baseline", verdict_record="e" * 64,
+        fingerprint="f" * 64, item_records=(), base_version=None, baseline_version=None, anchor_version=None,
+        author="ada", spec_name="demo", spec_digest="0" * 64, serve={}, release={}, stages=(),
+    )  # fmt: skip
+    with Journal.open(site.journal) as journal:
+        journal.register(registration, None)
 
 
 def change(folder: Path, **sections: Any) -> None:
@@ -107,6 +123,37 @@ def test_a_base_that_is_not_there_is_told_before_anything_starts(
 def test_a_base_with_a_pickle_is_refused(folder: Path) -> None:
     (folder / ".mansard/data/base/pytorch_model.bin").write_bytes(b"anything")
     with pytest.raises(BadInput, match="pickle"):
+        read(folder)
+
+
+@pytest.mark.parametrize("comes", ["from a folder", "as a version"])
+def test_a_group_that_does_not_divide_a_width_is_refused_before_anything_starts(folder: Path, comes: str) -> None:
+    base = folder / ".mansard/data/base"
+    if comes == "as a version":
+        registered_base(folder, base)
+        shutil.rmtree(base)
+        change(folder, base={"version": 1})
+    change(folder, quantize={"scheme": "awq", "group_size": 64, "source": "code"})
+    with pytest.raises(BadInput, match=r"^quantize.group_size: 64 does not divide the input width 24 of model\.") as no:
+        read(folder)
+    assert "no group size divides all; scheme: none serves it as it is" in str(no.value)
+    assert "\n" not in str(no.value)
+    change(folder, quantize={"scheme": "none"})
+    read(folder)
+
+
+def test_keys_of_the_base_that_the_spec_names_are_ignored(folder: Path) -> None:
+    config = folder / ".mansard/data/base/config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "mystery": 1, "riddle": 2}))
+    with pytest.raises(BadInput, match=r"unknown keys for llama \('mystery', 'riddle'\); .* ignore_config_keys"):
+        read(folder)
+    change(folder, base={"path": "base", "ignore_config_keys": ["mystery", "riddle"]})
+    named = read(folder).spec.digest()
+    config.write_text(json.dumps({**json.loads(config.read_text()), "enigma": 3}))
+    change(folder, base={"path": "base", "ignore_config_keys": ["mystery", "riddle", "enigma"]})
+    assert read(folder).spec.digest() != named
+    change(folder, base={"path": "base", "ignore_config_keys": ["mistery", "riddle", "enigma"]})
+    with pytest.raises(BadInput, match=r"config\.json has no such keys \(mistery\)"):
         read(folder)
 
 

@@ -52,6 +52,17 @@ def test_a_sound_base_is_checked_once(store: Store, site: Site, make_checkpoint:
     assert json.loads(store.read_file(first.snapshot, "check.json")) == {"format": 1, "finite": True, "tensors": 21}
 
 
+def test_what_keys_of_a_base_are_ignored_is_recorded(
+    store: Store, site: Site, make_checkpoint: MakeCheckpoint
+) -> None:
+    base = store.snapshot(make_checkpoint(depth=1, mystery=1))
+    with pytest.raises(BadInput, match="'mystery'"):
+        derive(store, site, Request("check", {"model": base}, {}))
+    checked = derive(store, site, Request("check", {"model": base}, {"ignore_config_keys": ["mystery"]}))
+    record = json.loads(store.read_file(checked.snapshot, "check.json"))
+    assert record["ignored_config_keys"] == ["mystery"]
+
+
 @pytest.mark.parametrize(
     ("dtype", "words", "expected"),
     [

@@ -213,7 +213,6 @@ def test_importance_that_is_none_of_the_model_is_refused(gains: list[float] | No
         ({"num_key_value_heads": 2}, r"'model.layers.0.self_attn.k_proj.weight' .and 5 more. has the shape .16, 16."),
         ({"dtype": "bfloat16"}, r"F16, but config.json's dtype is bfloat16"),
         ({"dtype": "int8"}, "one of float64, float32, float16, bfloat16 is expected"),
-        ({"hiden_size": 16}, "unknown key 'hiden_size' for llama; did you mean 'hidden_size'"),
         ({"quantization_config": {}}, "unquantized"),
     ],
 )

@@ -4,6 +4,7 @@ import pytest
 
 from mansard.errors import BadInput
 from mansard.models.checkpoint import check_once, check_tensors
+from mansard.models.config_keys import INERT_KEYS, check_config_keys, unknown_keys
 from mansard.models.families import FAMILIES, LLAMA, depth_of, family_of
 from mansard.models.rebuilding import rebuilt_config
 from mansard.store.safetensors_header import TensorEntry
@@ -175,9 +176,77 @@ def config_of(model_type: str, **entries: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_an_unknown_key_is_refused_with_the_nearest_known_one(model_type: str) -> None:
-    family_of(config_of(model_type))
-    with pytest.raises(BadInput, match=r"unknown key 'hiden_size' for .*did you mean 'hidden_size'\?"):
-        family_of(config_of(model_type, hiden_size=8))
+    check_config_keys(config_of(model_type))
+    with pytest.raises(BadInput, match=r"unknown keys for .* \('hiden_size', did you mean 'hidden_size'\?\)"):
+        check_config_keys(config_of(model_type, hiden_size=8))
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_all_unknown_keys_are_named_at_once_nested_ones_too(model_type: str) -> None:
+    entries = {"mystery": 1, "rope_scaling": {"rope_type": "linear", "facter": 2.0}, "another": [1, 2]}
+    entries["rope_parameters"] = {"full_attention": {"rope_theta": 1e4, "bias": 1}}
+    config = config_of(model_type, **entries)
+    names = ["another", "mystery", "rope_parameters.full_attention.bias", "rope_scaling.facter"]
+    assert unknown_keys(config) == names
+    with pytest.raises(BadInput, match=r"'rope_scaling\.facter', did you mean 'rope_scaling\.factor'\?") as refused:
+        check_config_keys(config)
+    assert all(repr(name) in str(refused.value) for name in names) and "\n" not in str(refused.value)
+    with pytest.raises(BadInput, match=r"unknown keys for \w+ \('mystery'\)"):
+        check_config_keys(config, [n for n in names if n != "mystery"])
+    check_config_keys(config, names)
+
+
+def test_an_ignored_key_that_is_not_there_is_refused() -> None:
+    with pytest.raises(BadInput, match=r"ignore_config_keys: config\.json has no such keys \(mistery\)"):
+        check_config_keys(config_of("llama", mystery=1), ["mystery", "mistery"])
+    check_config_keys(config_of("llama"), ["hidden_size"])
+
+
+OFFICIAL = {
+    "smollm2": ("llama", {"is_llama_config": True, "rope_interleaved": False, "rope_scaling": None,
+                          "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16", "fp16": "float16"}}}),
+    "falcon3": ("llama", {"activation": "swiglu", "head_dim": 64, "rope_scaling": None}),
+    "unsloth": ("llama", {"unsloth_fixed": True, "unsloth_version": "2025.1.5"}),
+    "gguf-converted": ("llama", {"_model_name_or_path": "Some Model", "unk_token_id": 0}),
+    "llama3.1": ("llama", {"rope_scaling": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                           "original_max_position_embeddings": 8192, "rope_type": "llama3"}}),
+    "qwen3-coder": ("qwen3_moe", {"qkv_bias": False, "shared_expert_intermediate_size": 0, "use_qk_norm": True}),
+    "phi3.5": ("phi3", {"rope_scaling": {"long_factor": [1.0], "short_factor": [1.0], "type": "longrope"}}),
+    "gemma3": ("gemma3_text", {"rope_parameters": {"full_attention": {"rope_theta": 1e6, "rope_type": "default"},
+                               "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"}}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_keys_of_official_configs_that_change_nothing_are_accepted(name: str) -> None:
+    model_type, entries = OFFICIAL[name]
+    check_config_keys(config_of(model_type, **entries))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "entries"),
+    [
+        ("llama", {"rope_interleaved": True}),
+        ("llama", {"activation": "gelu"}),
+        ("llama", {"qkv_bias": False}),
+        ("llama", {"use_qk_norm": True}),
+        ("qwen3_moe", {"qkv_bias": True}),
+        ("qwen3_moe", {"shared_expert_intermediate_size": 512}),
+        ("qwen3_moe", {"shared_expert_intermediate_size": False}),
+        ("llama", {"gradient_checkpointing": True}),
+        ("llama", {"is_causal": False}),
+        ("llama", {"bias": True}),
+    ],
+)
+def test_a_key_that_changes_something_in_this_family_or_with_this_value_is_refused(
+    model_type: str, entries: dict[str, Any]
+) -> None:
+    with pytest.raises(BadInput, match=f"unknown keys for {model_type} .*{next(iter(entries))}"):
+        check_config_keys(config_of(model_type, **entries))
+
+
+def test_every_inert_key_says_why() -> None:
+    assert all(inert.reason and set(inert.model_types) <= FAMILIES.keys() for inert in INERT_KEYS.values())
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,11 @@ import pytest
 
 from mansard.errors import BadInput
 from mansard.launch import Request, derive, this_interpreter
-from mansard.models.quantizable import check_quantizable
+from mansard.models.model_files import weight_files
+from mansard.models.quantizable import check_quantizable, check_widths
 from mansard.site import Site
+from mansard.specs.surgery import Quantize
+from mansard.store.safetensors_header import TensorEntry
 from mansard.store.store import Store
 
 pytestmark = [
@@ -22,7 +25,8 @@ pytestmark = [
 
 ROOT = Path(__file__).resolve().parents[3]
 SPEC = {
-    "scheme": "W4A16_ASYM", "group_size": 128, "source": "words", "samples": 8, "sample_tokens": 32, "seed": 0,
+    "scheme": "awq", "group_size": 128, "symmetric": False, "source": "words", "samples": 8, "sample_tokens": 32,
+    "seed": 0,
 }  # fmt: skip
 
 
@@ -91,19 +95,55 @@ def test_width_that_the_group_does_not_divide_is_refused_before_any_work(
 ) -> None:
     inputs = {"model": store.snapshot(make_llama(intermediate_size=192)), "data": store.put_files({"data.jsonl": b""})}
     context = make_context(inputs, SPEC)
-    with pytest.raises(BadInput, match=r"layers\.0\.mlp\.down_proj\.weight: its input width 192 is not") as no:
+    with pytest.raises(BadInput, match=r"128 does not divide the input width 192 of .*down_proj.weight; take") as no:
         run(context)
     assert "\n" not in str(no.value)
     assert not any(context.work.iterdir())
-    check_quantizable(store.manifest(inputs["model"]), 64)
+    check_quantizable(store.manifest(inputs["model"]), Quantize(group_size=64, source="words"))
+
+
+@pytest.mark.parametrize(
+    ("widths", "group_size", "remedy"),
+    [
+        ((576, 1536), 128, "width 576 of .*; take group_size: 32 or 64, or scheme: none"),
+        ((128, 96), 64, "width 96 of .*; take group_size: 32, or scheme: none"),
+        ((128, 48), 32, "width 48 of .*; no group size divides all; scheme: none"),
+    ],
+)
+def test_a_refusal_names_the_groups_that_divide_every_width(
+    widths: tuple[int, ...], group_size: int, remedy: str
+) -> None:
+    tensors = [TensorEntry(f"model.layers.{i}.o.weight", "BF16", (128, w), 0, 0) for i, w in enumerate(widths)]
+    tensors.append(TensorEntry("model.embed_tokens.weight", "BF16", (100, 7), 0, 0))
+    with pytest.raises(BadInput, match=remedy):
+        check_widths(tensors, Quantize(group_size=group_size, source="words"))
+    check_widths(tensors, Quantize(scheme="none"))
+
+
+@pytest.mark.parametrize(("group_size", "is_symmetric"), [(64, False), (32, True)])
+def test_groups_and_symmetry_are_what_the_spec_says(
+    group_size: int, is_symmetric: bool, make_llama: Any, make_context: Any, store: Store
+) -> None:
+    model, data = store.snapshot(make_llama(intermediate_size=192)), store.put_files({"data.jsonl": words()})
+    settings = {**SPEC, "group_size": group_size, "symmetric": is_symmetric}
+    artifact = run(make_context({"model": model, "data": data}, settings))
+    config = json.loads(store.read_file(artifact, "config.json"))
+    weights = config["quantization_config"]["config_groups"]["group_0"]["weights"]
+    assert (weights["group_size"], weights["symmetric"], weights["num_bits"]) == (group_size, is_symmetric, 4)
+    record = json.loads(store.read_file(artifact, "quantization.json"))
+    assert (record["group_size"], record["symmetric"]) == (group_size, is_symmetric)
+    names = {name for file in weight_files(store.manifest(artifact)).values() for name in file.tensors}
+    assert any(name.endswith("weight_zero_point") for name in names) != is_symmetric
+    assert 0 < record["kl_nats_per_token"] < 0.05
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_a_mixture_of_experts_is_refused_before_any_work(family: str, make_family: Any, store: Store) -> None:
     manifest = store.manifest(store.snapshot(make_family(family)))
-    with pytest.raises(BadInput, match="mixtures of experts cannot be quantized to W4A16 here") as no:
-        check_quantizable(manifest, 1)
+    with pytest.raises(BadInput, match=r"awq cannot quantize mixtures of experts .*; take scheme: none") as no:
+        check_quantizable(manifest, Quantize(source="words"))
     assert "\n" not in str(no.value)
+    check_quantizable(manifest, Quantize(scheme="none"))
 
 
 @pytest.mark.parametrize(

@@ -72,3 +72,12 @@ def test_what_cannot_be_used_is_refused_in_one_line(folder: Path) -> None:
         train(model, [Text("law", "law.jsonl", is_domain=True)], tokens=1000, tokenz=3)
     with pytest.raises(BadInput, match=r"law: cannot read nowhere\.jsonl: No such file"):
         train(model, [Text("law", "nowhere.jsonl", is_domain=True)], tokens=1000)
+
+
+def test_unknown_keys_of_a_config_are_named_at_once_and_ignored_by_name(folder: Path) -> None:
+    config = folder / "models/base/config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "mystery": 1, "riddle": 2, "unsloth_fixed": True}))
+    with pytest.raises(BadInput, match=r"unknown keys for llama \('mystery', 'riddle'\)"):
+        expand("models/base", blocks=1)
+    model = expand("models/base", blocks=1, ignore_config_keys=["mystery", "riddle"])
+    assert model_config(model.store, model.snapshot)["riddle"] == 2
