@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from mansard.errors import MansardError
+from tasks import standard_streams
 
 EPILOG = "Exit codes: 0 done, 1 infrastructure failed, 2 bad input, 3 verdict fail or inconclusive, 4 aborted, 5 not \
 approved or not allowed, 6 corrupt, 7 nothing to go back to, baseline moved or a rollout runs."
@@ -83,17 +84,22 @@ def _verb(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; every MansardError becomes one line and its exit code."""
+    """Run one verb; every MansardError becomes one line and its exit code. Who reads what it prints changes no code."""
+    standard_streams.prepare()
     args = parser().parse_args(arguments)
     module, function = VERBS[args.verb][0].split(":")
     verb: Callable[[argparse.Namespace], int] = getattr(importlib.import_module(module), function)
     try:
-        return verb(args)
+        status = verb(args)
+        sys.stdout.flush()  # a full disk is told of here, not when the interpreter ends
+        return status
     except MansardError as error:
-        print(f"mansard {args.verb}: {error}", file=sys.stderr)
+        standard_streams.say(f"mansard {args.verb}: {error}")
         return error.exit_code
     except KeyboardInterrupt:
-        print(f"mansard {args.verb}: interrupted; the same command goes on where this one stopped", file=sys.stderr)
+        standard_streams.say(
+            f"mansard {args.verb}: interrupted; the same command goes on where this one stopped"
+        )
         return 130
 
 

@@ -17,12 +17,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from flows.story import Story, console, wait_for_requests
+from flows.story import Story, alarm, wait_for_requests
 from mansard.errors import MansardError
 from mansard.launch import Request, derive
 from mansard.records import Derivation
 from mansard.site import Site, find_site, load_site
 from mansard.store.store import Store
+from tasks import standard_streams
 from tasks.terminal import stage_progress
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,21 +52,21 @@ BASE: dict[str, Any] = {
 
 def main() -> int:
     """Tell the story once; exit status as the failing command's."""
-    site = load_site(find_site(None))
+    standard_streams.prepare()
     began = time.monotonic()
     try:
-        summary = tell(site)
+        summary = tell(load_site(find_site(None)))
     except subprocess.CalledProcessError as error:
-        console.print(f"[red]demo: stopped: `{' '.join(map(str, error.cmd))}` ended with {error.returncode}[/red]")
+        alarm(f"demo: stopped: `{' '.join(map(str, error.cmd))}` ended with {error.returncode}")
         return int(error.returncode)
     except MansardError as error:
-        console.print(f"[red]demo: {error}[/red]")
+        alarm(f"demo: {error}")
         return error.exit_code
     Path("demo-summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     show(summary, time.monotonic() - began)
     counts = summary["traffic"]
     if counts["failed"] or counts["broken_streams"]:
-        console.print(f"[red]demo: requests were lost: {counts['first_failures']}[/red]")
+        alarm(f"demo: requests were lost: {counts['first_failures']}")
         return 1
     return 0
 

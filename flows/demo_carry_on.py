@@ -11,23 +11,24 @@ import time
 from pathlib import Path
 
 from flows.demo import ROOT
-from flows.story import Story, console, wait_for_requests
+from flows.story import Story, alarm, console, wait_for_requests
 from mansard.errors import BadInput, MansardError
 from mansard.site import Site, find_site, load_site
+from tasks import standard_streams
 
 SPEC = ROOT / "configs/customize/demo.yaml"
 
 
 def main() -> int:
     """Tell the story once; exit status as the failing command's."""
-    site = load_site(find_site(None))
+    standard_streams.prepare()
     try:
-        return tell(site)
+        return tell(load_site(find_site(None)))
     except subprocess.CalledProcessError as error:
-        console.print(f"[red]demo: stopped: `{' '.join(map(str, error.cmd))}` ended with {error.returncode}[/red]")
+        alarm(f"demo: stopped: `{' '.join(map(str, error.cmd))}` ended with {error.returncode}")
         return int(error.returncode)
     except MansardError as error:
-        console.print(f"[red]demo: {error}[/red]")
+        alarm(f"demo: {error}")
         return error.exit_code
 
 

@@ -20,10 +20,11 @@ from rich.table import Table
 
 from flows.example_material import ROOT, prepare
 from flows.gpu_use import GpuUse, gpu_use, stage_rows
-from flows.story import Story, console, wait_for_requests
+from flows.story import Story, alarm, console, wait_for_requests
 from mansard.errors import MansardError
 from mansard.site import load_site
 from mansard.store.store import Store
+from tasks import standard_streams
 
 EXAMPLES = ROOT / "configs/examples"
 FAILED_VERDICT = 3
@@ -47,6 +48,7 @@ class Timeline:
 def main() -> int:
     """Exit status as `mansard upgrade`'s, or the failing command's."""
     options = parsed(sys.argv[1:])
+    standard_streams.prepare()
     began = time.monotonic()
     try:
         if options.prepare_only is not None:
@@ -54,10 +56,10 @@ def main() -> int:
             return 0
         summary = tell(options, began)
     except subprocess.CalledProcessError as error:
-        console.print(f"[red]example: stopped: `{' '.join(map(str, error.cmd))}` ended with {error.returncode}[/red]")
+        alarm(f"example: stopped: `{' '.join(map(str, error.cmd))}` ended with {error.returncode}")
         return int(error.returncode)
     except MansardError as error:
-        console.print(f"[red]{error}[/red]", soft_wrap=True)
+        alarm(str(error))
         return error.exit_code
     print(json.dumps(summary))
     if summary.get("failed"):
@@ -140,7 +142,7 @@ def release_under_traffic(story: Story, version: int, timeline: Timeline) -> dic
     counts = json.loads(counts_file.read_text())
     failed = counts["failed"] + counts["broken_streams"]
     for fault in counts["first_failures"]:
-        console.print(f"[red]lost: {fault}[/red]", soft_wrap=True)
+        alarm(f"lost: {fault}")
     return {"rollback_ms": rollback_ms, "requests": counts["requests"], "failed": failed}
 
 

@@ -24,6 +24,7 @@ from mansard.canonical import sha256_json
 from mansard.errors import BadInput, MansardError
 from mansard.serving.client import HostClient
 from mansard.site import Site
+from tasks.standard_streams import say as say_line
 
 LOOPBACK = "127.0.0.1"
 FRESH_SECONDS = 60.0
@@ -37,7 +38,7 @@ def up(site: Site, say: Say | None = None) -> dict[str, str]:
 
     Raises BadInput when a port is taken by somebody else, MansardError when a program does not come up.
     """
-    tell = say or _print_line
+    tell = say or say_line
     with _stack_lock(site, tell):
         waves = _programs(site)
         for program in waves[-1]:
@@ -58,7 +59,7 @@ def down(site: Site, say: Say | None = None) -> None:
     """End the stack in reverse order and wait until each program is gone, engines of a dead host included."""
     from mansard.serving.process import send, with_output_below  # asyncio: too slow for `status`, which loads this
 
-    tell = say or _print_line
+    tell = say or say_line
     with _stack_lock(site, tell):
         for wave in reversed(_programs(site)):
             for program in reversed(wave):
@@ -308,7 +309,3 @@ def _stack_lock(site: Site, tell: Say) -> Iterator[None]:
             tell("another command is starting or stopping the stack: waiting for it")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-def _print_line(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

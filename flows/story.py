@@ -42,14 +42,14 @@ class Story:
 
     def run(self, verb: str, *words: object) -> None:
         """Run a command as a person would; its output is theirs, on standard error."""
-        console.print(f"[bold]$ mansard {verb} {' '.join(map(shown, words))}[/bold]")
+        show_command(verb, *words)
         command = [*MANSARD, verb, *map(str, words), "--site", str(self.site.path)]
         subprocess.run(command, stdout=sys.stderr, check=True)
 
     def run_json(self, verb: str, *words: object, statuses: Sequence[int] = (0,)) -> dict[str, Any]:
         """Run a command with --json and return what it printed; progress stays on standard error. `statuses` are the
         exit codes that are answers."""
-        console.print(f"[bold]$ mansard {verb} {' '.join(map(shown, words))}[/bold]")
+        show_command(verb, *words)
         command = [*MANSARD, verb, *map(str, words), "--site", str(self.site.path), "--json"]
         finished = subprocess.run(command, stdout=subprocess.PIPE)
         if finished.returncode not in statuses:
@@ -102,6 +102,17 @@ class Story:
                 return
             time.sleep(0.5)
         raise MansardError(f"the stable version does not answer after {deadline_seconds:.0f} s; see mansard status")
+
+
+def show_command(verb: str, *words: object) -> None:
+    """What a person would type."""
+    line = f"$ mansard {verb} {' '.join(map(shown, words))}".rstrip()
+    console.print(line, style="bold", markup=False, highlight=False, soft_wrap=True)
+
+
+def alarm(text: str) -> None:
+    """Why the story ended early; an error's brackets are no markup."""
+    console.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 def shown(word: object) -> str:

@@ -31,7 +31,8 @@ HEARTBEAT_SECONDS = 600.0
 """A worker that says nothing for this long is taken for hung (its own thread beats every 5 s)."""
 
 Progress = Callable[[str, dict[str, Any]], None]
-"""Called with the stage's name and a mapping: {"done", "total", "unit", "text", "metrics": {...}, "step"}."""
+"""Called with the stage's name and a mapping: {"done", "total", "unit", "text", "metrics": {...}}. `total` is None
+while nobody knows it. It must not raise: the worker is ended then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +151,8 @@ def _run_worker(
         except OSError as error:
             raise StageFailed(f"{environment.python}: cannot start: {error.strerror}; run: make setup") from error
     try:
+        if progress is not None:  # its imports take long enough for a person to wonder
+            progress(stage, {"done": 0, "total": None, "unit": "", "text": "starting"})
         results = _follow(process, stage, log, site.stage_timeout_seconds, progress)
     finally:
         _end(process)

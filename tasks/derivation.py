@@ -11,6 +11,7 @@ from uuid import UUID
 
 import httpx
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.exceptions import PrefectException
 
 from mansard.errors import MansardError
 from mansard.launch import Progress, Request, derive_all, recipe_of
@@ -19,12 +20,15 @@ from mansard.site import Site
 from mansard.store.locks import file_lock, file_lock_if_free
 from mansard.store.store import Store
 from tasks import tracking
+from tasks.progress_reading import reading
 from tasks.terminal import say, stage_progress
 
 LEASE_REACH_SECONDS = 600.0
 """What an upgrade took into the store just before its work began (its suites) stays as long as the work lasts."""
 ARTIFACT_SECONDS = 2.0
 """Prefect's progress artifact is updated at most this often."""
+ARTIFACT_ERRORS = (httpx.HTTPError, httpx.InvalidURL, PrefectException, OSError, ValueError)
+"""No server, a server that refuses, another program at its port (whose answer is no JSON: ValueError)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,34 +123,40 @@ def derive_many(work: Work, asked: Sequence[Asked], has_bar: bool = True) -> lis
 
 
 class PrefectProgress:
-    """A progress artifact on the page of the task run that is running. Call it with what the stage tells."""
+    """A progress artifact on the page of the task run that is running. Call it with what the stage tells.
+
+    A server that does not answer, or not as expected, costs no stage its work.
+    """
 
     def __init__(self, title: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._title = title
         self._clock = clock
         self._artifact: UUID | None = None
-        self._told_at = -math.inf
+        self._sent_at = -math.inf
 
     def __call__(self, stage: str, progress: Mapping[str, Any]) -> None:
-        percent = 100.0 * progress["done"] / (progress["total"] or 1)
-        now = self._clock()
-        if now - self._told_at < ARTIFACT_SECONDS and percent < 100:
+        now, at = reading(progress), self._clock()
+        if at - self._sent_at < ARTIFACT_SECONDS and now.percent < 100:
             return
-        self._told_at = now
-        text = f"{self._title}: {progress['done']:,.0f} of {progress['total']:,.0f} {progress['unit']}"
-        with contextlib.suppress(httpx.HTTPError):  # a picture of the work is not worth the work
+        self._sent_at = at
+        whole = "" if now.total is None else f" of {now.total:,.0f}"
+        text = f"{self._title}: {now.completed:,.0f}{whole} {now.unit}".rstrip()
+        with contextlib.suppress(*ARTIFACT_ERRORS):
             if self._artifact is None:
-                self._artifact = _made(create_progress_artifact(percent, key=f"mansard-{stage}", description=text))
+                self._artifact = _not_a_coroutine(
+                    create_progress_artifact(now.percent, key=f"mansard-{stage}", description=text)
+                )
             else:
-                update_progress_artifact(self._artifact, percent, description=text)
+                update_progress_artifact(self._artifact, now.percent, description=text)
 
 
 def metrics_to(running: tracking.StageRun) -> Progress:
     """A stage's metrics, sent to its run while it works; the step is how much is done."""
 
     def report(stage: str, progress: dict[str, Any]) -> None:
-        if progress.get("metrics"):
-            running.add(progress["metrics"], int(progress["done"]))
+        now = reading(progress)
+        if now.metrics:
+            running.add(now.metrics, int(now.completed))
 
     return report
 
@@ -161,7 +171,7 @@ def together(reports: Sequence[Progress]) -> Progress:
     return report
 
 
-def _made(artifact: UUID | Coroutine[Any, Any, UUID]) -> UUID:
+def _not_a_coroutine(artifact: UUID | Coroutine[Any, Any, UUID]) -> UUID:
     """Prefect answers a coroutine only inside an event loop; tasks here are plain functions."""
     assert isinstance(artifact, UUID)
     return artifact

@@ -23,6 +23,7 @@ from mansard.release.journal import Journal
 from mansard.release.tip import read_tip
 from mansard.site import Site, load_site
 from tasks import registry
+from tasks.standard_streams import say
 from tasks.tracking import mlflow_errors
 
 LOOK_SECONDS = 1.0
@@ -74,7 +75,7 @@ class Mirror:
         if state == self._told and now - self._told_at < SIGN_OF_LIFE_SECONDS:
             return
         if trouble and (self._told is None or self._told[2] != trouble):
-            print(trouble, file=sys.stderr, flush=True)
+            say(trouble)
         lag = {
             "format": 1,
             "sequence": state[0],

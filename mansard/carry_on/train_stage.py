@@ -42,7 +42,7 @@ from mansard.training.state import Checkpoints
 if TYPE_CHECKING:
     from mansard.worker import StageContext
 
-CODE_VERSION = 5
+CODE_VERSION = 6
 PACKAGES = ("numpy", "safetensors", "torch")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BRANCH_FILE = "branch.json"

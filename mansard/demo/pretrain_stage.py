@@ -24,7 +24,7 @@ from mansard.training.state import Checkpoints
 if TYPE_CHECKING:
     from mansard.worker import StageContext
 
-CODE_VERSION = 6
+CODE_VERSION = 7
 PACKAGES = ("numpy", "safetensors", "tokenizers", "torch", "transformers")
 
 HELD_OUT_DOMAINS = ("docstrings", "code")

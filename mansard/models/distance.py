@@ -26,12 +26,13 @@ class Distance:
 
 
 def probe_logits(
-    model: PreTrainedModel, probe_WT: torch.Tensor, told: Callable[[int], None] = lambda done: None
+    model: PreTrainedModel, probe_WT: torch.Tensor, kernel: str, told: Callable[[int], None] = lambda done: None
 ) -> list[torch.Tensor]:
-    """One logits tensor [T, V] a window, on the CPU; `told` hears the number of windows done."""
+    """One logits tensor [T, V] a window, on the CPU, by the attention kernel of that name, which both models of a
+    distance take; `told` hears the number of windows done."""
     logits = []
     for number, window_T in enumerate(probe_WT, start=1):
-        logits.append(forward_logits(model, window_T[None])[0])
+        logits.append(forward_logits(model, window_T[None], kernel)[0])
         told(number)
     return logits
 

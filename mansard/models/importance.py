@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
+from mansard.models.attention_kernels import attention_by
 from mansard.models.bypass import bypassed
 from mansard.models.probe import one_thread
 
@@ -21,12 +22,13 @@ from mansard.models.probe import one_thread
 def losses(
     model: Any,  # noqa: ANN401 - a transformers model
     ids_BT: torch.Tensor,
+    kernel: str,
     told: Callable[[int], None] = lambda block: None,
 ) -> tuple[float, list[float]]:
     """Summed nats of the B * (T - 1) next tokens: of the model, and of the model without each of its blocks."""
     layers = model.get_decoder().layers
     without = []
-    with torch.inference_mode(), one_thread():
+    with torch.inference_mode(), one_thread(), attention_by(kernel, model.device):
         with _entering(layers) as states:
             whole = _nats(model, ids_BT)
         for index in range(len(layers)):

@@ -13,6 +13,7 @@ import torch
 
 from mansard.canonical import canonical_json
 from mansard.errors import BadInput, StageFailed
+from mansard.models.attention_kernels import choose_kernel
 from mansard.models.importance import losses
 from mansard.models.loading import choose_device, load_model, load_tokenizer
 from mansard.models.placement import IMPORTANCE_FILE
@@ -24,7 +25,7 @@ from mansard.store.stream import shuffled_lines
 if TYPE_CHECKING:
     from mansard.worker import StageContext
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors")
 
 ROWS_AT_ONCE = 4
@@ -35,14 +36,14 @@ def run(context: "StageContext") -> SnapshotId:
     probe = Probe.model_validate(dict(context.spec))
     with context.store.using(context.inputs["model"]) as path:
         ids_BT = _rows(context, probe, path)
-        loss, gains = _weigh(context, path, ids_BT)
+        loss, gains, kernel = _weigh(context, path, ids_BT)
     if not all(map(math.isfinite, (loss, *gains))):
         raise StageFailed(f"the losses on the probe are not finite ({loss}); look at the model")
     record = {
         "format": 1,
         "loss": _rounded(loss),
         "gains": [_rounded(gain) for gain in gains],
-        "probe": {"rows": len(ids_BT), "tokens": probe.tokens, "seed": probe.seed},
+        "probe": {"rows": len(ids_BT), "tokens": probe.tokens, "seed": probe.seed, "kernel": kernel},
     }
     return context.store.put_files({IMPORTANCE_FILE: canonical_json(record)})
 
@@ -61,8 +62,8 @@ def _rows(context: "StageContext", probe: Probe, path: Path) -> torch.Tensor:
     return torch.cat(rows)
 
 
-def _weigh(context: "StageContext", path: Path, ids_BT: torch.Tensor) -> tuple[float, list[float]]:
-    """The loss and what it gains without each block, in nats a token."""
+def _weigh(context: "StageContext", path: Path, ids_BT: torch.Tensor) -> tuple[float, list[float], str]:
+    """The loss and what it gains without each block, in nats a token, and the attention kernel of both."""
     model = load_model(path, None, device=choose_device())
     longest = int(model.config.max_position_embeddings)
     if ids_BT.shape[1] > longest:
@@ -70,6 +71,7 @@ def _weigh(context: "StageContext", path: Path, ids_BT: torch.Tensor) -> tuple[f
     depth = len(model.get_decoder().layers)
     total = len(ids_BT) * depth
     whole, without = 0.0, [0.0] * depth
+    kernel = choose_kernel(model, ids_BT.shape[1])
     context.progress(0, total, "rows", f"leaving out each of {depth} blocks")
     for begin in range(0, len(ids_BT), ROWS_AT_ONCE):
         batch_BT = ids_BT[begin : begin + ROWS_AT_ONCE]
@@ -77,11 +79,11 @@ def _weigh(context: "StageContext", path: Path, ids_BT: torch.Tensor) -> tuple[f
         def told(block: int, begin: int = begin, rows: int = len(batch_BT)) -> None:
             context.progress(begin * depth + (block + 1) * rows, total, "rows", f"without block {block}")
 
-        nats, nats_without = losses(model, batch_BT, told)
+        nats, nats_without = losses(model, batch_BT, kernel, told)
         whole += nats
         without = [a + b for a, b in zip(without, nats_without, strict=True)]
     tokens = len(ids_BT) * (ids_BT.shape[1] - 1)
-    return whole / tokens, [(nats - whole) / tokens for nats in without]
+    return whole / tokens, [(nats - whole) / tokens for nats in without], kernel
 
 
 def _rounded(value: float) -> float:

@@ -1,11 +1,11 @@
 """Stage `prove`: the expansion computes its base's function, bit for bit, and survives being saved and loaded.
 
 In the form `logits`, base and expansion are loaded one after the other, never both, in float32 and in the checkpoint's
-type. Logits of random token ids, greedy generation through the key-value cache and its logits at each step must have
-the same bytes; then the expansion, saved by transformers and loaded again, must hold the same tensors and give the same
-logits. The form `structure` (mansard.models.structure: digests and zeros) loads nothing; it is taken where the spec
-says so, or where `auto` finds too little memory for one model in float32. The output is one file, proof.json, which
-says the form and what chose it.
+type, each by one attention kernel. Logits of random token ids, greedy generation through the key-value cache and its
+logits at each step must have the same bytes; then the expansion, saved by transformers and loaded again, must hold the
+same tensors and give the same logits. The form `structure` (mansard.models.structure: digests and zeros) loads nothing;
+it is taken where the spec says so, or where `auto` finds too little memory for one model in float32. The output is one
+file, proof.json, which says the form, what chose it, and the kernels.
 """
 
 import shutil
@@ -18,6 +18,7 @@ import torch
 
 from mansard.canonical import canonical_json
 from mansard.errors import BadInput, StageFailed
+from mansard.models.attention_kernels import choose_kernel
 from mansard.models.freeze import compare, digest_tensors
 from mansard.models.loading import choose_device, load_model
 from mansard.models.memory import available_bytes, loading_bytes
@@ -29,7 +30,7 @@ from mansard.store.store import Store
 if TYPE_CHECKING:
     from mansard.worker import StageContext
 
-CODE_VERSION = 3
+CODE_VERSION = 4
 PACKAGES = ("torch", "transformers", "safetensors")
 
 PROBE_SEQUENCES = 2
@@ -74,32 +75,34 @@ def prove_by_logits(context: "StageContext") -> dict[str, Any]:
         context.store.using(context.inputs["base"]) as base,
         context.store.using(context.inputs["expansion"]) as expansion,
     ):
-        types, probe_BT = _prove(context, base, expansion, saved)
+        kernels, probe_BT = _prove(context, base, expansion, saved)
     return {
-        "types": [_name(t) for t in types],
+        "types": list(kernels),
+        "kernels": kernels,
         "probe": {"sequences": probe_BT.shape[0], "tokens": probe_BT.shape[1], "seed": context.spec["seed"]},
         "generated_tokens": GENERATED_TOKENS,
         "reload_equal": True,
     }
 
 
-def _prove(context: "StageContext", base: Path, expansion: Path, saved: Path) -> tuple[list[torch.dtype], torch.Tensor]:
-    """StageFailed unless equal; the types in which they are, and the probe."""
+def _prove(context: "StageContext", base: Path, expansion: Path, saved: Path) -> tuple[dict[str, str], torch.Tensor]:
+    """StageFailed unless equal; the types in which they are with the attention kernel of each, and the probe."""
     context.progress(0, 5, "loads", "base, in the checkpoint's type")
-    own, probe_BT = _ask(base, context.spec["probe_tokens"], context.spec["seed"])
-    types = [own.logits_BTV.dtype]
+    own, probe_BT, kernel = _ask(base, context.spec["probe_tokens"], context.spec["seed"])
+    dtype = own.logits_BTV.dtype
+    kernels = {_name(dtype): kernel}
     context.progress(1, 5, "loads", "expansion, in the checkpoint's type")
-    compare_answers(own, _ask_again(expansion, types[0], probe_BT))
-    if types[0] != torch.float32:
-        types.append(torch.float32)
+    compare_answers(own, _ask_again(expansion, dtype, probe_BT, kernel)[0])
+    if dtype != torch.float32:
         context.progress(2, 5, "loads", "base, in float32")
-        full = _ask_again(base, torch.float32, probe_BT)
+        full, full_kernel = _ask_again(base, torch.float32, probe_BT)
+        kernels[_name(torch.float32)] = full_kernel
         context.progress(3, 5, "loads", "expansion, in float32")
-        compare_answers(full, _ask_again(expansion, torch.float32, probe_BT))
+        compare_answers(full, _ask_again(expansion, torch.float32, probe_BT, full_kernel)[0])
     context.progress(4, 5, "loads", "expansion, saved and loaded again")
-    check_reload(expansion, saved, probe_BT)
+    check_reload(expansion, saved, probe_BT, kernel)
     context.progress(5, 5, "loads", "equal")
-    return types, probe_BT
+    return kernels, probe_BT
 
 
 def check_finite(model: torch.nn.Module) -> None:
@@ -130,33 +133,38 @@ def compare_answers(base: Answers, expansion: Answers) -> None:
             )
 
 
-def check_reload(path: Path, saved: Path, probe_BT: torch.Tensor) -> None:
+def check_reload(path: Path, saved: Path, probe_BT: torch.Tensor, kernel: str) -> None:
     """StageFailed unless the model at `path`, saved by transformers to `saved` and loaded again, is the same model."""
     model = load_model(path, dtype=None, device=choose_device())
     names = list(model.state_dict())
-    before, logits_BTV = digest_tensors(model, names), forward_logits(model, probe_BT)
+    before, logits_BTV = digest_tensors(model, names), forward_logits(model, probe_BT, kernel)
     model.save_pretrained(saved)
     del model
     again = load_model(saved, dtype=None, device=choose_device())
     changed = compare(before, digest_tensors(again, list(again.state_dict())))
     if changed:
         raise StageFailed(f"saved and loaded again, {len(changed)} tensors of the expansion change, e.g. {changed[0]}")
-    if not are_bit_equal(logits_BTV, logits_again_BTV := forward_logits(again, probe_BT)):
+    if not are_bit_equal(logits_BTV, logits_again_BTV := forward_logits(again, probe_BT, kernel)):
         difference = max_abs_difference(logits_BTV, logits_again_BTV)
         raise StageFailed(f"saved and loaded again, the expansion's logits differ by up to {difference:.6g}")
 
 
-def _ask(path: Path, tokens: int, seed: int) -> tuple[Answers, torch.Tensor]:
-    """Answers, in the checkpoint's type, to a fresh probe that fits its vocabulary and its longest context."""
+def _ask(path: Path, tokens: int, seed: int) -> tuple[Answers, torch.Tensor, str]:
+    """Answers, in the checkpoint's type, to a fresh probe that fits its vocabulary and its longest context; the probe,
+    and the attention kernel."""
     model = load_model(path, None, device=choose_device())
     check_finite(model)
     longest = int(model.config.max_position_embeddings) - GENERATED_TOKENS
     probe_BT = random_probe(int(model.config.vocab_size), PROBE_SEQUENCES, min(tokens, longest), seed)
-    return answers(model, probe_BT, GENERATED_TOKENS), probe_BT
+    kernel = choose_kernel(model, probe_BT.shape[1] + GENERATED_TOKENS)
+    return answers(model, probe_BT, GENERATED_TOKENS, kernel), probe_BT, kernel
 
 
-def _ask_again(path: Path, dtype: torch.dtype, probe_BT: torch.Tensor) -> Answers:
-    return answers(load_model(path, dtype, device=choose_device()), probe_BT, GENERATED_TOKENS)
+def _ask_again(path: Path, dtype: torch.dtype, probe_BT: torch.Tensor, kernel: str = "") -> tuple[Answers, str]:
+    """Answers in this type by this attention kernel, or by one that is chosen now."""
+    model = load_model(path, dtype, device=choose_device())
+    kernel = kernel or choose_kernel(model, probe_BT.shape[1] + GENERATED_TOKENS)
+    return answers(model, probe_BT, GENERATED_TOKENS, kernel), kernel
 
 
 def _name(dtype: torch.dtype) -> str:

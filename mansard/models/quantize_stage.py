@@ -15,6 +15,7 @@ import torch
 
 from mansard.canonical import canonical_json
 from mansard.errors import BadInput, StageFailed
+from mansard.models.attention_kernels import choose_kernel
 from mansard.models.distance import Distance, distance, probe_logits
 from mansard.models.loading import choose_device, load_model, load_tokenizer
 from mansard.models.quantizable import check_quantizable
@@ -50,8 +51,8 @@ def run(context: "StageContext") -> SnapshotId:
             spec["sample_tokens"],
             f"calibration text {spec['source']!r}",
         )
-        matrices, found = _quantize(source, tokenizer, windows_WT, tree, spec, context.progress)
-    (tree / "quantization.json").write_bytes(canonical_json(_record(spec, matrices, found)))
+        matrices, found, kernel = _quantize(source, tokenizer, windows_WT, tree, spec, context.progress)
+    (tree / "quantization.json").write_bytes(canonical_json(_record(spec, matrices, found, kernel)))
     return store.snapshot(tree)
 
 
@@ -62,8 +63,9 @@ def _quantize(
     tree: Path,
     spec: Mapping[str, Any],
     progress: Callable[..., None],
-) -> tuple[int, Distance]:
-    """Probe, quantize, write, read back, probe again. The input and the artifact are never in memory together."""
+) -> tuple[int, Distance, str]:
+    """Probe, quantize, write, read back, probe again by the same attention kernel. The input and the artifact are never
+    in memory together."""
     calibration_WT, probe_WT = windows_WT[: spec["samples"]], windows_WT[spec["samples"] :]
     device = choose_device()
     model = load_model(source, dtype=None, device=device)
@@ -73,7 +75,8 @@ def _quantize(
     blocks = len(model.get_decoder().layers)
     total = blocks + 2
     progress(0, total, "blocks", "probing the input")
-    reference = probe_logits(model, probe_WT)
+    kernel = choose_kernel(model, probe_WT.shape[1])
+    reference = probe_logits(model, probe_WT, kernel)
 
     def told(done: int, of: int) -> None:
         progress(1 + done, total, "blocks", f"AWQ: block {done + 1} of {of}")
@@ -82,14 +85,15 @@ def _quantize(
     matrices = save_quantized(model, source, tree)
     release(model)
     progress(1 + blocks, total, "blocks", "probing the artifact")
-    found = distance(reference, probe_logits(load_model(tree, dtype=None, device=device), probe_WT), probe_WT)
+    artifact = load_model(tree, dtype=None, device=device)
+    found = distance(reference, probe_logits(artifact, probe_WT, kernel), probe_WT)
     if not all(math.isfinite(number) for number in _numbers(found).values()):
         raise StageFailed(f"the quantized model's answers on the probe are not finite: {found}; look at its input")
     progress(total, total, "blocks", "done", **_numbers(found))
-    return matrices, found
+    return matrices, found, kernel
 
 
-def _record(spec: Mapping[str, Any], matrices: int, found: Distance) -> dict[str, Any]:
+def _record(spec: Mapping[str, Any], matrices: int, found: Distance, kernel: str) -> dict[str, Any]:
     return {
         "format": 1,
         "scheme": spec["scheme"],
@@ -97,7 +101,7 @@ def _record(spec: Mapping[str, Any], matrices: int, found: Distance) -> dict[str
         "symmetric": spec["symmetric"],
         "matrices": matrices,
         "calibration": {"windows": spec["samples"], "window_tokens": spec["sample_tokens"]},
-        "probe": {"windows": PROBE_WINDOWS, "window_tokens": spec["sample_tokens"]},
+        "probe": {"windows": PROBE_WINDOWS, "window_tokens": spec["sample_tokens"], "kernel": kernel},
         **_numbers(found),
     }
 

@@ -9,19 +9,18 @@ head width.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
+from mansard.models.attention_kernels import attention_by, training_kernel
 from mansard.training.packing import masks_of
 from mansard.training.short_attention import is_short, short_attention
 
 NAME = "mansard_packed"
-PREFERRED = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def use_packed_attention(model: Any) -> None:  # noqa: ANN401 - a transformers model
@@ -71,7 +70,7 @@ def segment_ends(positions_BT: torch.Tensor) -> torch.Tensor:
 @contextmanager
 def preferred_kernels(device: torch.device) -> Iterator[None]:
     """cuDNN's attention first while the context lasts, on an accelerator."""
-    with sdpa_kernel(PREFERRED, set_priority=True) if device.type == "cuda" else nullcontext():
+    with attention_by(training_kernel(device), device):
         yield
 
 

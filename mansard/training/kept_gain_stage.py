@@ -15,6 +15,7 @@ import torch
 
 from mansard.canonical import canonical_json
 from mansard.errors import BadInput, StageFailed
+from mansard.models.attention_kernels import training_kernel
 from mansard.models.loading import choose_device, load_model, load_tokenizer
 from mansard.models.model_files import weight_files
 from mansard.records import SnapshotId
@@ -24,7 +25,7 @@ from mansard.training.engines import CPU_THREADS, ModelEngine
 if TYPE_CHECKING:
     from mansard.worker import StageContext
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 PACKAGES = ("numpy", "safetensors", "tokenizers", "torch", "transformers")
 
 FUSION_FILE = "fusion.json"
@@ -46,6 +47,7 @@ def run(context: "StageContext") -> SnapshotId:
         "format": 1,
         "method": "average",
         "weight": context.spec["weight"],
+        "kernel": training_kernel(choose_device()),
         "texts": told,
         "too_short": [name for name in (*gains, *guards) if name not in told],
         "changed_base_tensors": changed_tensors(context),

@@ -3,8 +3,8 @@
 Output: `trained.safetensors` (trained tensors under checkpoint names, in the checkpoint's type), `probe.safetensors`
 (token ids, and the trained model's logits on them in the checkpoint's type by `mansard.models.probe`, for fuse to
 compare with) and `training.json` (curve, achieved fractions, digests of the frozen tensors in memory, how far the
-trainer's forward pass is from the checkpoint's on the probe; no times). With a base learning rate above 0 the base
-trains too, what changed of it is listed, and nothing is called frozen.
+trainer's forward pass is from the checkpoint's on the probe, the attention kernels of both; no times). With a base
+learning rate above 0 the base trains too, what changed of it is listed, and nothing is called frozen.
 """
 
 import shutil
@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from mansard.canonical import canonical_json
 from mansard.errors import StageFailed
+from mansard.models.attention_kernels import choose_kernel, training_kernel
 from mansard.models.loading import choose_device, load_model
 from mansard.models.probe import forward_logits
 from mansard.models.slots import view
@@ -39,7 +40,7 @@ from mansard.training.state import Checkpoints
 if TYPE_CHECKING:
     from mansard.worker import StageContext
 
-CODE_VERSION = 10
+CODE_VERSION = 11
 PACKAGES = ("numpy", "peft", "safetensors", "tokenizers", "torch", "torchao", "transformers")
 
 
@@ -134,10 +135,15 @@ def write_tensors(
             if name not in names.new and not torch.equal(before, tensor):
                 changed.append(name)
     save_file(made, output / "trained.safetensors")
-    logits_BTV = forward_logits(model, learned.probe_BT)
+    kernel = choose_kernel(model, learned.probe_BT.shape[1])
+    logits_BTV = forward_logits(model, learned.probe_BT, kernel)
     save_file({"input_ids": learned.probe_BT, "logits": logits_BTV}, output / "probe.safetensors")
-    attention = model.config._attn_implementation
-    return changed, {"dtype": str(logits_BTV.dtype).removeprefix("torch."), "attention": attention}
+    return changed, {
+        "dtype": str(logits_BTV.dtype).removeprefix("torch."),
+        "attention": model.config._attn_implementation,
+        "kernel": kernel,
+        "trainer_kernel": training_kernel(model.device),
+    }
 
 
 def forward_kl(seen_BTV: torch.Tensor, output: Path) -> float:

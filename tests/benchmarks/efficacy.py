@@ -31,6 +31,7 @@ from side_by_side import Trainings, add_arguments, stand_on, work_folder
 from ways_of_learning import wait
 
 from mansard import expand
+from mansard.models.attention_kernels import choose_kernel
 from mansard.models.expand import plan
 from mansard.models.freeze import freeze_except
 from mansard.models.importance import losses
@@ -157,7 +158,7 @@ def importance(ground: Ground) -> dict[str, Any]:
     """The blocks without which the base loses least on general text."""
     model = load_model(ground.base, ground.scale.dtype, device=ground.device)
     ids_BT = torch.from_numpy(ground.training["general"].tokens_RT[:IMPORTANCE_ROWS].copy()).long()
-    _, without = losses(model, ids_BT)
+    _, without = losses(model, ids_BT, choose_kernel(model, ids_BT.shape[1]))
     return {"blocks": sorted(sorted(range(len(without)), key=without.__getitem__)[: ground.scale.new_blocks])}
 
 

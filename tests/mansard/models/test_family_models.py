@@ -114,7 +114,7 @@ def test_one_step_moves_little_and_the_fused_model_is_the_trained_one(
     expansion = expand(store, base, [0, 2])
     trained = train(make_context, expansion, train_slice(steps=1))
     probe = load(store.read_file(trained, "probe.safetensors"))
-    before_BTV = forward_logits(load_model(store.materialize(base), None), probe["input_ids"])
+    before_BTV = forward_logits(load_model(store.materialize(base), None), probe["input_ids"], "cpu")
     moved = float(torch.linalg.vector_norm(probe["logits"] - before_BTV) / torch.linalg.vector_norm(before_BTV))
     print(f"{model_type}: one step moves the logits by {moved:.2%}")
     assert 0.0 < moved < 0.1
@@ -128,7 +128,7 @@ def test_one_step_moves_little_and_the_fused_model_is_the_trained_one(
     frozen = {n for n in old if (place := family.split(n)) is None or place[0] not in new}
     assert {now[n] for n in frozen} == set(first.values()) and all(now[n] == old[n] for n in frozen)
     model = load_model(store.materialize(fused), None)
-    assert are_bit_equal(forward_logits(model, probe["input_ids"]), probe["logits"])
+    assert are_bit_equal(forward_logits(model, probe["input_ids"], "cpu"), probe["logits"])
     model.save_pretrained(tmp_path / "saved")
     assert tensors(store, store.snapshot(tmp_path / "saved")) == now
 
@@ -302,6 +302,6 @@ def test_capped_scores_are_computed(make_family: MakeFamily) -> None:
 
     path = make_family("gemma2", attn_logit_softcapping=0.5)
     probe_BT = random_probe(260, 1, 20, 0)
-    logits = [forward_logits(load_model(path, None, attention=a), probe_BT) for a in (None, "eager", "sdpa")]
+    logits = [forward_logits(load_model(path, None, attention=a), probe_BT, "cpu") for a in (None, "eager", "sdpa")]
     assert torch.equal(logits[0], logits[1])
     assert not torch.allclose(logits[0], logits[2], atol=1e-3)

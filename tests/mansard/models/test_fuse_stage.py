@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from mansard.canonical import canonical_json
 from mansard.errors import BadInput, StageFailed
 from mansard.models.expand import apply, plan
 from mansard.models.families import LLAMA
@@ -35,15 +36,18 @@ def expansion_and_trained(make_llama: Any, store: Store) -> tuple[str, dict[str,
                 parameter.add_(torch.randn(parameter.shape, dtype=parameter.dtype) * 0.05)
                 trained[name] = parameter.detach().clone()
     input_ids_BT = random_probe(260, 2, 24, seed=3)
-    return expansion, trained, {"input_ids": input_ids_BT, "logits": forward_logits(model, input_ids_BT)}
+    return expansion, trained, {"input_ids": input_ids_BT, "logits": forward_logits(model, input_ids_BT, "cpu")}
 
 
-def run(make_context: Any, store: Store, expansion: str, trained: dict[str, Any], probe: dict[str, Any]) -> str:
+def run(
+    make_context: Any, store: Store, expansion: str, trained: dict[str, Any], probe: dict[str, Any], kernel: str = "cpu"
+) -> str:
     from safetensors.torch import save
 
     from mansard.models import fuse_stage
 
-    files = {"trained.safetensors": save(trained), "probe.safetensors": save(probe)}
+    record = canonical_json({"probe": {"kernel": kernel} if kernel else {}})
+    files = {"trained.safetensors": save(trained), "probe.safetensors": save(probe), "training.json": record}
     folder = make_context({}, {}).work
     for name, data in files.items():
         (folder / name).write_bytes(data)
@@ -78,3 +82,26 @@ def test_probe_without_logits_is_refused(make_llama: Any, make_context: Any, sto
     expansion, trained, probe = expansion_and_trained(make_llama, store)
     with pytest.raises(BadInput, match="no tensors input_ids and logits"):
         run(make_context, store, expansion, trained, {"input_ids": probe["input_ids"]})
+
+
+def test_what_attention_the_process_prefers_changes_no_comparison(
+    make_llama: Any, make_context: Any, store: Store
+) -> None:
+    """On Hopper training left flash attention first, where a fresh process takes cuDNN's."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    expansion, trained, probe = expansion_and_trained(make_llama, store)
+    with sdpa_kernel([SDPBackend.MATH]):
+        assert run(make_context, store, expansion, trained, probe)
+
+
+@pytest.mark.parametrize(("kernel", "message"), [
+    ("", r"^training.json: no probe.kernel in it \(KeyError\('kernel'\)\); train again$"),
+    ("flash", "computed by 'flash', this process runs on 'cpu'; run it where they were computed"),
+])  # fmt: skip
+def test_a_probe_that_cannot_be_computed_again_is_refused(
+    make_llama: Any, make_context: Any, store: Store, kernel: str, message: str
+) -> None:
+    expansion, trained, probe = expansion_and_trained(make_llama, store)
+    with pytest.raises(BadInput, match=message):
+        run(make_context, store, expansion, trained, probe, kernel)

@@ -125,9 +125,9 @@ def test_the_probe_is_what_the_trained_checkpoint_answers(store: Store, fill: Fi
     made = run(store, inputs, slice_())
     trained, probe = (tensors_of(store, made, f"{name}.safetensors") for name in ("trained", "probe"))
     model = load_model(store.materialize(inputs["expansion"]), None)
-    untrained = forward_logits(model, probe["input_ids"])
+    untrained = forward_logits(model, probe["input_ids"], "cpu")
     model.load_state_dict(trained, strict=False)
-    assert are_bit_equal(forward_logits(model, probe["input_ids"]), probe["logits"])
+    assert are_bit_equal(forward_logits(model, probe["input_ids"], "cpu"), probe["logits"])
     assert not are_bit_equal(untrained, probe["logits"])
 
 

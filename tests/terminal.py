@@ -1,0 +1,118 @@
+"""Commands run in a pseudoterminal, and what a person then sees of them."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import pty
+import re
+import select
+import struct
+import subprocess
+import termios
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROWS = 50
+ESCAPE = re.compile(r"\x1b\[(\??)([0-9;]*)([A-Za-z])")
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What a command wrote to its terminal."""
+
+    status: int
+    output: str
+    columns: int
+
+    def lines(self) -> list[str]:
+        """The screen after the command's end, scrolled-off lines included; one longer than the screen stays whole."""
+        return screen(self.output)
+
+    def widest(self) -> int:
+        return max(map(len, self.lines()), default=0)
+
+    def json(self) -> Any:
+        """The answer of a command with --json: the last line that is one."""
+        return json.loads(next(line for line in reversed(self.lines()) if line.startswith(("{", "["))))
+
+
+def run_in_terminal(
+    command: Sequence[str],
+    columns: int = 80,
+    *,
+    folder: Path | None = None,
+    variables: Mapping[str, str] | None = None,
+    timeout_seconds: float = 3600,
+) -> Shown:
+    """Run a command whose standard output and error are a terminal of so many columns."""
+    reader, writer = pty.openpty()
+    fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, columns, 0, 0))
+    settings = {"TERM": "xterm-256color", **_without(os.environ, "COLUMNS", "LINES", "NO_COLOR"), **(variables or {})}
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, reader)
+        try:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=writer, stderr=writer, cwd=folder, env=settings
+            )
+        finally:
+            os.close(writer)
+        stack.callback(process.wait)
+        stack.callback(process.kill)
+        output = _read(reader, time.monotonic() + timeout_seconds)
+        return Shown(process.wait(), output, columns)
+
+
+def screen(output: str) -> list[str]:
+    """The lines that stand on an endless screen: line feeds, carriage returns, cursor up and down, erasures."""
+    lines, row, column, place = [""], 0, 0, 0
+    while place < len(output):
+        found = ESCAPE.match(output, place)
+        if found:
+            place = found.end()
+            number = int(found[2] or 1) if found[2].isdigit() or not found[2] else 0
+            if found[3] == "A":
+                row = max(row - number, 0)
+            elif found[3] == "B":
+                row += number
+            elif found[3] == "K":
+                lines[row] = "" if found[2] == "2" else lines[row][:column]
+            elif found[3] == "G":
+                column = number - 1
+        else:
+            sign, place = output[place], place + 1
+            if sign == "\n":
+                row, column = row + 1, 0
+            elif sign == "\r":
+                column = 0
+            else:
+                lines[row] = lines[row][:column].ljust(column) + sign + lines[row][column + 1 :]
+                column += 1
+        lines += [""] * (row + 1 - len(lines))
+    return [line.rstrip() for line in lines]
+
+
+def _read(reader: int, deadline: float) -> str:
+    """Until the last process that has the terminal closed it."""
+    chunks = []
+    while select.select([reader], [], [], max(deadline - time.monotonic(), 0.0))[0]:
+        try:
+            chunk = os.read(reader, 1 << 16)
+        except OSError as error:
+            if error.errno != errno.EIO:  # what Linux says when the other end is closed
+                raise
+            break
+        if not chunk:
+            break
+        chunks.append(chunk)
+    else:
+        raise AssertionError(f"the command did not end in time; it printed {b''.join(chunks[-20:])!r}")
+    return b"".join(chunks).decode(errors="replace")
+
+
+def _without(variables: Mapping[str, str], *names: str) -> dict[str, str]:
+    return {name: value for name, value in variables.items() if name not in names}
