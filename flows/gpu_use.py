@@ -58,6 +58,8 @@ def gpu_use() -> Iterator[GpuUse]:
         process.terminate()
         process.wait(timeout=30)
         reader.join(timeout=30)
+        if process.stdout is not None:
+            process.stdout.close()
 
 
 def _read(process: "subprocess.Popen[str]", use: GpuUse) -> None:
