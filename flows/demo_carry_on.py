@@ -10,19 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-from flows.demo import (
-    ROOT,
-    alarm,
-    approve,
-    console,
-    mansard,
-    mansard_json,
-    rollback_drill,
-    stable_version,
-    traffic,
-    wait_for_requests,
-    wait_until_served,
-)  # fmt: skip
+from flows.demo import ROOT
+from flows.story import Story, alarm, console, wait_for_requests
 from mansard.errors import BadInput, MansardError
 from mansard.site import Site, find_site, load_site
 from tasks import standard_streams
@@ -45,21 +34,22 @@ def main() -> int:
 
 def tell(site: Site) -> int:
     """Customize, review, approve, release under traffic, roll back."""
-    if stable_version(site) is None:
+    story = Story(site, "demo")
+    if story.stable_version() is None:
         raise BadInput("nothing is stable yet; run `make demo` first")
-    mansard(site, "up")
-    wait_until_served(site)
+    story.run("up")
+    story.wait_until_served()
     began = time.monotonic()
-    made = mansard_json(site, "customize", SPEC)
+    made = story.run_json("customize", SPEC)
     seconds = time.monotonic() - began
     version = made["version"]
-    mansard(site, "review", version)
-    with traffic(site) as counts_file:
-        if stable_version(site) != version:
-            approve(site, version, "code improves, docstrings hold")
-            mansard(site, "release", version, "--as", "ada")
+    story.run("review", version)
+    with story.traffic() as counts_file:
+        if story.stable_version() != version:
+            story.approve(version, "code improves, docstrings hold")
+            story.release(version)
         wait_for_requests(counts_file, 50)
-        rollback_ms = rollback_drill(site)
+        rollback_ms = story.rollback_ms()
     counts = json.loads(counts_file.read_text())
     summary = {**made, "customize_seconds": round(seconds, 1), "rollback_ms": rollback_ms, "traffic": counts}
     Path("demo-carry-on-summary.json").write_text(json.dumps(summary, indent=1) + "\n")

@@ -1,7 +1,8 @@
 """Users for the demo and the end-to-end test: requests through the router, half of them streaming.
 
-`python -m flows.demo_traffic URL MODEL SUMMARY.json` runs until SIGTERM, then writes the counts. A request has failed
-when it does not end with status 200 and text; a stream is broken when it ends without `[DONE]` or carries an error.
+`python -m flows.demo_traffic URL MODEL SUMMARY.json [PROMPT ...]` runs until SIGTERM, then writes the counts. A request
+has failed when it does not end with status 200 and text; a stream is broken when it ends without `[DONE]` or carries an
+error.
 """
 
 import asyncio
@@ -9,6 +10,7 @@ import json
 import random
 import signal
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -51,10 +53,16 @@ def is_whole_stream(text: str) -> bool:
 
 
 async def send(
-    session: aiohttp.ClientSession, url: str, model: str, user: str, is_stream: bool, counts: Counts
+    session: aiohttp.ClientSession,
+    url: str,
+    model: str,
+    user: str,
+    is_stream: bool,
+    counts: Counts,
+    prompts: Sequence[str] = PROMPTS,
 ) -> None:
     """One request of one user, counted whatever becomes of it."""
-    body = {"model": model, "prompt": random.choice(PROMPTS), "max_tokens": 12, "stream": is_stream}  # noqa: S311
+    body = {"model": model, "prompt": random.choice(prompts), "max_tokens": 12, "stream": is_stream}  # noqa: S311
     version, fault = "none", ""
     try:
         async with session.post(f"{url}/v1/completions", json=body, headers={"x-user-id": user}) as answer:
@@ -68,7 +76,7 @@ async def send(
     counts.saw(version, fault, is_stream)
 
 
-async def run(url: str, model: str, summary: Path) -> None:
+async def run(url: str, model: str, summary: Path, prompts: Sequence[str] = PROMPTS) -> None:
     """Send until SIGTERM; requests under way are finished and counted."""
     counts = Counts()
     stop = asyncio.Event()
@@ -76,7 +84,7 @@ async def run(url: str, model: str, summary: Path) -> None:
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     timeout = aiohttp.ClientTimeout(total=300)
     async with aiohttp.ClientSession(timeout=timeout) as session:
-        workers = [StoppableUser(session, url, model, n, counts, stop) for n in range(CONCURRENCY)]
+        workers = [StoppableUser(session, url, model, n, counts, stop, prompts) for n in range(CONCURRENCY)]
         await asyncio.gather(*(w.run() for w in workers), _report(counts, summary, stop))
     write_atomically(summary, json.dumps(asdict(counts)).encode())
 
@@ -91,12 +99,13 @@ class StoppableUser:
     number: int
     counts: Counts
     stop: asyncio.Event
+    prompts: Sequence[str] = PROMPTS
 
     async def run(self) -> None:
         turn = self.number
         while not self.stop.is_set():
             user = f"user-{random.randrange(USERS)}"  # noqa: S311 - any user will do
-            await send(self.session, self.url, self.model, user, turn % 2 == 0, self.counts)
+            await send(self.session, self.url, self.model, user, turn % 2 == 0, self.counts, self.prompts)
             turn += 1
             await asyncio.sleep(PAUSE_SECONDS)
 
@@ -109,4 +118,4 @@ async def _report(counts: Counts, summary: Path, stop: asyncio.Event) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(run(sys.argv[1], sys.argv[2], Path(sys.argv[3])))
+    asyncio.run(run(sys.argv[1], sys.argv[2], Path(sys.argv[3]), sys.argv[4:] or PROMPTS))
