@@ -21,7 +21,7 @@ from mansard.specs.whole import Serve
 if TYPE_CHECKING:
     from mansard.worker import StageContext
 
-CODE_VERSION = 2
+CODE_VERSION = 3
 PACKAGES = ("lm-eval", "transformers", "tokenizers", "datasets")
 
 

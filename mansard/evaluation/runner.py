@@ -1,15 +1,16 @@
 """lm-evaluation-harness 0.4.13 through an engine's API; the only file that knows it.
 
-Prompts go out as token ids, many in one request. Texts (`loglikelihood_rolling`) are scored whole: the first token is
-conditioned on the tokenizer's opening token (BOS, else EOS), a text longer than the window is cut into windows whose
-tokens are each counted once. Contexts of questions begin with BOS exactly where the tokenizer itself begins a prompt
-with it, as it would for a user. Nothing is downloaded for suites of our own: the tokenizer is the artifact's, the items
-are handed over in memory. Errors of the harness and of its HTTP client become StageFailed.
+Prompts go out as token ids, many in one request; prompt_logprobs.py says what comes back. Texts
+(`loglikelihood_rolling`) are scored whole: the first token is conditioned on the tokenizer's opening token (BOS, else
+EOS), a text longer than the window is cut into windows whose tokens are each counted once. Contexts of questions begin
+with BOS exactly where the tokenizer itself begins a prompt with it, as it would for a user. Nothing is downloaded for
+suites of our own: the tokenizer is the artifact's, the items are handed over in memory. Errors of the harness and of
+its HTTP client become StageFailed.
 
 Importing this file loads the harness (4 s): a stage imports it when it runs.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -25,10 +26,14 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from mansard.errors import BadInput, StageFailed
 from mansard.evaluation.item_records import Record, bits_record, choice_record, right_or_wrong_record
+from mansard.evaluation.prompt_logprobs import continuation_scores, question
 from mansard.evaluation.suites import Item
 
 PROMPTS_PER_REQUEST = 32
-REQUESTS_AT_ONCE = 4
+REQUESTS_AT_ONCE = 8
+"""256 prompts are in flight, on every device and for every artifact: both sides of a comparison are asked alike."""
+
+TIMEOUT_SECONDS = 3600
 HARNESS_SEED = 1234
 """The harness's own default for drawing examples."""
 
@@ -47,7 +52,11 @@ class Engine:
 
 
 class EngineModel(LocalCompletionsAPI):  # type: ignore[misc]  # the harness is untyped; subclassing is its interface
-    """The harness's API model, with whole texts batched and progress reported."""
+    """The harness's API model, with texts tokenized in one go, whole texts batched and progress reported.
+
+    `alternatives` is how many of the likeliest tokens are asked for beside each token of a prompt. With 0, `is_greedy`
+    of an answer says nothing: our own suites do not use it, and the engine need not look for the likeliest token.
+    """
 
     def __init__(self, engine: Engine) -> None:
         super().__init__(
@@ -60,7 +69,7 @@ class EngineModel(LocalCompletionsAPI):  # type: ignore[misc]  # the harness is 
             num_concurrent=REQUESTS_AT_ONCE,
             max_retries=5,
             max_length=engine.max_model_len,
-            timeout=1800,
+            timeout=TIMEOUT_SECONDS,
             seed=0,
             header={"X-Mansard": "evaluate"},  # else OPENAI_API_KEY would be sent
         )
@@ -68,6 +77,8 @@ class EngineModel(LocalCompletionsAPI):  # type: ignore[misc]  # the harness is 
         self.opening = opening if opening == [self.tokenizer.bos_token_id] else []
         self.report: Report = lambda done, total: None
         self.done = self.total = 0
+        self.alternatives = 0
+        self._tokens: dict[str, list[int]] = {}
         if self.prefix_token_id is None:
             raise StageFailed(f"{engine.tokenizer}: the tokenizer has neither BOS nor EOS to open a text with")
 
@@ -77,11 +88,41 @@ class EngineModel(LocalCompletionsAPI):  # type: ignore[misc]  # the harness is 
         self.report(self.done, self.total)
         return answers
 
+    def _create_payload(
+        self, messages: Any, generate: bool = False, seed: int = 0, **options: Any  # noqa: ANN401 - as above
+    ) -> dict[str, Any]:
+        if generate:
+            return dict(super()._create_payload(messages, generate=True, seed=seed, **options))
+        return question(self.model, messages, self.alternatives, seed)
+
+    def parse_logprobs(
+        self, outputs: Any, tokens: Any, ctxlens: Any, **_: Any  # noqa: ANN401 - as above
+    ) -> list[tuple[float, bool]]:
+        return continuation_scores(outputs, tokens, ctxlens)
+
+    def tok_encode(self, string: Any, *arguments: Any, **options: Any) -> Any:  # noqa: ANN401 - as above
+        if isinstance(string, str) and string in self._tokens:
+            return self._tokens[string]
+        return super().tok_encode(string, *arguments, **options)
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """The harness tokenizes a context as often as it has choices; here each text once, all in one batch."""
+        pairs = [request.args for request in requests]
+        texts = {text for context, choice in pairs for text in (context.rstrip(), context + choice)}
+        self._tokens = dict(zip(texts, self._encode(texts), strict=True))
+        try:
+            return list(super().loglikelihood(requests, disable_tqdm))
+        finally:
+            self._tokens = {}
+
+    def _encode(self, texts: Iterable[str]) -> list[list[int]]:
+        listed = list(texts)
+        return list(super().tok_encode(listed)) if listed else []
+
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """The harness sends one text a request; here all windows of all texts share requests."""
         owners, windows = [], []
-        for owner, request in enumerate(requests):
-            tokens = self.tokenizer(request.args[0], add_special_tokens=False).input_ids
+        for owner, tokens in enumerate(self._encode(request.args[0] for request in requests)):
             pairs = get_rolling_token_windows(
                 tokens, prefix_token=self.prefix_token_id, max_seq_len=self.max_length - 1, context_len=1
             )
@@ -156,7 +197,7 @@ def answer_task(model: EngineModel, name: str, limit: int | None) -> list[Record
     for task_name, task in tasks.items():
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
-        for sample in _samples(model, task_name, task, limit):
+        for sample in _samples(model, task_name, task, limit, alternatives=1):
             records.append(_task_record(task_name, sample, len(task.get_config("target_delimiter") or "")))
     return records
 
@@ -174,8 +215,12 @@ def _local_task(name: str, config: dict[str, Any], items: Sequence[Item]) -> Con
     )
 
 
-def _samples(model: EngineModel, name: str, task: ConfigurableTask, limit: int | None) -> list[dict[str, Any]]:
-    """What the harness kept of each document, in the task's order; the first filter where there are several."""
+def _samples(
+    model: EngineModel, name: str, task: ConfigurableTask, limit: int | None, alternatives: int = 0
+) -> list[dict[str, Any]]:
+    """What the harness kept of each document, in the task's order; the first filter where there are several. Some of
+    its tasks ask whether an answer is the greedy one: they need `alternatives`."""
+    model.alternatives = alternatives
     task.set_fewshot_seed(seed=HARNESS_SEED)
     try:
         wanted = {"tasks": {name: task}, "groups": {}}

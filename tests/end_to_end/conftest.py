@@ -112,6 +112,7 @@ def write_site(folder: Path) -> Path:
     for environment in tree["environments"].values():
         for key in ("python", "lock"):
             environment[key] = str(Path(os.path.normpath(ROOT / "configs/site" / environment[key])))
+    tree["environments"]["serve"]["variables"] = {"PYTHONPATH": str(ROOT / "infra/vllm-plugin")}  # beside this file
     path.write_text(yaml.safe_dump(tree, sort_keys=False))
     return path
 

@@ -17,6 +17,8 @@ import aiohttp
 import pytest
 
 from mansard.evaluation.engine_api import post_json
+from mansard.evaluation.item_records import bits_record
+from mansard.evaluation.prompt_logprobs import continuation_scores, question
 from mansard.evaluation.suites import take_suite
 from mansard.launch import Request, derive
 from mansard.models.model_files import model_config
@@ -78,8 +80,32 @@ def train_slice() -> dict[str, Any]:
     }  # fmt: skip
 
 
-async def answered(site: Site, store: Store, artifact: str, suite: str) -> tuple[str, dict[str, Any]]:
-    """Item records, and a completion, of the artifact through its engine."""
+def harness_bits(endpoint: str, prompts: list[list[int]]) -> list[float]:
+    """Bits of each prompt but its first token, asked as lm-evaluation-harness itself asks."""
+    body = {"model": "qwen", "prompt": prompts, "max_tokens": 1, "temperature": 0, "seed": 0}
+    choices = post_json(endpoint, "/v1/completions", {**body, "logprobs": 1, "echo": True})["choices"]
+    sums = [sum(c["logprobs"]["token_logprobs"][1:-1]) for c in sorted(choices, key=lambda c: int(c["index"]))]
+    return [float(bits_record("", "", loglikelihood, 1)["bits"]) for loglikelihood in sums]
+
+
+def check_both_forms(endpoint: str, prompts: list[list[int]]) -> None:
+    """The plugin's bytes hold the very numbers of vLLM's own JSON, alternatives too."""
+    for alternatives in (0, 1):
+        body = question("qwen", prompts, alternatives, 0)
+        compact = post_json(endpoint, "/v1/completions", body)
+        plain = post_json(endpoint, "/v1/completions", {**body, "vllm_xargs": {}})
+        assert all(c["prompt_logprobs"] is None and c["mansard_prompt_logprobs"] for c in compact["choices"])
+        assert all("mansard_prompt_logprobs" not in c for c in plain["choices"])
+        for context in (1, 9):
+            lengths = [context] * len(prompts)
+            scores = continuation_scores(compact, prompts, lengths)
+            assert scores == continuation_scores(plain, prompts, lengths) and len(scores) == len(prompts)
+
+
+async def answered(
+    site: Site, store: Store, artifact: str, suite: str, prompts: list[list[int]]
+) -> tuple[str, list[float], dict[str, Any]]:
+    """Item records, `prompts` in the harness's own way, and a completion, of the artifact through its engine."""
     async with aiohttp.ClientSession() as session:
         engine = Engine(EngineIdentity(artifact, "qwen", SERVE), site, session)
         with store.using(artifact) as tree:
@@ -92,11 +118,13 @@ async def answered(site: Site, store: Store, artifact: str, suite: str) -> tuple
                 }  # fmt: skip
                 request = Request("evaluate", {"artifact": artifact, "suite": suite}, slices, where)
                 records = await asyncio.to_thread(derive, store, site, request)
+                bits = await asyncio.to_thread(harness_bits, engine.endpoint, prompts)
+                await asyncio.to_thread(check_both_forms, engine.endpoint, prompts)
                 body = {"model": "qwen", "prompt": "storey house", "max_tokens": 8, "temperature": 0.0}
                 completion = await asyncio.to_thread(post_json, engine.endpoint, "/v1/completions", body)
             finally:
                 await engine.stop()
-    return records.snapshot, completion
+    return records.snapshot, bits, completion
 
 
 def vllm_processes(session: int) -> list[str]:
@@ -110,17 +138,23 @@ def vllm_processes(session: int) -> list[str]:
     return found
 
 
+def opened_tokens(tree: Path, documents: list[str]) -> list[list[int]]:
+    from mansard.models.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(tree)
+    return [[tokenizer.bos_token_id, *tokenizer(d, add_special_tokens=False)["input_ids"]] for d in documents]
+
+
 def bits_in_memory(tree: Path, documents: list[str]) -> list[float]:
     """Bits of each text, the opening token given, by transformers' own Qwen3 of the same files."""
     import torch
     from torch.nn.functional import cross_entropy
 
-    from mansard.models.loading import load_model, load_tokenizer
+    from mansard.models.loading import load_model
 
-    model, tokenizer = load_model(tree, torch.bfloat16), load_tokenizer(tree)
+    model = load_model(tree, torch.bfloat16)
     found = []
-    for text in documents:
-        ids = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+    for ids in opened_tokens(tree, documents):
         with torch.inference_mode():
             logits_TV = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1].float()
         found.append(float(cross_entropy(logits_TV, torch.tensor(ids[1:]), reduction="sum")) / math.log(2))
@@ -160,10 +194,12 @@ def test_a_qwen3_is_upgraded_and_answers_through_vllm_as_its_files_say(tmp_path:
     (site.data / "items.jsonl").parent.mkdir(parents=True, exist_ok=True)
     (site.data / "items.jsonl").write_bytes(lines(documents))
     suite = take_suite(store, SUITE, site.data)
-    records, completion = asyncio.run(answered(site, store, artifact, suite))
+    prompts = opened_tokens(store.materialize(artifact), documents)
+    records, harness, completion = asyncio.run(answered(site, store, artifact, suite, prompts))
     assert completion["usage"]["completion_tokens"] >= 1
     told = [json.loads(line) for line in store.read_file(records, "records.jsonl").splitlines()]
     assert [r["id"] for r in told] == [str(i) for i in range(12)]
+    assert [r["bits"] for r in told] == harness, "asking for less changes no number"
     expected = bits_in_memory(store.materialize(artifact), documents)
     assert [r["bits"] for r in told] == pytest.approx(expected, rel=0.02)
     untrained = bits_in_memory(store.materialize(base), documents)

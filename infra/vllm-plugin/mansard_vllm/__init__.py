@@ -17,6 +17,7 @@ def register() -> None:
     slots for branches have their own manager of adapters."""
     from vllm import ModelRegistry
 
+    from mansard_vllm.compact_logprobs import answer_compactly
     from mansard_vllm.refusals import answer_refusals
     from mansard_vllm.slots import use_branch_manager
     from mansard_vllm.told_cards import tell_cards
@@ -24,6 +25,7 @@ def register() -> None:
     use_branch_manager()
     tell_cards()
     answer_refusals()
+    answer_compactly()
     for family in FAMILIES:
         for prefix in ("CarryOn", "CarryOnTaps", "CarryOnStates"):
             ModelRegistry.register_model(f"{prefix}{family}", f"mansard_vllm.models:{prefix}{family}")

@@ -1,7 +1,9 @@
 """The harness against a local HTTP server that scores token ids as an engine does: every token counts once."""
 
+import base64
 import json
 import math
+import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,8 +25,31 @@ def logprob(token: int) -> float:
     return -0.25 - (token % 13) / 8
 
 
+def likeliest(token: int) -> float:
+    """Above every third token stands a likelier one."""
+    return logprob(token) + (0.125 if token % 3 == 0 else 0.0)
+
+
+def as_json(prompt: list[int], alternatives: int) -> dict[str, object]:
+    """vLLM's own answer; what the likeliest other token is does not matter."""
+    entries: list[dict[str, dict[str, object]] | None] = [None]
+    for token in prompt[1:]:
+        entry = {str(token): {"logprob": logprob(token), "rank": 1, "decoded_token": "x"}}
+        if alternatives and likeliest(token) != logprob(token):
+            entry["-1"] = {"logprob": likeliest(token), "rank": 1, "decoded_token": "y"}
+        entries.append(entry)
+    return {"prompt_logprobs": entries}
+
+
+def as_bytes(prompt: list[int], alternatives: int) -> dict[str, object]:
+    """The plugin's answer to the same."""
+    numbers = [n for t in prompt[1:] for n in [logprob(t), *[likeliest(t)] * alternatives]]
+    packed = base64.b64encode(struct.pack(f"<{len(numbers)}f", *numbers)).decode()
+    return {"prompt_logprobs": None, "mansard_prompt_logprobs": {"columns": 1 + alternatives, "float32": packed}}
+
+
 @contextmanager
-def scoring_engine(asked: list[list[int]], refuse: bool = False) -> Iterator[str]:
+def scoring_engine(asked: list[list[int]], refuse: bool = False, has_plugin: bool = True) -> Iterator[str]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
@@ -32,7 +57,10 @@ def scoring_engine(asked: list[list[int]], refuse: bool = False) -> Iterator[str
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             prompts: list[list[int]] = body["prompt"]
             asked.extend(prompts)
-            data = json.dumps({"choices": [choice(i, p) for i, p in enumerate(prompts)][::-1]}).encode()
+            answer = as_bytes if has_plugin and body["vllm_xargs"]["mansard_compact_logprobs"] else as_json
+            choices = [{"index": i, **answer(p, body["prompt_logprobs"])} for i, p in enumerate(prompts)][::-1]
+            assert body["max_tokens"] == 1 and max(map(len, prompts)) < WINDOW
+            data = json.dumps({"choices": choices}).encode()
             self.send_response(500 if refuse else 200)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))
@@ -41,12 +69,6 @@ def scoring_engine(asked: list[list[int]], refuse: bool = False) -> Iterator[str
 
         def log_message(self, *_: object) -> None:
             pass
-
-    def choice(index: int, prompt: list[int]) -> dict[str, object]:
-        assert len(prompt) < WINDOW
-        scores = [logprob(t) for t in [*prompt, 1]]
-        top = [{"x": s} for s in scores]
-        return {"index": index, "logprobs": {"token_logprobs": scores, "top_logprobs": top}}
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
@@ -98,14 +120,15 @@ def tokens_of(text: str, folder: Path) -> list[int]:
     return list(Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids)
 
 
-def test_every_token_of_a_text_counts_once_also_over_windows(tokenizer_folder: Path) -> None:
+@pytest.mark.parametrize("has_plugin", [True, False])
+def test_every_token_of_a_text_counts_once_also_over_windows(tokenizer_folder: Path, has_plugin: bool) -> None:
     from mansard.evaluation import runner
 
     texts = ["x", "def f():\n    return 'é'\n", "a long text " * 30]
     items = [{"id": f"i{n}", "file": "f", "text": t} for n, t in enumerate(texts)]
     asked: list[list[int]] = []
     told: list[tuple[int, int]] = []
-    with scoring_engine(asked) as endpoint:
+    with scoring_engine(asked, has_plugin=has_plugin) as endpoint:
         model = runner.open_model(runner.Engine(endpoint, "demo", tokenizer_folder, WINDOW))
         model.report = lambda done, total: told.append((done, total))
         records = runner.answer_texts(model, "texts", items)
@@ -173,6 +196,42 @@ def test_task_of_the_harness_gives_records(tokenizer_folder: Path, tmp_path: Pat
     for number, record in enumerate(records):
         assert record["asked"] == f"question {number}:" and record["said"] in lines[0]["options"]
         assert (record["said"] == lines[number]["options"][number % 3]) == bool(record["correct"])
+
+
+@pytest.mark.parametrize("has_plugin", [True, False])
+def test_a_task_is_told_whether_an_answer_is_the_greedy_one(
+    tokenizer_folder: Path, tmp_path: Path, has_plugin: bool
+) -> None:
+    from mansard.evaluation import runner
+
+    ends = ["a", "b", "c", "d", "ab", "ad", "é"]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps({"q": "go on:", "end": end}) + "\n" for end in ends))
+    (tmp_path / "greedy.yaml").write_text(
+        "task: greedy\ndataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {tmp_path}/q.jsonl}}, cache_dir: {tmp_path}/cache}}\n"
+        "test_split: test\noutput_type: loglikelihood\ndoc_to_text: q\ndoc_to_target: end\ntarget_delimiter: ''\n"
+        "metric_list:\n  - {metric: acc, aggregation: mean, higher_is_better: true}\n"
+    )
+    with scoring_engine([], has_plugin=has_plugin) as endpoint:
+        model = runner.open_model(runner.Engine(endpoint, "demo", tokenizer_folder, WINDOW))
+        records = runner.answer_task(model, str(tmp_path / "greedy.yaml"), limit=None)
+    expected = [all(likeliest(t) == logprob(t) for t in tokens_of(end, tokenizer_folder)) for end in ends]
+    assert [bool(r["correct"]) for r in records] == expected and len(set(expected)) == 2
+
+
+def test_texts_are_tokenized_in_one_batch_as_one_by_one(opening_tokenizer_folder: Path) -> None:
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    from mansard.evaluation import runner
+
+    pairs = [("one two ", "three"), ("one two ", "four"), ("", "five"), ("  ", "six"), ("é\n", "7"), ("x", " y")]
+    requests = [type("Request", (), {"args": pair})() for pair in pairs]
+    encoded: list[list[object]] = []
+    model = runner.EngineModel(runner.Engine("http://127.0.0.1:9", "demo", opening_tokenizer_folder, WINDOW))
+    model._loglikelihood_tokens = lambda listed, **_: encoded.append(listed) or listed
+    model.loglikelihood(requests)
+    LocalCompletionsAPI.loglikelihood(model, requests)
+    assert encoded[0] == encoded[1] and len(encoded[0]) == len(pairs)
 
 
 def test_unknown_task_is_refused_by_name(tokenizer_folder: Path) -> None:
