@@ -8,6 +8,7 @@ with a held-out one are left out. Same Python version, same seed: same bytes. No
 import ast
 import json
 import random
+import sys
 import tokenize
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -44,6 +45,10 @@ LISTED_MODULES = _names("""
     types typing uu uuid warnings wave weakref webbrowser xdrlib zipapp zipfile zipimport
 """)
 
+DROPPED_IN_3_12 = frozenset({"asynchat", "asyncore", "imp", "smtpd"})
+ADDED_IN_3_12 = ("_pydatetime",)
+"""What datetime.py held before. (zipfile is a package since then; a listed name may be either.)"""
+
 TABLES = frozenset({"html/entities.py", "curses/ascii.py", "stringprep.py", "_compat_pickle.py"})
 """Files that are lists of numbers and names, not text to learn from."""
 
@@ -70,17 +75,21 @@ class Document:
     text: str
 
 
-def listed_files(library: Path) -> list[str]:
-    """Paths of the listed source files, relative to the standard library; MansardError when one is missing."""
-    files = [f"{name}.py" for name in LISTED_MODULES]
-    missing = [n for n in files if not (library / n).is_file()]
-    missing += [n for n in LISTED_PACKAGES if not (library / n / "__init__.py").is_file()]
-    if missing:
+def listed_files(library: Path, version: tuple[int, int] = sys.version_info[:2]) -> list[str]:
+    """Paths of the listed source files, relative to the standard library of Python `version`; MansardError when one is
+    missing."""
+    names = [*LISTED_MODULES, *LISTED_PACKAGES]
+    if version >= (3, 12):
+        names = [n for n in names if n not in DROPPED_IN_3_12] + list(ADDED_IN_3_12)
+    packages = [n for n in names if (library / n / "__init__.py").is_file()]
+    modules = [n for n in names if n not in packages]
+    if missing := [n for n in modules if not (library / f"{n}.py").is_file()]:
         raise MansardError(
             f"{library}: this Python's library lacks {', '.join(missing)}, which the demo's text is cut from; "
-            "install a complete Python (Debian: libpython3.11-stdlib)"
+            f"install a complete Python (Debian: libpython{version[0]}.{version[1]}-stdlib)"
         )
-    for package in LISTED_PACKAGES:
+    files = [f"{name}.py" for name in modules]
+    for package in packages:
         for path in (library / package).rglob("*.py"):
             relative = path.relative_to(library)
             if not TEST_FOLDERS & set(relative.parts[:-1]):

@@ -16,7 +16,7 @@ from mansard.records import SnapshotId
 if TYPE_CHECKING:
     from mansard.worker import StageContext
 
-CODE_VERSION = 2
+CODE_VERSION = 3
 PACKAGES = ()
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from mansard.demo.corpus import (
+    LISTED_MODULES,
+    LISTED_PACKAGES,
     Document,
     code_without_docstrings,
     corpus_files,
@@ -76,8 +78,20 @@ def test_every_listed_file_compiles_without_its_docstrings() -> None:
         assert docstrings_of(ast.parse(cut)).strip() == ""
 
 
+def test_a_later_python_is_read_without_the_modules_that_it_dropped(tmp_path: Path) -> None:
+    for name in {*LISTED_MODULES, *LISTED_PACKAGES, "_pydatetime"} - {"asynchat", "asyncore", "imp", "smtpd"}:
+        is_package = name in LISTED_PACKAGES or name == "zipfile"  # zipfile.py became a folder in 3.12
+        if is_package:
+            (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py" if is_package else tmp_path / f"{name}.py").touch()
+    files = listed_files(tmp_path, (3, 12))
+    assert {"argparse.py", "zipfile/__init__.py", "_pydatetime.py", "asyncio/__init__.py"} < set(files)
+    with pytest.raises(MansardError, match="lacks asynchat, asyncore, imp, smtpd, which"):
+        listed_files(tmp_path, (3, 11))
+
+
 def test_a_library_that_lacks_a_listed_module_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(MansardError, match=r"lacks .*argparse.py.*install a complete Python"):
+    with pytest.raises(MansardError, match=r"lacks .*argparse.*install a complete Python"):
         listed_files(tmp_path)
 
 
