@@ -1,11 +1,13 @@
-"""The quantization of a model into what is served."""
+"""The quantization of a model into what is served; the process that will serve it imports vLLM meanwhile."""
 
 from mansard.launch import Request
+from mansard.models.model_files import model_config
 from mansard.records import Derivation, SnapshotId
 from mansard.specs.surgery import Quantize
 from tasks import policy
-from tasks.derivation import Asked, Work, derive_one
+from tasks.derivation import Asked, Work, derive_one, is_remembered
 from tasks.evidence import Quantization
+from tasks.serving import prepare_engine
 from tasks.snapshots import TakenData
 
 
@@ -24,4 +26,7 @@ def quantize_again(work: Work, model: SnapshotId, like: Quantization) -> Derivat
 
 def _quantize(work: Work, model: SnapshotId, text: SnapshotId, spec: Quantize) -> Derivation:
     request = Request("quantize", {"model": model, "data": text}, spec.model_dump(mode="json"))
+    if not is_remembered(work, request):
+        architectures = model_config(work.store, model).get("architectures") or [""]
+        prepare_engine(work.site, str(architectures[0]))
     return derive_one(work, Asked(request, "quantize", frozenset({"data"})))
