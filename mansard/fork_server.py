@@ -27,7 +27,7 @@ from mansard import worker
 from mansard.stages import declaration
 from mansard.worker_start import MAX_MESSAGE_BYTES, READY, STREAMS
 
-IMPORTED = ("prove", "tokenize", "train", "fuse", "cost")
+IMPORTED = ("prove", "tokenize", "train", "fuse", "evaluate", "cost", "judge")
 """Stages whose modules it imports. Not quantize: llmcompressor asks for the device as it loads."""
 LIBRARIES = ("torch", "torchao", "transformers", "accelerate")
 """They remember what they saw of the devices."""

@@ -216,7 +216,7 @@ def test_other_variables_than_the_servers_execute_the_worker_and_those_of_client
             def look() -> int:
                 workers = wait_for(lambda: workers_of(site), "the worker")
                 stack.close()
-                return next(iter(workers.values()))
+                return int(next(iter(workers.values())))
 
             return int(in_threads(lambda: derive(store, site, request), look)[1])
 
