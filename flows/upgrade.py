@@ -45,13 +45,14 @@ def upgrade(spec_path: str, site_path: str, as_person: str | None = None, model:
     with recorded(order.site, order.model_name, f"upgrade {spec.name}", key, tags) as work:
         base = take_base(work, order, version)
         sound, data = check_base(work, base.snapshot), take_data(work, spec.data)
-        clean = look_for_contamination(work, spec.gate, suites, data)
+        looked = look_for_contamination.submit(work, spec.gate, suites, data)
         weighed = None
         if spec.expand.positions == "importance":
             weighed = measure_importance(work, base.snapshot, data, spec.data, spec.expand.probe)
         expansion = expand(work, base.snapshot, spec.expand, weighed)
         proof = prove.submit(work, base.snapshot, expansion.snapshot, spec.prove)
         texts = tokenize(work, base.snapshot, data, spec.data)
+        clean = looked.result()  # before anything is trained on what the suites ask
         trained = train(work, expansion.snapshot, texts, spec.data, spec.train)
         proven = proof.result()  # before any more work on an expansion that is not the base's function
         fused = made_model = fuse(work, expansion.snapshot, trained.snapshot)

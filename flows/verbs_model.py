@@ -16,6 +16,7 @@ from mansard.models.remove_storey import check_removable
 from mansard.site import Site, find_site, load_site
 from mansard.specs.whole import AdoptSpec, CustomizeSpec, UpgradeSpec
 from mansard.store.store import Store
+from mansard.worker_start import fork_servers
 from tasks.evidence import check_suites_unchanged, recorded_evidence, recorded_version
 from tasks.intake import check_author, read_order
 
@@ -29,25 +30,31 @@ EXIT_OF_VERDICT = {"pass": 0, "baseline": 0, "fail": 3, "inconclusive": 3}
 def adopt(args: argparse.Namespace) -> int:
     """A first base becomes a version."""
     site = _ready(args, AdoptSpec)
-    from flows.adopt import adopt as flow  # prefect and mlflow read their settings when they are imported
+    with fork_servers(site, "quantize"):
+        from flows.adopt import adopt as flow  # prefect and mlflow read their settings when they are imported
 
-    return _tell(args, _followed(flow, str(Path(args.spec).resolve()), str(site.path), _author(), args.model))
+        outcome = _followed(flow, str(Path(args.spec).resolve()), str(site.path), _author(), args.model)
+    return _tell(args, outcome)
 
 
 def upgrade(args: argparse.Namespace) -> int:
     """One storey."""
     site = _ready(args, UpgradeSpec)
-    from flows.upgrade import upgrade as flow
+    with fork_servers(site, "train"):
+        from flows.upgrade import upgrade as flow
 
-    return _tell(args, _followed(flow, str(Path(args.spec).resolve()), str(site.path), _author(), args.model))
+        outcome = _followed(flow, str(Path(args.spec).resolve()), str(site.path), _author(), args.model)
+    return _tell(args, outcome)
 
 
 def customize(args: argparse.Namespace) -> int:
     """A branch on a base in service."""
     site = _ready(args, CustomizeSpec)
-    from flows.customize import customize as flow
+    with fork_servers(site, "train-branch"):
+        from flows.customize import customize as flow
 
-    return _tell(args, _followed(flow, str(Path(args.spec).resolve()), str(site.path), _author(), args.model))
+        outcome = _followed(flow, str(Path(args.spec).resolve()), str(site.path), _author(), args.model)
+    return _tell(args, outcome)
 
 
 def gate(args: argparse.Namespace) -> int:

@@ -1,8 +1,9 @@
 """Derivations: recipe, recall, or a worker process of its own.
 
 `derive` computes the recipe of a stage; when the store remembers it and still holds the snapshot, that is the answer.
-Otherwise `python -m mansard.worker` runs with the interpreter that the site names, in its own process group, with a log
-file, a timeout and a heartbeat. The worker dies when this process does (its standard input closes).
+Otherwise a worker (mansard.worker) runs with the interpreter that the site names, in its own process group, with a log
+file, a timeout and a heartbeat. The worker dies when this process does (its standard input closes). How it starts is
+worker_start.py's.
 """
 
 import contextlib
@@ -11,7 +12,6 @@ import os
 import re
 import selectors
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +26,7 @@ from mansard.site import Site
 from mansard.site_sections import Environment
 from mansard.stages import declaration
 from mansard.store.store import Store
+from mansard.worker_start import WorkerProcess, WorkerRequest, start_worker, worker_variables
 
 HEARTBEAT_SECONDS = 600.0
 """A worker that says nothing for this long is taken for hung (its own thread beats every 5 s)."""
@@ -130,26 +131,9 @@ def _run_worker(
     }
     request_file = log.with_suffix(".request.json")
     request_file.write_text(json.dumps(message, indent=1))
-    variables = {
-        **os.environ,
-        **environment.variables,
-        "PYTHONHASHSEED": "0",
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-    }
+    worker = WorkerRequest(stage, request_file, site.home, worker_variables(environment))
     with log.open("wb") as log_file:
-        try:
-            process = subprocess.Popen(
-                [str(environment.python), "-m", "mansard.worker", stage, str(request_file)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log_file,
-                env=variables,
-                cwd=str(site.home),
-                start_new_session=True,
-            )
-        except OSError as error:
-            raise StageFailed(f"{environment.python}: cannot start: {error.strerror}; run: make setup") from error
+        process = start_worker(environment, worker, log_file)
     try:
         if progress is not None:  # its imports take long enough for a person to wonder
             progress(stage, {"done": 0, "total": None, "unit": "", "text": "starting"})
@@ -163,7 +147,7 @@ def _run_worker(
 
 
 def _follow(
-    process: "subprocess.Popen[bytes]", stage: str, log: Path, timeout_seconds: float, progress: Progress | None
+    process: WorkerProcess, stage: str, log: Path, timeout_seconds: float, progress: Progress | None
 ) -> list[dict[str, Any]]:
     """Read the worker's messages (JSON lines) until it ends; return its results."""
     assert process.stdout is not None
@@ -198,7 +182,7 @@ def _take(message: dict[str, Any], stage: str, results: list[dict[str, Any]], pr
         progress(stage, message["progress"])
 
 
-def _end(process: "subprocess.Popen[bytes]") -> None:
+def _end(process: WorkerProcess) -> None:
     """Leave no process of the group behind."""
     for stream in (process.stdin, process.stdout):
         if stream is not None:

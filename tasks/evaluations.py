@@ -152,10 +152,11 @@ def provenance(store: Store, background: Background) -> dict[str, Any]:
 def look_for_contamination(
     work: Work, gate: Gate, suites: SuiteSnapshots, data: tuple[TakenData, ...]
 ) -> Derivation:
-    """Suite items that share 13-grams with training text; BadInput where a suite has more than the spec allows."""
+    """Suite items that share 13-grams with training text; BadInput where a suite has more than the spec allows. Runs
+    beside the stages that lead up to the training."""
     inputs = {f"suite.{name}": s for name, s in suites} | {f"data.{source.name}.train": source.train for source in data}
     asked = Asked(Request("contamination", inputs, {}), "contamination", frozenset(inputs))
-    made = derive_one(work, asked)
+    made = derive_one(work, asked, has_bar=False)
     check_shared(json.loads(work.store.read_file(made.snapshot, "contamination.json")), gate.max_shared_fraction)
     return made
 

@@ -1,13 +1,16 @@
-"""What is served of a model: its quantization, or the model itself."""
+"""What is served of a model: its quantization, or the model itself. The process that will serve it imports vLLM
+meanwhile."""
 
 from dataclasses import dataclass
 
 from mansard.launch import Request
+from mansard.models.model_files import model_config
 from mansard.records import Derivation, SnapshotId
 from mansard.specs.surgery import Quantize
 from tasks import policy
-from tasks.derivation import Asked, Work, derive_one
+from tasks.derivation import Asked, Work, derive_one, is_remembered
 from tasks.evidence import Quantization
+from tasks.serving import prepare_engine
 from tasks.snapshots import TakenData
 
 
@@ -37,5 +40,8 @@ def _quantize(work: Work, model: SnapshotId, text: SnapshotId | None, spec: Quan
         return Artifact(model, ())
     assert text is not None, "awq has a source: the spec was checked"
     request = Request("quantize", {"model": model, "data": text}, spec.model_dump(mode="json"))
+    if not is_remembered(work, request):
+        architectures = model_config(work.store, model).get("architectures") or [""]
+        prepare_engine(work.site, str(architectures[0]))
     derivation = derive_one(work, Asked(request, "quantize", frozenset({"data"})))
     return Artifact(derivation.snapshot, (derivation,))

@@ -1,5 +1,6 @@
 """Engines and rollouts, asked of the host."""
 
+import contextlib
 import re
 import time
 from collections.abc import Callable
@@ -7,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from mansard.errors import BadInput
+from mansard.errors import BadInput, MansardError
 from mansard.records import SnapshotId
 from mansard.serving.client import HostClient
 from mansard.site import Site
@@ -47,6 +48,12 @@ def ensure_engine(site: Site, model_name: str, artifact: SnapshotId, serve: Serv
         f"engine of {artifact[:12]}", lambda: client.call("POST", "/engines", body, timeout_seconds)
     )
     return RunningEngine(answer["endpoint"], answer["served_name"], int(answer["pid"]))
+
+
+def prepare_engine(site: Site, architecture: str) -> None:
+    """Tell the host that an engine will be asked for soon. Only time is lost where it does not hear it."""
+    with contextlib.suppress(MansardError):
+        HostClient(site.host_socket).call("POST", "/engines/prepare", {"architecture": architecture})
 
 
 @policy.once

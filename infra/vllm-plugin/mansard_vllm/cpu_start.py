@@ -12,15 +12,13 @@ torch itself: threads it has started would be missing after the fork.
 
 import multiprocessing
 import os
-import signal
-import socket
-import stat
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from vllm import envs
 from vllm.platforms.cpu import CpuPlatform
+
+from mansard_vllm.after_fork import let_go
 
 if TYPE_CHECKING:  # vllm.config asks for the platform while it is imported
     from vllm.config import VllmConfig
@@ -43,7 +41,7 @@ class OneImportPlatform(CpuPlatform):  # type: ignore[misc]
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
         if multiprocessing.parent_process() is None:
             torch.set_num_threads(1)  # a pool of threads would not outlive the fork, and OpenMP would wait for it
-            os.register_at_fork(after_in_child=_let_go)
+            os.register_at_fork(after_in_child=let_go)
 
 
 def _is_one_bound_worker(vllm_config: "VllmConfig") -> bool:
@@ -56,31 +54,3 @@ def _is_one_bound_worker(vllm_config: "VllmConfig") -> bool:
         and envs.VLLM_ENABLE_V1_MULTIPROCESSING
         and envs.VLLM_CPU_OMP_THREADS_BIND != "nobind"
     )
-
-
-def _let_go() -> None:
-    """What the EngineCore must not share with the API server that it was forked from: the event loop's signals, and the
-    port, which would otherwise take connections after the API server has died, and never answer."""
-    signal.set_wakeup_fd(-1)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    for number in [int(entry.name) for entry in Path("/proc/self/fd").iterdir()]:
-        if _is_port(number):
-            os.dup2(nothing, number)  # not closed: its owner's object would close whatever has the number by then
-    os.close(nothing)
-
-
-def _is_port(number: int) -> bool:
-    """Whether a file descriptor is a TCP socket that is bound and has no peer."""
-    try:
-        if not stat.S_ISSOCK(os.fstat(number).st_mode):
-            return False
-    except OSError:
-        return False  # the one that read the folder
-    with socket.socket(fileno=os.dup(number)) as found:
-        if found.family not in (socket.AF_INET, socket.AF_INET6) or found.type != socket.SOCK_STREAM:
-            return False
-        try:
-            found.getpeername()
-        except OSError:
-            return bool(found.getsockname()[1])
-        return False

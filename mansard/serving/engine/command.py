@@ -123,13 +123,17 @@ def free_port(first: int, taken: Collection[int]) -> int:
 
 
 def spawn(
-    words: Sequence[str], log_file: BinaryIO, environment: dict[str, str], folder: Path
+    words: Sequence[str],
+    log_file: BinaryIO,
+    environment: dict[str, str],
+    folder: Path,
+    stdin: int = subprocess.DEVNULL,
 ) -> "subprocess.Popen[bytes]":
     """Start it in a session of its own; StageFailed in one line where the interpreter is not there."""
     try:
         return subprocess.Popen(
             words,
-            stdin=subprocess.DEVNULL,
+            stdin=stdin,
             stdout=log_file,
             stderr=subprocess.STDOUT,
             env=environment,

@@ -33,6 +33,7 @@ from mansard.serving.engine.command import (
     variables,
 )
 from mansard.serving.engine.log import last_words, tail
+from mansard.serving.engine.prepared import PreparedEngine
 from mansard.serving.process import ProcessIdentity, identify, kill_group, send, wait_for_end
 from mansard.site import Site
 from mansard.specs.whole import Serve
@@ -90,19 +91,25 @@ class Engine:
             "branches": sorted(self.branches),
         }
 
-    async def start(self, tree: Path, taken_ports: Collection[int]) -> None:
+    async def start(
+        self, tree: Path, taken_ports: Collection[int], prepared: PreparedEngine | None = None
+    ) -> None:
         """Start vLLM on `tree` and wait until it serves; MansardError with the log's last lines when it does not, or
-        before anything is started where the card has too little memory."""
+        before anything is started where the card has too little memory.
+
+        A `prepared` process becomes the engine if it can; where that one does not come up, the next is started plainly.
+        """
         avoid = set(taken_ports)
         memory = await asyncio.to_thread(engine_memory, self._site, self.identity.serve.tensor_parallel)
         self.begun_at = time.time()
+        deadline = self.begun_at + self._site.engine.start_timeout_seconds
         for _ in range(PORT_ATTEMPTS):
             self.port = free_port(self._site.ports.engines_from, avoid)
-            self._spawn(tree, memory)
-            if await self._is_ready_by(self.begun_at + self._site.engine.start_timeout_seconds):
+            was_prepared, prepared = self._spawn(tree, memory, prepared), None
+            if await self._is_ready_by(deadline):
                 return
             lost_port = "address already in use" in tail(self.log, 40).lower()
-            if not lost_port:
+            if not (lost_port or was_prepared) or self.state != "failed" or time.time() > deadline:
                 break
             avoid.add(self.port)  # somebody took it between our look and vLLM's bind
         raise StageFailed(self.problem)
@@ -188,21 +195,24 @@ class Engine:
         self.record_file.unlink(missing_ok=True)
         self.state = "stopped"
 
-    def _spawn(self, tree: Path, memory_arguments: Sequence[str]) -> None:
+    def _spawn(self, tree: Path, memory_arguments: Sequence[str], prepared: PreparedEngine | None) -> bool:
+        """Whether it is the prepared process."""
         stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
         self.log = self._site.logs / "engines" / f"{stamp}-{self.identity.key}-{self.port}.log"
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.record_file.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("wb") as log_file:
-            self._child = spawn(
-                command(self.identity, tree, self.port, self._site, memory_arguments),
-                log_file,
-                {**os.environ, **variables(self._site, self.cores), **slot_variables(tree)},
-                self.record_file.parent,
-            )
+        words = command(self.identity, tree, self.port, self._site, memory_arguments)
+        environment = {**os.environ, **variables(self._site, self.cores), **slot_variables(tree)}
+        child = None if prepared is None else prepared.become(words, self.log, environment)
+        if child is None:
+            with self.log.open("wb") as log_file:
+                self._child = spawn(words, log_file, environment, self.record_file.parent)
+        else:
+            self._child = child
         self.pid, self.state, self.problem = self._child.pid, "starting", ""
         self._process = identify(self.pid)
         self._write_record()
+        return child is not None
 
     async def _is_ready_by(self, deadline: float) -> bool:
         """Wait for /v1/models; on death or deadline the process is cleared away and `problem` says why."""

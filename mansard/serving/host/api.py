@@ -59,6 +59,7 @@ def make_app(host: Host) -> web.Application:
         [
             web.get("/status", handlers.status),
             web.post("/engines", handlers.start_engine),
+            web.post("/engines/prepare", handlers.prepare_engine),
             web.post("/engines/stop", handlers.stop_engine),
             web.post("/rollouts", handlers.start_rollout),
             web.get("/rollouts/{model}", handlers.rollout),
@@ -90,6 +91,12 @@ class Handlers:
         await self._host.wait_until_open()
         engine = await self._host.engines.ensure(identity, wait=body.get("wait", True))
         return _json(engine.describe())
+
+    async def prepare_engine(self, request: web.Request) -> web.Response:
+        """An engine will be asked for soon: a process imports what it needs meanwhile."""
+        body = await self._body(request, {"architecture": str}, {})
+        await self._host.wait_until_open()
+        return _json({"pid": await self._host.engines.prepare(body["architecture"])})
 
     async def stop_engine(self, request: web.Request) -> web.Response:
         body = await self._body(request, {"artifact": str}, {})

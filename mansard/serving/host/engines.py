@@ -18,15 +18,18 @@ import aiohttp
 from mansard.canonical import canonical_json, write_atomically
 from mansard.errors import BadInput, MansardError, StageFailed
 from mansard.serving.engine import http as engine_http
-from mansard.serving.engine.command import SHUTDOWN_SECONDS, EngineIdentity
+from mansard.serving.engine.command import SHUTDOWN_SECONDS, EngineIdentity, slots_of
 from mansard.serving.engine.engine import DRAIN_SECONDS, Engine
 from mansard.serving.engine.log import last_words
+from mansard.serving.engine.prepared import PreparedEngine, prepare
 from mansard.serving.process import ProcessIdentity, group_of, send, wait_for_end, with_output_below
 from mansard.site import Site
 from mansard.store.store import Store
 
 MAX_EXTRA_ENGINES = 1
 """Engines kept warm beside the pinned ones: an evaluation's engine is what a release starts next."""
+PREPARED_SECONDS = 900.0
+"""A prepared process that no engine came of is ended: the quantization that it was for failed, or takes long."""
 RETIRE_SECONDS = 20.0
 """What the requests of an engine that failed as a canary get; then they are asked of stable or told of an error."""
 
@@ -51,6 +54,8 @@ class Engines:
         self._starts: dict[str, asyncio.Task[Engine]] = {}
         self._stops: dict[str, asyncio.Task[None]] = {}
         self._background: set[asyncio.Task[None]] = set()
+        self._prepared: PreparedEngine | None = None
+        self._preparing = asyncio.Lock()
         self._used: dict[str, int] = {}  # key -> when it was last asked for, by count
         self._card = asyncio.Lock()
 
@@ -103,6 +108,17 @@ class Engines:
         await asyncio.sleep(0)
         return self._engines[key]
 
+    async def prepare(self, architecture: str) -> int:
+        """Have a process that the next engine starts faster from, one at a time and not for long; its process id, 0
+        where none can start."""
+        async with self._preparing:
+            prepared = self._prepared
+            if prepared is None or not prepared.is_waiting():
+                self._prepared = prepared = await asyncio.to_thread(prepare, self._site, architecture)
+                if prepared is not None:
+                    self._in_background(self._expire(prepared), "expire a prepared process")
+        return 0 if prepared is None else prepared.pid
+
     async def stop_artifact(self, artifact: str) -> list[str]:
         """Stop the engines of an artifact that are not in service; returns their keys. BadInput for pinned ones."""
         keys = [k for k, e in self._engines.items() if e.identity.artifact == artifact]
@@ -146,6 +162,8 @@ class Engines:
         for task in [*self._background, *self._starts.values()]:
             task.cancel()
         await asyncio.gather(*self._background, *self._starts.values(), return_exceptions=True)
+        if (prepared := self._take_prepared()) is not None:
+            prepared.end()
         if not keep_running:
             await asyncio.gather(*(engine.stop(drain_seconds) for engine in list(self._engines.values())))
             await asyncio.gather(*self._stops.values())
@@ -185,13 +203,24 @@ class Engines:
         is_on_card = self._site.engine.gpu_memory_gib is not None
         async with self._card if is_on_card else contextlib.nullcontext():
             ports = [e.port for e in self._engines.values() if e is not engine]
+            prepared = None if slots_of(tree) else self._take_prepared()
             try:
-                await engine.start(tree, ports)
+                await engine.start(tree, ports, prepared)
             except StageFailed:
                 if not is_on_card or engine.pid:
                     raise
                 await self.make_room(0)
-                await engine.start(tree, ports)
+                await engine.start(tree, ports, prepared)
+
+    def _take_prepared(self) -> PreparedEngine | None:
+        prepared, self._prepared = self._prepared, None
+        return prepared
+
+    async def _expire(self, prepared: PreparedEngine) -> None:
+        await asyncio.sleep(PREPARED_SECONDS)
+        if self._prepared is prepared:
+            self._prepared = None
+            await asyncio.to_thread(prepared.end)
 
     def _seconds_file(self, key: str) -> Path:
         return self._site.run / "engine-starts" / f"{key}.json"
