@@ -1,4 +1,7 @@
-"""What `mansard review` shows on a terminal: the report's words and figures, summary first, the next command last."""
+"""What `mansard review` shows on a terminal: the report's words and figures, summary first, the next command last.
+
+A screen that is narrower than WIDE shows fewer columns, by their importance; the page has them all.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,11 +9,14 @@ from typing import Any
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 
+from flows.screen import columns
+from mansard.evaluation.comparison import Change, Changes
 from mansard.evaluation.gate import HIGHER_IS_BETTER
 from mansard.evaluation.judgement import Judgement, SuiteResult, outcome_of
-from mansard.evaluation.pairing import Change, Changes
+from mansard.evaluation.verdict_file import judgement_of
 from mansard.evaluation.wording import (
     attempts_text,
     background_rows,
@@ -24,19 +30,32 @@ from mansard.evaluation.wording import (
 )
 from mansard.records import Registration
 
-MIN_WIDTH = 120
+WIDE = 120
+"""Columns for everything; where no person looks, so many are used."""
 BAR_CELLS = 21
+SUMMARY = {
+    "suite": 0, "role": 70, "n": WIDE, "before": WIDE, "after": WIDE, "change": 40, "interval": 60,
+    "worse | better": WIDE, "says": 0,
+}  # fmt: skip
+"""Column -> the screen's width from which on it is shown."""
 ITEM_CHARACTERS, ANSWER_CHARACTERS = 28, 26
 STYLES = {"pass": "green", "fail": "red", "inconclusive": "yellow", "baseline": "blue", "reported": "dim"}
+
+
+def show_on_standard_output(
+    facts: Mapping[str, Any], verdict: Mapping[str, Any], registration: Registration
+) -> None:
+    """As wide as the terminal; `verdict` is verdict.json."""
+    show(Console(width=columns() or WIDE), facts, judgement_of(verdict), registration)
 
 
 def show(out: Console, facts: Mapping[str, Any], judgement: Judgement, registration: Registration) -> None:
     """Everything a reviewer needs to decide, in the order of the report."""
     _head(out, facts, judgement, registration)
-    out.print(_summary(judgement.suites))
+    out.print(_summary(judgement.suites, out.width))
     for note in [*judgement.background.notes, *surprises(judgement)]:
-        out.print(f"[yellow]note:[/yellow] {escape(note)}", soft_wrap=True)
-    out.print(escape(attempts_text(judgement)), soft_wrap=True)
+        out.print(f"[yellow]note:[/yellow] {escape(note)}")
+    out.print(escape(attempts_text(judgement)))
     for result in judgement.suites:
         _suite(out, result)
     if facts["cost"] is not None:
@@ -45,7 +64,7 @@ def show(out: Console, facts: Mapping[str, Any], judgement: Judgement, registrat
         out.print(_table(title, rows))
     for decision in facts["decisions"]:
         told = f"{decision['kind']} by {decision['who']} at {decision['at']}: {decision['why']}"
-        out.print(escape(told), soft_wrap=True)
+        out.print(escape(told))
     out.print(f"page:   {facts['page']}\nchart:  {facts['chart']}", soft_wrap=True, highlight=False)
     if registration.verdict in ("pass", "baseline"):
         out.print(f'next: mansard approve {facts["version"]} --as NAME --reason "..."', soft_wrap=True)
@@ -83,54 +102,62 @@ def _head(out: Console, facts: Mapping[str, Any], judgement: Judgement, registra
         f"[bold]{facts['model']} version {facts['version']}[/bold]: verdict [bold {style}]{judgement.verdict}"
         f"[/bold {style}], by {registration.author}, from version {registration.base_version}, judged against "
         f"{'nothing (first version)' if against is None else f'version {against}'}",
-        soft_wrap=True,
     )
-    out.print(f"why: {escape(judgement.reason)}", soft_wrap=True)
+    out.print(f"why: {escape(judgement.reason)}")
 
 
-def _summary(suites: Sequence[SuiteResult]) -> Table:
+def _summary(suites: Sequence[SuiteResult], width: int) -> Table:
     table = Table(box=SIMPLE)
-    for column in ("suite", "role", "n", "before", "after", "change", "interval", "worse | better", "says"):
-        table.add_column(column, no_wrap=True)
+    shown = [name for name, from_width in SUMMARY.items() if width >= from_width]
+    for name in shown:
+        table.add_column(name, no_wrap=width >= WIDE)
     for result in suites:
-        evidence, measure = result.evidence, result.evidence.measure
-        outcome, against = outcome_of(result), result.evidence.baseline
-        table.add_row(
-            evidence.suite,
-            evidence.role,
-            str(result.num_items),
-            value_text(against.before.value, measure) if against else "",
-            value_text(result.after.value, measure),
-            change_text(against.effect.value, measure) if against else "",
-            interval_text(against.effect, measure) if against else "",
-            escape(interval_bar(result)),
-            f"[{STYLES[outcome]}]{outcome}[/{STYLES[outcome]}]",
-        )
+        cells = _summary_cells(result)
+        table.add_row(*(cells[name] for name in shown))
     return table
+
+
+def _summary_cells(result: SuiteResult) -> dict[str, str]:
+    evidence, measure = result.evidence, result.evidence.measure
+    outcome, against = outcome_of(result), result.evidence.baseline
+    return {
+        "suite": evidence.suite,
+        "role": evidence.role,
+        "n": str(result.num_items),
+        "before": value_text(against.before.value, measure) if against else "",
+        "after": value_text(result.after.value, measure),
+        "change": change_text(against.effect.value, measure) if against else "",
+        "interval": interval_text(against.effect, measure) if against else "",
+        "worse | better": escape(interval_bar(result)),
+        "says": f"[{STYLES[outcome]}]{outcome}[/{STYLES[outcome]}]",
+    }
 
 
 def _suite(out: Console, result: SuiteResult) -> None:
     style = STYLES[outcome_of(result)]
     out.print(f"\n[bold]{escape(result.evidence.suite)}[/bold]  [{style}]{escape(ruling_text(result))}[/{style}]")
     for told in comparison_texts(result):
-        out.print(f"  {escape(told)}", soft_wrap=True, highlight=False)
+        out.print(Padding(escape(told), (0, 0, 0, 2)), highlight=False)
     if result.changes != Changes():
-        out.print(f"  {changes_text(result.changes)}")
+        out.print(Padding(changes_text(result.changes), (0, 0, 0, 2)))
         for which, changed in (("worse", result.changes.worst), ("better", result.changes.best)):
             if changed:
-                out.print(_items(which, changed))
+                out.print(_items(which, changed, out.width))
 
 
-def _items(which: str, changed: Sequence[Change]) -> Table:
-    heads = (f"for the {which}", "before", "after")
-    limits = (ITEM_CHARACTERS, ANSWER_CHARACTERS, ANSWER_CHARACTERS)
+def _items(which: str, changed: Sequence[Change], width: int) -> Table:
+    """A narrow screen has no room for the items' texts."""
+    header = (f"for the {which}", "before", "after")
+    room = max((width - 2 * len(header)) // len(header), 1)
+    limits = [min(n, room) for n in (ITEM_CHARACTERS, ANSWER_CHARACTERS, ANSWER_CHARACTERS)]
     rows = [[_cut(t, n) for t, n in zip((c.item, c.before, c.after), limits, strict=True)] for c in changed]
     table = Table(box=None, padding=(0, 1))
-    for head, column in zip(heads, zip(*rows, strict=True), strict=True):
-        table.add_column(head, no_wrap=True, min_width=max(map(len, (head, *column))))
-    table.add_column("text", no_wrap=True, overflow="ellipsis")
+    for name, limit, column in zip(header, limits, zip(*rows, strict=True), strict=True):
+        table.add_column(name, no_wrap=True, min_width=min(max(map(len, (name, *column))), limit))
+    if width >= WIDE:
+        table.add_column("text", no_wrap=True, overflow="ellipsis")
     for row, each in zip(rows, changed, strict=True):
-        table.add_row(*map(escape, row), escape(" ".join(each.text.split())))
+        table.add_row(*map(escape, row), *([escape(" ".join(each.text.split()))] if width >= WIDE else []))
     return table
 
 

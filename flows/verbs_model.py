@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from flows import stack
 from flows.person import person
+from flows.screen import show
 from mansard.errors import MansardError
 from mansard.models.remove_storey import check_removable
 from mansard.site import Site, find_site, load_site
@@ -93,8 +94,8 @@ def release(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"format": 1, "version": args.version, "state": done.state, "reason": done.reason}))
     else:
-        print(f"version {args.version} is {done.state}{'' if is_promoted else f': {done.reason}'}")
-        print("next: mansard status" if is_promoted else "next: mansard history")
+        show(f"version {args.version} is {done.state}{'' if is_promoted else f': {done.reason}'}")
+        show("next: mansard status" if is_promoted else "next: mansard history")
     return 0 if is_promoted else 4
 
 
@@ -133,15 +134,15 @@ def _tell(args: argparse.Namespace, outcome: "Outcome") -> int:
         return EXIT_OF_VERDICT[outcome.verdict]
     for derivation in outcome.derivations:
         how = "reused" if derivation.reused else f"{derivation.seconds:.1f} s"
-        print(f"{derivation.stage:12} {derivation.snapshot[:12]} {how}")
+        show(f"{derivation.stage:12} {derivation.snapshot[:12]} {how}")
     for suite in outcome.suites:
-        print(_suite_line(asdict(suite)))
-    print(f"report: {outcome.report}\nchart:  {outcome.chart}")
+        show(_suite_line(asdict(suite)))
+    show(f"report: {outcome.report}\nchart:  {outcome.chart}")
     for name, url in outcome.urls.items():
-        print(f"{name}: {url}")
+        show(f"{name}: {url}")
     version = outcome.version
-    print(f"next: mansard review {version}")
-    print(f"version {version} of {outcome.model_name}: {outcome.verdict}")
+    show(f"next: mansard review {version}")
+    show(f"version {version} of {outcome.model_name}: {outcome.verdict}")
     return EXIT_OF_VERDICT[outcome.verdict]
 
 

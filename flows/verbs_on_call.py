@@ -10,6 +10,7 @@ import os
 import time
 from typing import Any
 
+from flows.screen import columns, show
 from mansard.errors import JournalDamaged, JournalDown, MansardError
 from mansard.release import oncall
 from mansard.release.direct_rollback import Request, rollback_directly
@@ -35,8 +36,8 @@ def status(args: argparse.Namespace) -> int:
         print(json.dumps({"format": 1, "models": models, "host": host, "processes": _processes(site)}))
         return 0
     for found in models.values():
-        print(status_text(found))
-    print(trouble if host is None else _engines_text(host))
+        show(status_text(found, columns()))
+    show(trouble if host is None else _engines_text(host))
     return 0
 
 
@@ -104,12 +105,12 @@ def rollback(args: argparse.Namespace) -> int:
         print(json.dumps(done))
         return 0
     total_ms = (time.perf_counter() - began) * 1000
-    print(done["message"])
+    show(done["message"])
     for warning in done["warnings"]:
-        print(f"warning: {warning}")
+        show(f"warning: {warning}")
     if done["changed"]:
-        print(f"pointer and split moved in {done['milliseconds']:.0f} ms, everything in {total_ms:.0f} ms")
-    print("next: mansard history")
+        show(f"pointer and split moved in {done['milliseconds']:.0f} ms, everything in {total_ms:.0f} ms")
+    show("next: mansard history")
     return 0
 
 
@@ -149,9 +150,9 @@ def history(args: argparse.Namespace) -> int:
         entries = oncall.history(site, model)
     except (JournalDown, JournalDamaged):
         known = oncall.remembered_history(site, model)
-        print(json.dumps(known) if args.json else f"{history_text(known)}\nthese moves are remembered here")
+        print(json.dumps(known) if args.json else f"{history_text(known, columns())}\nthese moves are remembered here")
         raise
-    print(json.dumps(entries) if args.json else history_text(entries))
+    print(json.dumps(entries) if args.json else history_text(entries, columns()))
     return 0
 
 
@@ -161,7 +162,7 @@ def why(args: argparse.Namespace) -> int:
     found = oncall.why(site, site.model_named(args.model), args.version)
     _add_storeys(site, found)
     _add_carry_ons(site, found)
-    print(json.dumps(found) if args.json else why_text(found))
+    print(json.dumps(found) if args.json else why_text(found, columns()))
     return 0
 
 

@@ -1,15 +1,14 @@
-"""The reviewer's verbs: see the evidence, sign for or against it, make a key pair. Loads neither prefect nor mlflow."""
+"""The reviewer's verbs: see the evidence, sign for or against it, make a key pair.
+
+They load neither prefect and mlflow nor numpy, scipy and matplotlib: the figures were computed when they were judged.
+"""
 
 import argparse
 import json
 from typing import Any
 
-from rich.console import Console
-
 from flows.person import person
-from flows.review_text import MIN_WIDTH, show
-from mansard.evaluation.published import measured_cost, write_report
-from mansard.evaluation.verdict_file import judgement_of
+from flows.screen import show
 from mansard.release import approval, keys
 from mansard.release.journal import Journal
 from mansard.release.pointer import approvals_in_force
@@ -19,6 +18,8 @@ from mansard.store.store import Store
 
 def review(args: argparse.Namespace) -> int:
     """Verdict, suites with intervals and the items that changed most, cost, attempts, mixture, lineage, decisions."""
+    from mansard.evaluation.published import measured_cost, write_report  # signing and keys need none of it
+
     site = load_site(find_site(args.site))
     model = site.model_named(args.model)
     store = Store.of(site)
@@ -43,7 +44,9 @@ def review(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(facts))
     else:
-        show(Console(width=max(Console().width, MIN_WIDTH)), facts, judgement_of(verdict), registration)
+        from flows.review_text import show_on_standard_output
+
+        show_on_standard_output(facts, verdict, registration)
     return 0
 
 
@@ -58,7 +61,7 @@ def approve(args: argparse.Namespace) -> int:
     missing = site.approval.approvals - len(given)
     following = f"mansard release {args.version}" if missing <= 0 else f"{missing} more: mansard review {args.version}"
     text = f"{model} version {args.version} is approved by {who}, until {made.expires_at[:10]}\nnext: {following}"
-    print(json.dumps(made.payload()) if args.json else text)
+    _tell(args, made.payload(), text)
     return 0
 
 
@@ -69,7 +72,7 @@ def reject(args: argparse.Namespace) -> int:
     who = person(args)
     with Journal.open(site.journal) as journal:
         made = approval.reject(site, journal, model, args.version, who, args.reason)
-    print(json.dumps(made.payload()) if args.json else f"{model} version {args.version} is rejected by {who}")
+    _tell(args, made.payload(), f"{model} version {args.version} is rejected by {who}")
     return 0
 
 
@@ -77,10 +80,15 @@ def keygen(args: argparse.Namespace) -> int:
     """Make a key pair; the site file names the public half."""
     site = load_site(find_site(args.site))
     private, public = keys.generate_key(args.name, site)
-    if args.json:
-        print(json.dumps({"format": 1, "private_key": str(private), "public_key": public}))
-        return 0
-    print(f"private key: {private} (keep it to yourself)\npublic key:  {public}")
+    text = f"private key: {private} (keep it to yourself)\npublic key:  {public}"
     if args.name not in site.people:
-        print(f"next: put it under people in {site.path}:\n  {args.name}: {{roles: [...], public_key: {public}}}")
+        text += f"\nnext: put it under people in {site.path}:\n  {args.name}: {{roles: [...], public_key: {public}}}"
+    _tell(args, {"format": 1, "private_key": str(private), "public_key": public}, text)
     return 0
+
+
+def _tell(args: argparse.Namespace, facts: dict[str, Any], text: str) -> None:
+    if args.json:
+        print(json.dumps(facts))
+    else:
+        show(text)

@@ -4,6 +4,7 @@ import argparse
 import json
 
 from flows import stack
+from flows.screen import show
 from mansard.site import find_site, load_site
 
 
@@ -15,8 +16,8 @@ def up(args: argparse.Namespace) -> int:
         print(json.dumps({"format": 1, "urls": urls}))
         return 0
     for name, url in urls.items():
-        print(f"{name:8} {url}")
-    print("next: mansard status")
+        show(f"{name:8} {url}")
+    show("next: mansard status")
     return 0
 
 

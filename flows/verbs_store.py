@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from flows.journal_proof import journal_text, verify_journal
+from flows.screen import show
 from mansard.errors import BadInput, Corrupt
 from mansard.release.journal import Journal
 from mansard.release.roots import version_roots
@@ -121,4 +122,7 @@ def _store(args: argparse.Namespace) -> Store:
 
 
 def _tell(args: argparse.Namespace, facts: dict[str, object], text: str) -> None:
-    print(json.dumps({"format": 1, **facts}) if args.json else text)
+    if args.json:
+        print(json.dumps({"format": 1, **facts}))
+    else:
+        show(text)

@@ -7,9 +7,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from mansard.evaluation.comparison import Estimate
 from mansard.evaluation.gate import HIGHER_IS_BETTER
 from mansard.evaluation.judgement import Judgement, SuiteResult, outcome_of
-from mansard.evaluation.statistics import Estimate
 from mansard.evaluation.wording import level_text, unit_of
 
 INK, PALE, BEFORE, AFTER = "#24292f", "#d0d7de", "#8c959f", "#0969da"

@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, repeat
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from scipy.stats import t as student_t
@@ -167,13 +166,3 @@ def memory_bytes(pid: int) -> int:
         except (FileNotFoundError, ProcessLookupError):
             continue  # it ended meanwhile
     return total
-
-
-def cost_table(cost: Mapping[str, Any]) -> str:
-    """cost.json as a Markdown table."""
-    columns = [c for c in ("baseline", "candidate", "ratio") if c in cost]
-    lines = [f"| figure | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for key in cost["candidate"]:
-        cells = [f"{cost[c][key]:,.2f}" if key in cost[c] else "-" for c in columns]
-        lines.append(f"| {key} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from mansard.evaluation.statistics import Comparison
+from mansard.evaluation.comparison import Comparison
 
 Role = Literal["target", "guard", "report"]
 Verdict = Literal["pass", "fail", "inconclusive", "baseline"]

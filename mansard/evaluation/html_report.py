@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from mansard.evaluation.comparison import Change, Changes
 from mansard.evaluation.gate import HIGHER_IS_BETTER
 from mansard.evaluation.interval_svg import interval_svg
 from mansard.evaluation.judgement import Judgement, SuiteResult, outcome_of
-from mansard.evaluation.pairing import Change, Changes
 from mansard.evaluation.wording import (
     COST_ELSEWHERE,
     amount_text,

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 from mansard.canonical import canonical_json
 from mansard.digest import digest_bytes
 from mansard.errors import StageFailed
+from mansard.evaluation.comparison import Changes, Comparison
 from mansard.evaluation.gate import Evidence, Ruling, decide, holm_levels, rule
 from mansard.evaluation.item_records import Record, chance_of, measure_of, parse_lines
-from mansard.evaluation.judgement import ARTIFACTS, Background, Judgement, SuiteResult
-from mansard.evaluation.pairing import Bootstrap, Changes, changes, check_paired, compare_records, describe_records
+from mansard.evaluation.judgement import ARTIFACTS, Background, Expected, Judgement, SuiteResult
+from mansard.evaluation.pairing import Bootstrap, changes, check_paired, compare_records, describe_records
 from mansard.evaluation.power import alpha_of_attempt, plan_guard
 from mansard.evaluation.report import render
-from mansard.evaluation.statistics import Comparison
 from mansard.evaluation.suites import Item, parse_items
 from mansard.evaluation.verdict_file import verdict_record
 from mansard.records import SnapshotId
@@ -148,10 +148,14 @@ def _judge_suite(
         after=describe_records(after, bootstrap),
         num_items=len(after),
         num_clusters=num_clusters,
-        expected=role,
+        expected=_expected(role) if role.role == "guard" else None,
         plan=plan_guard(role, suite.kind, len(after), num_clusters, bootstrap.alpha) if role.role == "guard" else None,
         changes=changes(baseline, after, background.items.get(suite.name, {})) if baseline else Changes(),
     )
+
+
+def _expected(role: SuiteRole) -> Expected:
+    return Expected(role.expected_discordance, role.expected_design_effect, role.expected_standard_deviation)
 
 
 def _records(context: "StageContext", who: str, suites: list[Suite]) -> dict[str, list[Record]]:

@@ -4,12 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mansard.evaluation.comparison import Changes, Estimate
 from mansard.evaluation.gate import Evidence, Ruling, Verdict
-from mansard.evaluation.pairing import Changes
-from mansard.evaluation.power import Plan
-from mansard.evaluation.statistics import Estimate
 from mansard.evaluation.suites import Item
-from mansard.specs.judging import SuiteRole
 
 ARTIFACTS = ("candidate", "baseline", "anchor")
 """Whose item records a judgement rests on."""
@@ -27,16 +24,35 @@ class Background:
 
 
 @dataclass(frozen=True, slots=True)
+class Plan:
+    """A guard's expected power. `size` and `needed` count files for means, items for right or wrong answers."""
+
+    power: float
+    size: int
+    needed: int | None
+    unit: str
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What the spec expects of a guard at no change; see `SuiteRole` in specs/judging.py."""
+
+    discordance: float
+    design_effect: float
+    standard_deviation: float
+
+
+@dataclass(frozen=True, slots=True)
 class SuiteResult:
     """All that is known of one suite. `changes` are against the baseline; `plan` is the power that `expected` promised
-    a guard with these items, None for other roles."""
+    a guard with these items; both are None for other roles."""
 
     evidence: Evidence
     ruling: Ruling
     after: Estimate
     num_items: int
     num_clusters: int
-    expected: SuiteRole
+    expected: Expected | None
     plan: Plan | None
     changes: Changes
 

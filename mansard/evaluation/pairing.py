@@ -4,15 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mansard.errors import StageFailed
+from mansard.evaluation.comparison import Change, Changes, Comparison, Estimate
 from mansard.evaluation.item_records import BITS_DECIMALS, Record, measure_of
-from mansard.evaluation.statistics import (
-    Comparison,
-    Estimate,
-    compare_answers,
-    compare_means,
-    describe_answers,
-    describe_means,
-)
+from mansard.evaluation.statistics import compare_answers, compare_means, describe_answers, describe_means
 from mansard.evaluation.suites import Item
 
 TEXT_SHOWN = 160
@@ -30,29 +24,6 @@ class Bootstrap:
     alpha: float
     resamples: int
     seed: int
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """One item's answers before and after. `gain` is in the suite's unit, turned so that more is better; `text` is
-    where the item begins (its question's end), empty where the item is not at hand."""
-
-    item: str
-    cluster: str
-    gain: float
-    before: str
-    after: str
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Changes:
-    """How many items got worse and better, and those that changed most, the greatest change first."""
-
-    num_worse: int = 0
-    num_better: int = 0
-    worst: tuple[Change, ...] = ()
-    best: tuple[Change, ...] = ()
 
 
 def check_paired(suite: str, against: str, before: Sequence[Record], after: Sequence[Record]) -> None:

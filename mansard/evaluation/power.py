@@ -8,11 +8,11 @@ lost much, since a bootstrap-t bound then lies further out (Hall 1988, section 4
 """
 
 import math
-from dataclasses import dataclass
 from statistics import NormalDist
 
 from mansard.errors import BadInput
 from mansard.evaluation.bootstrap import widening
+from mansard.evaluation.judgement import Plan
 from mansard.evaluation.statistics import POWER
 from mansard.specs.judging import Suite, SuiteRole
 
@@ -20,16 +20,6 @@ SKEWNESS = 3.0
 """That files' paired differences are planned for. The formula is rough: with 3 it gives the power that simulated gates
 have with a skewness of 2 (0.74 with 73 files, 0.93 with 120); 0.4 and 1.9 were measured on the demo's suites."""
 MOST_UNITS = 10**8
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """A guard's expected power. `size` and `needed` count files for means, items for right or wrong answers."""
-
-    power: float
-    size: int
-    needed: int | None
-    unit: str
 
 
 def alpha_of_attempt(alpha: float, attempt: int) -> float:

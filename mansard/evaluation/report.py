@@ -3,10 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mansard.evaluation.cost import cost_table
+from mansard.evaluation.comparison import Change, Changes
 from mansard.evaluation.gate import HIGHER_IS_BETTER
 from mansard.evaluation.judgement import Background, Judgement, SuiteResult, outcome_of
-from mansard.evaluation.pairing import Change, Changes
 from mansard.evaluation.wording import (
     COST_ELSEWHERE,
     amount_text,
@@ -46,6 +45,16 @@ def render(judgement: Judgement) -> str:
 def with_cost(report: str, cost: Mapping[str, Any]) -> str:
     """The same report with cost.json in its place."""
     return report.replace(f"{COST_ELSEWHERE}\n", cost_table(cost))
+
+
+def cost_table(cost: Mapping[str, Any]) -> str:
+    """cost.json as a Markdown table."""
+    columns = [c for c in ("baseline", "candidate", "ratio") if c in cost]
+    lines = [f"| figure | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for key in cost["candidate"]:
+        cells = [f"{cost[c][key]:,.2f}" if key in cost[c] else "-" for c in columns]
+        lines.append(f"| {key} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def _table(judgement: Judgement) -> str:

@@ -13,14 +13,13 @@ BLAS, and results are rounded to 6 decimals.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from statistics import NormalDist
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mansard.evaluation.bootstrap import Resampled, resample
+from mansard.evaluation.comparison import Comparison, Estimate, Spread
 from mansard.evaluation.score_interval import design_effect, tango_interval, wilson_interval
 
 MIN_CLUSTERS = 10
@@ -30,41 +29,6 @@ POWER = 0.8
 DECIMALS = 6
 
 Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """A value with its interval; `low` and `high` are None where there are too few clusters."""
-
-    value: float
-    low: float | None
-    high: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """What the spec's expectation is compared with. `standard_deviation` is that of the paired difference of a file;
-    `discordance` the share of items that one artifact has right and the other wrong, None for means."""
-
-    standard_deviation: float | None
-    discordance: float | None
-    design_effect: float
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """Two artifacts on one suite. `effect` is after - before, in the suite's own unit and direction."""
-
-    num_items: int
-    num_clusters: int
-    before: Estimate
-    after: Estimate
-    effect: Estimate
-    detectable: float | None
-    spread: Spread | None = None
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def describe_means(

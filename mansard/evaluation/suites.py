@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from mansard.canonical import canonical_json
 from mansard.errors import BadInput
 from mansard.records import SnapshotId
-from mansard.specs.judging import Suite
 
 if TYPE_CHECKING:
+    from mansard.specs.judging import Suite
     from mansard.store.store import Store
 
 Item = dict[str, Any]
@@ -25,12 +25,12 @@ _KEYS: dict[str, dict[str, type]] = {
 }
 
 
-def take_suite(store: "Store", suite: Suite, data: Path) -> SnapshotId:
+def take_suite(store: "Store", suite: "Suite", data: Path) -> SnapshotId:
     """Check the suite's items under the folder `data` and take them into the store; BadInput names file and line."""
     return store.put_files(suite_files(suite, data))
 
 
-def suite_files(suite: Suite, data: Path) -> dict[str, bytes]:
+def suite_files(suite: "Suite", data: Path) -> dict[str, bytes]:
     """The files of the suite's snapshot."""
     items: list[Item] = [] if suite.items is None else _limited(read_items(suite, data / suite.items), suite.limit)
     description = {
@@ -48,7 +48,7 @@ def suite_files(suite: Suite, data: Path) -> dict[str, bytes]:
     }
 
 
-def read_items(suite: Suite, path: Path) -> list[Item]:
+def read_items(suite: "Suite", path: Path) -> list[Item]:
     """The checked items of a suite file, in the file's order, with the keys of their kind only."""
     try:
         text = path.read_bytes().decode("utf-8")

@@ -6,18 +6,18 @@ some keys; what they do not say is left out of what is told of them.
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from mansard.evaluation.comparison import Change, Changes, Comparison, Estimate, Spread
 from mansard.evaluation.gate import Evidence, Ruling, Verdict
-from mansard.evaluation.judgement import ARTIFACTS, Background, Judgement, SuiteResult, outcome_of
-from mansard.evaluation.pairing import Change, Changes
-from mansard.evaluation.power import Plan
-from mansard.evaluation.statistics import Comparison, Estimate, Spread
+from mansard.evaluation.judgement import ARTIFACTS, Background, Expected, Judgement, Plan, SuiteResult, outcome_of
 from mansard.evaluation.wording import ITEMS_LISTED
-from mansard.specs.judging import Gate, SuiteRole
+
+if TYPE_CHECKING:
+    from mansard.specs.judging import Gate
 
 
-def verdict_record(judgement: Judgement, gate: Gate) -> dict[str, Any]:
+def verdict_record(judgement: Judgement, gate: "Gate") -> dict[str, Any]:
     """verdict.json but for the digests of the files beside it."""
     return {
         "format": 1,
@@ -36,7 +36,7 @@ def verdict_record(judgement: Judgement, gate: Gate) -> dict[str, Any]:
 
 def judgement_of(record: Mapping[str, Any]) -> Judgement:
     """The judgement that a verdict record tells of."""
-    gate = Gate.model_validate(record["gate"])
+    gate = record["gate"]
     found = record.get("contamination")
     background = Background(
         items={},
@@ -44,13 +44,12 @@ def judgement_of(record: Mapping[str, Any]) -> Judgement:
         provenance=record.get("provenance", {}),
         notes=record["notes"],
     )
-    suites = [
-        _suite_of(suite, role, record["alpha_spent"]) for suite, role in zip(record["suites"], gate.suites, strict=True)
-    ]
+    pairs = zip(record["suites"], gate["suites"], strict=True)
+    suites = [_suite_of(suite, role, record["alpha_spent"]) for suite, role in pairs]
     return Judgement(
         verdict=record["verdict"],
         reason=record["reason"],
-        budget=gate.alpha,
+        budget=gate["alpha"],
         alpha=record["alpha_spent"],
         attempts=record["attempts"],
         suites=suites,
@@ -81,7 +80,7 @@ def _suite_json(result: SuiteResult) -> dict[str, Any]:
     }
 
 
-def _suite_of(suite: Mapping[str, Any], role: SuiteRole, alpha: float) -> SuiteResult:
+def _suite_of(suite: Mapping[str, Any], role: Mapping[str, Any], alpha: float) -> SuiteResult:
     evidence = Evidence(
         suite=suite["suite"],
         measure=suite["measure"],
@@ -100,9 +99,17 @@ def _suite_of(suite: Mapping[str, Any], role: SuiteRole, alpha: float) -> SuiteR
         after=Estimate(**suite["after"]),
         num_items=suite["num_items"],
         num_clusters=suite["num_clusters"],
-        expected=role,
+        expected=_expected_of(role) if planned else None,
         plan=Plan(**planned) if planned else None,
         changes=_changes_of(changed) if changed else Changes(),
+    )
+
+
+def _expected_of(role: Mapping[str, Any]) -> Expected:
+    return Expected(
+        discordance=role["expected_discordance"],
+        design_effect=role["expected_design_effect"],
+        standard_deviation=role["expected_standard_deviation"],
     )
 
 

@@ -2,10 +2,9 @@
 
 from typing import Any
 
+from mansard.evaluation.comparison import Changes, Comparison, Estimate
 from mansard.evaluation.gate import HIGHER_IS_BETTER
 from mansard.evaluation.judgement import Background, Judgement, SuiteResult, outcome_of
-from mansard.evaluation.pairing import Changes
-from mansard.evaluation.statistics import Comparison, Estimate
 
 ITEMS_LISTED = 10
 """Items of a suite that share most with training text; the stage's own snapshot lists more."""
@@ -84,16 +83,16 @@ def expected_text(result: SuiteResult) -> str | None:
     """What the spec expected of a guard, beside what was seen."""
     found = result.evidence.baseline.spread if result.evidence.baseline else None
     expected, plan = result.expected, result.plan
-    if plan is None or found is None:
+    if plan is None or expected is None or found is None:
         return None
     told = f"expected power at no change {plan.power:.2f} with {plan.size} {plan.unit}"
     if found.discordance is not None:
         return (
-            f"{told}; discordance expected {expected.expected_discordance:g}, seen {found.discordance:.3f}; design "
-            f"effect expected {expected.expected_design_effect:g}, seen {found.design_effect:.2f}"
+            f"{told}; discordance expected {expected.discordance:g}, seen {found.discordance:.3f}; design "
+            f"effect expected {expected.design_effect:g}, seen {found.design_effect:.2f}"
         )
     return (
-        f"{told}; standard deviation of a file's change expected {expected.expected_standard_deviation:g}, seen "
+        f"{told}; standard deviation of a file's change expected {expected.standard_deviation:g}, seen "
         f"{found.standard_deviation:.4f}"
     )
 
@@ -103,14 +102,14 @@ def surprises(judgement: Judgement) -> list[str]:
     told = []
     for result in judgement.suites:
         found = result.evidence.baseline.spread if result.evidence.baseline else None
-        if result.plan is None or found is None:
-            continue
         expected = result.expected
+        if result.plan is None or expected is None or found is None:
+            continue
         if found.discordance is not None:
             seen = found.discordance * found.design_effect
-            limit = expected.expected_discordance * expected.expected_design_effect
+            limit = expected.discordance * expected.design_effect
         else:
-            seen, limit = found.standard_deviation or 0.0, expected.expected_standard_deviation
+            seen, limit = found.standard_deviation or 0.0, expected.standard_deviation
         if seen > limit:
             wider = f"the answers spread wider ({seen:.3g}) than the spec expects ({limit:g})"
             told.append(f"{result.evidence.suite}: {wider}")

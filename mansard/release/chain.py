@@ -69,8 +69,22 @@ def _suites(store: "Store", registration: Registration, problems: list[str]) -> 
         problems.append(f"verdict record {registration.verdict_record[:12]}: {error}")
         return []
     suites = tree.get("suites", []) if isinstance(tree, dict) else []
-    names = ("suite", "role", "n", "before", "after", "effect", "interval", "verdict")
-    return [{name: suite.get(name) for name in names} for suite in suites if isinstance(suite, dict)]
+    return [_suite(suite) for suite in suites if isinstance(suite, dict)]
+
+
+def _suite(suite: dict[str, Any]) -> dict[str, Any]:
+    """One suite of verdict.json, flat; against the baseline, where there was one."""
+    against = suite.get("baseline") or {}
+    effect = against.get("effect") or {}
+    low, high = effect.get("low"), effect.get("high")
+    return {
+        **{name: suite.get(name) for name in ("suite", "role", "verdict")},
+        "n": suite.get("num_items"),
+        "before": (against.get("before") or {}).get("value"),
+        "after": (suite.get("after") or {}).get("value"),
+        "effect": effect.get("value"),
+        "interval": None if low is None or high is None else [low, high],
+    }
 
 
 def _of_others(journal: Journal, registration: Registration, version: int) -> dict[str, str]:

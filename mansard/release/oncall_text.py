@@ -1,4 +1,7 @@
-"""What `status`, `history` and `why` look like to a person: plain text, no colour, no width of the screen assumed."""
+"""What `status`, `history` and `why` look like to a person: plain text, no colour.
+
+`columns` is the screen's width, None where no person looks: nothing is folded then.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,19 +19,13 @@ from mansard.release.events import (
     ROLLED_BACK,
     ROLLOUT_STARTED,
 )
+from mansard.release.folded_text import fold, table
 
 SHORT = 12
 """Digits of a digest that a person sees; every command takes such a prefix."""
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Columns padded to their widest cell; None is a dash."""
-    cells = [list(header), *([("-" if c is None else str(c)) for c in row] for row in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
-
-
-def status_text(status: dict[str, Any]) -> str:
+def status_text(status: dict[str, Any], columns: int | None = None) -> str:
     lines = [f"model {status['model']}, term {status['term']}"]
     standing: list[tuple[object, ...]] = []
     for name in ("stable", "canary", "previous"):
@@ -39,7 +36,7 @@ def status_text(status: dict[str, Any]) -> str:
         share = f" at {place['weight_percent']} %" if "weight_percent" in place else ""
         since = place["since"]
         standing.append((name, f"{place['version']}{share}", since and moment(since["at"]), since and since["who"]))
-    lines += [table(("pointer", "version", "since", "by"), standing), ""]
+    lines += [table(("pointer", "version", "since", "by"), standing, columns), ""]
     if status["last_move"] is not None:
         lines.append(f"last move: {event(status['last_move'])}")
     lines += [_split_line(status["split"]), *_journal_lines(status), *_mirror_lines(status["mirror"])]
@@ -47,30 +44,35 @@ def status_text(status: dict[str, Any]) -> str:
         pass  # the versions are in the journal
     elif status["versions"]:
         header = ("version", "is", "verdict", "decision", "base", "spec", "author", "registered", "artifact")
-        lines += ["", table(header, [_version_cells(v) for v in status["versions"]])]
+        lines += ["", table(header, [_version_cells(v) for v in status["versions"]], columns)]
     else:
         lines.append("nothing is registered yet")
     lines += ["", *(f"{name}: {url}" for name, url in status["urls"].items()), f"next: {status['next']}"]
-    return "\n".join(lines)
+    return fold("\n".join(lines), columns)
 
 
-def history_text(entries: Sequence[dict[str, Any]]) -> str:
+def history_text(entries: Sequence[dict[str, Any]], columns: int | None = None) -> str:
+    """The reason stands below what happened where the screen has no room beside it."""
     if not entries:
         return "the journal is empty; it begins with: mansard adopt SPEC"
     rows = [(e["sequence"], moment(e["at"]), e["who"], _what(e), " ".join(str(e["why"]).split())) for e in entries]
-    return table(("entry", "when (UTC)", "who", "what", "why"), rows)
+    text = table(("entry", "when (UTC)", "who", "what", "why"), rows)
+    if columns is None or max(map(len, text.splitlines())) <= columns:
+        return text
+    below = [(*row[:3], f"{row[3]}\n{row[4]}".rstrip()) for row in rows]
+    return table(("entry", "when (UTC)", "who", "what, and why"), below, columns)
 
 
-def why_text(why: dict[str, Any]) -> str:
+def why_text(why: dict[str, Any], columns: int | None = None) -> str:
     place = ", ".join(why["is"]) or "neither stable, canary nor previous"
     lines = [f"{why['model']} version {why['version']} is {place}"]
     if why["pointer"] is not None:
         lines.append(f"  {event(why['pointer'])}")
     for link in why["chain"]:
-        lines += ["", *_link_lines(link)]
+        lines += ["", *_link_lines(link, columns)]
     lines += ["", f"base of version {why['chain'][-1]['version']}: {why['base']}"]
     lines += [f"problem: {problem}" for problem in why["problems"]]
-    return "\n".join(lines)
+    return fold("\n".join(lines), columns)
 
 
 def said(entry: dict[str, Any]) -> str:
@@ -172,7 +174,7 @@ def _mirror_lines(mirror: dict[str, Any] | None) -> list[str]:
     return [f"mirror: MLflow is {mirror['lag']} entries behind{trouble}"]
 
 
-def _link_lines(link: dict[str, Any]) -> list[str]:
+def _link_lines(link: dict[str, Any], columns: int | None) -> list[str]:
     signed = "signed" if link["registered"]["is_signed"] else "NOT signed"
     lines = [
         f"version {link['version']}, registered {moment(link['registered']['at'])} UTC by {link['author']} ({signed}), "
@@ -199,7 +201,8 @@ def _link_lines(link: dict[str, Any]) -> list[str]:
         (s["stage"], s["recipe"][:SHORT], s["snapshot"][:SHORT] + ("" if s["is_held"] else " (not held)"), _inputs(s))
         for s in link["stages"]
     ]
-    lines += [f"  {line}" for line in table(("stage", "recipe", "snapshot", "from"), rows).splitlines()]
+    stages = table(("stage", "recipe", "snapshot", "from"), rows, None if columns is None else columns - 2)
+    lines += [f"  {line}" for line in stages.splitlines()]
     lines += [f"  {d['is']}: {d['snapshot'][:SHORT]} ({d['name']})" for d in link["data"]]
     if link["base_version"] is not None:
         lines.append(f"  built on version {link['base_version']}")

@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mansard.evaluation.bootstrap import deviations, widening
-from mansard.evaluation.power import Plan, alpha_of_attempt, plan_guard
+from mansard.evaluation.judgement import Plan
+from mansard.evaluation.power import alpha_of_attempt, plan_guard
 from mansard.evaluation.score_interval import design_effect, tango_interval
 from mansard.spec_files import load_spec
 from mansard.specs.judging import Gate, SuiteRole

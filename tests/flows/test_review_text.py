@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from flows.review_text import BAR_CELLS, interval_bar, show
+from mansard.evaluation.comparison import Change, Changes, Comparison, Estimate, Spread
 from mansard.evaluation.gate import Evidence, Role, rule
-from mansard.evaluation.judgement import Background, Judgement, SuiteResult
-from mansard.evaluation.pairing import Change, Changes
+from mansard.evaluation.judgement import Background, Expected, Judgement, SuiteResult
 from mansard.evaluation.power import plan_guard
-from mansard.evaluation.statistics import Comparison, Estimate, Spread
 from mansard.records import Registration
 from mansard.specs.judging import SuiteRole
 
@@ -41,7 +40,7 @@ def result(low: float, high: float, role: Role = "guard", margin: float = 0.02) 
     worse, better = Change("i[1]", "f", -0.1, "1.9", "2.0", "text [b]"), Change("i2", "f", 0.1, "2.0", "1.9", "")
     changes = Changes(1, 1, (worse,), (better,))
     plan = plan_guard(expected, "bits_per_byte", 300, 100, 0.03) if role == "guard" else None
-    return SuiteResult(evidence, rule(evidence), point, 300, 100, expected, plan, changes)
+    return SuiteResult(evidence, rule(evidence), point, 300, 100, Expected(0.2, 1.0, 0.05), plan, changes)
 
 
 def shown(results: Iterable[SuiteResult], registration: Registration) -> str:

@@ -18,13 +18,13 @@ from mansard.evaluation.cost import (
     Reply,
     Target,
     ask,
-    cost_table,
     high_ratios,
     measure,
     memory_bytes,
     plan_rounds,
     ratios,
 )
+from mansard.evaluation.report import cost_table
 
 
 @contextmanager

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from mansard.evaluation.comparison import Comparison, Estimate
 from mansard.evaluation.gate import Evidence, Role, Verdict, best_of, decide, holm_levels, rule
-from mansard.evaluation.statistics import Comparison, Estimate
 
 ORDER: list[Verdict] = ["fail", "inconclusive", "pass"]
 

@@ -293,7 +293,8 @@ def derived(site: Site, store: Store, candidate: Make) -> Site:
     fuse = made("fuse", {"expansion": expand[2], "trained": train[2]})
     artifact = made("quantize2", {"model": fuse[2], "data": code})
     again = made("evaluate2", {"artifact": artifact[2], "suite": items})
-    suite = {"suite": "bits", "role": "guard", "n": 3, "effect": 0.1, "interval": [0.05, 0.15], "verdict": "pass"}
+    against = {"before": {"value": 2.0}, "effect": {"value": 0.1, "low": 0.05, "high": 0.15}}
+    suite = {"suite": "bits", "role": "guard", "num_items": 3, "baseline": against, "verdict": "pass"}
     told = json.dumps({"suites": [suite]}).encode()
     judge = made("judge", {"candidate.bits": again[2], "baseline.bits": records[2]}, "verdict.json", told)
     second = candidate("two", model=fuse[2], artifact=artifact[2], verdict_record=judge[2])
