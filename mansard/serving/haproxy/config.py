@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mansard.errors import BadInput
 from mansard.serving.router.public import Limits
+from mansard.serving.router.user_field import MAX_USER_BYTES
 from mansard.site import Site
 
 SOCKET_PATH_BYTES = 97
@@ -41,6 +42,7 @@ def config_text(site: Site, port: int) -> str:
         "threads": os.cpu_count() or 1,
         "port": port,
         "body_bytes": Limits().body_bytes,
+        "user_bytes": MAX_USER_BYTES,
         "model": site.models[0],
     }
     return string.Template(TEMPLATE.read_text()).substitute(values)

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable, Mapping
 
 from mansard.errors import MansardError
+from mansard.serving.router.user_field import user_of
 
 ALLOWED = {
     "/v1/completions": "POST",
@@ -59,15 +60,19 @@ def check_path(method: str, target: str) -> str:
     return path
 
 
-def sticky_key(tenant: str | None, headers: Mapping[str, str], address: str) -> str:
-    """What ties a user to a version: the session header, else the user header, within the tenant when keys are on.
+def sticky_key(tenant: str | None, headers: Mapping[str, str], body: bytes, address: str) -> str:
+    """What ties a user to a version: the session header, else the user header, else the body's `user` (the same user as
+    in that header), within the tenant when keys are on.
 
-    Without either header: the tenant, or where nobody needs a key the client's address without its port.
+    Without any of them: the tenant, or where nobody needs a key the client's address without its port.
     """
     for name in STICKY_HEADERS:
         value = headers.get(name)
         if value:
             return f"{tenant or ''}/{name}/{value}"
+    user = user_of(body)
+    if user:
+        return f"{tenant or ''}/{STICKY_HEADERS[-1]}/{user}"
     return f"tenant/{tenant}" if tenant is not None else f"address/{address}"
 
 

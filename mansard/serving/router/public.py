@@ -132,9 +132,10 @@ class Router:
         model = model_named(self._watch.split.models, body)
         if holder is not None:
             holder.check_model(model)
+        tenant = None if holder is None else holder.name
         question = visit.question = Question(
             model=model,
-            key=key_digest(model, sticky_key(None if holder is None else holder.name, headers, request.remote or "")),
+            key=key_digest(model, sticky_key(tenant, headers, body, request.remote or "")),
             pinned=pinned_version(headers),
             payload=engine_request(path, request.method, request.raw_headers, body),
         )

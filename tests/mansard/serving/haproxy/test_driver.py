@@ -264,6 +264,28 @@ def test_an_api_key_ties_a_user_to_a_version_where_nothing_else_does(haproxy: Ca
         assert {"1", "2"} == set.union(*seen.values())
 
 
+def test_the_bodys_user_ties_as_the_header_does_and_the_engine_gets_every_byte(haproxy: Callable[..., Any]) -> None:
+    with haproxy() as rig:
+        rig.write(50)
+        found = set()
+        for number in range(30):
+            body = f'{{"prompt": "x", "metadata": {{"user": "eve"}}, "user" :"u{number}"}}'.encode()
+            replies = [rig.call(body=body), rig.call(x_user_id=f"u{number}"), rig.call(body=body)]
+            (version,) = {reply.version for reply in replies}
+            assert {"1": rig.one, "2": rig.two}[version].seen()["body"] == body.decode()
+            found.add(version)
+        assert found == {"1", "2"}
+
+
+@pytest.mark.parametrize("user", ["42", "null", '""', '{"a": 1}', '["ann"]', '"\\ud800"', f'"{"a" * 1_000_000}"'])
+def test_a_strange_user_is_the_engines_to_refuse(haproxy: Callable[..., Any], user: str) -> None:
+    with haproxy() as rig:
+        rig.write(50)
+        filler = "x" * 100_000
+        for body in (f'{{"user": {user}}}', f'{{"p": "{filler}", "user": {user}}}'):
+            assert rig.call(body=body.encode()).status == 200
+
+
 def test_no_line_is_lost_while_the_driver_is_busy(haproxy: Callable[..., Any]) -> None:
     with haproxy() as rig:
         rig.write(None)

@@ -31,14 +31,19 @@ def test_a_query_goes_no_further() -> None:
     assert check_path("POST", "/v1/completions?api-version=1") == "/v1/completions"
 
 
-def test_the_session_ties_before_the_user_the_user_before_the_tenant_the_tenant_before_the_address() -> None:
+def test_what_ties_a_user_is_the_session_then_the_user_then_the_tenant_then_the_address() -> None:
     session, user = {"x-mansard-session": "s", "x-user-id": "u"}, {"x-user-id": "u"}
-    keys = [sticky_key(tenant, headers, "10.0.0.1") for tenant in (None, "acme") for headers in (session, user, {})]
+    senders = ((session, b'{"user": "b"}'), (user, b'{"user": "b"}'), ({}, b'{"user": "b"}'), ({}, b"{}"))
+    keys = [sticky_key(tenant, headers, body, "10.0.0.1") for tenant in (None, "acme") for headers, body in senders]
     assert len(set(keys)) == len(keys)
-    assert sticky_key(None, session, "10.0.0.2") == keys[0]
-    assert sticky_key("acme", {}, "10.0.0.2") == keys[5]
-    assert sticky_key("other", user, "10.0.0.1") != keys[4]
-    assert sticky_key(None, {}, "10.0.0.2") != keys[2]
+    assert sticky_key(None, session, b"", "10.0.0.2") == keys[0]
+    assert sticky_key("acme", {}, b"", "10.0.0.2") == keys[7]
+    assert sticky_key("other", user, b"", "10.0.0.1") != keys[5]
+    assert sticky_key(None, {}, b"", "10.0.0.2") != keys[3]
+
+
+def test_a_user_is_the_same_in_the_header_and_in_the_body() -> None:
+    assert sticky_key("acme", {}, b'{"user": "u"}', "x") == sticky_key("acme", {"x-user-id": "u"}, b"", "y")
 
 
 @pytest.mark.parametrize("text", ["", "v1", "-1", "1.0", " 1", "٣", "1" * 10])

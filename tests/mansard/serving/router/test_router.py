@@ -13,6 +13,7 @@ import pytest
 from mansard.serving.split import (
     Split,
     bucket_of,
+    key_digest,
     read_split,
     split_bytes,
     with_canary,
@@ -53,6 +54,32 @@ def test_the_share_of_sessions_follows_the_weight_and_only_grows(rig: Any) -> No
         replies = {i: rig.call(x_user_id=f"u{i}") for i in range(60)}
         canary.append({i for i, reply in replies.items() if reply.version == "2"})
     assert canary[0] < canary[1] < canary[2] < canary[3] == set(range(60))
+
+
+def test_the_bodys_user_ties_to_a_version_and_the_engine_gets_every_byte(rig: Any) -> None:
+    rig.write(50)
+    versions = {}
+    for number in range(40):
+        body = f'{{"prompt": "x",  "metadata": {{"user": "eve"}}, "user" :"u{number}"}}'.encode()
+        replies = [rig.call(body=body), rig.call(x_user_id=f"u{number}"), rig.call(body=body)]
+        (versions[number],) = {reply.version for reply in replies}
+        assert {"1": rig.one, "2": rig.two}[versions[number]].seen()["body"] == body.decode()
+    assert 8 <= sum(version == "2" for version in versions.values()) <= 32
+
+
+LONG = "x" * 1_000_000
+STRANGE = ("42", "null", '""', '{"a": 1}', '["ann"]', '"\\ud800"', '"\\x"', f'"{LONG}"', '"ann", "user": 1')
+
+
+@pytest.mark.parametrize("user", STRANGE)
+def test_a_strange_user_is_the_engines_to_refuse_and_never_an_error_here(rig: Any, user: str) -> None:
+    rig.write(50)
+    for body in (f'{{"user": {user}}}', f'{{"p": "{LONG}", "user": {user}}}', f'{{"user": {user}, "p": "{LONG}"}}'):
+        reply = rig.call(body=body.encode())
+        assert reply.status == 200
+        engine = {"1": rig.one, "2": rig.two}[reply.version]
+        assert engine.seen()["body"] == body[:10_000]
+        assert engine.seen()["headers"]["content-length"] == str(len(body))
 
 
 def test_a_tester_pins_a_resident_version_and_no_other(rig: Any) -> None:
@@ -260,6 +287,18 @@ def test_a_chunked_body_is_taken_and_sent_on_whole(rig: Any) -> None:
         with contextlib.closing(client.getresponse()) as answer:
             assert answer.status == 200
     assert (rig.one.seen()["body"], rig.one.seen()["headers"]["content-length"]) == ('{"prompt": "x"}', "15")
+
+
+def test_who_asks_leaves_the_router_as_a_digest_only(rig: Any) -> None:
+    rig.write(None)
+    number = rig.records()["next"]
+    log = rig.home / "logs/router-0-access.jsonl"
+    assert rig.call(body=b'{"prompt": "x", "user": "ada@example.org"}').status == 200
+    (record,) = rig.records(number)["records"]
+    key = f"{key_digest('tiny', '/x-user-id/ada@example.org'):016x}"
+    assert key in record
+    rig.wait_until(lambda: log.exists() and key in log.read_text(), "the line")
+    assert "ada@" not in log.read_text() + str(rig.records(number))
 
 
 def test_a_lower_term_and_a_half_written_split_are_ignored(rig: Any) -> None:
