@@ -8,7 +8,7 @@ import getpass
 import json
 import os
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flows.screen import columns, show
 from mansard.errors import JournalDamaged, JournalDown, MansardError
@@ -18,6 +18,9 @@ from mansard.release.oncall_text import history_text, status_text, why_text
 from mansard.serving.client import HostClient, HostDown
 from mansard.serving.host.when_down import end_engine, engine_answers, follow_pointers, traffic_split
 from mansard.site import Site, find_site, load_site
+
+if TYPE_CHECKING:
+    from mansard.store.store import Store
 
 ROLLBACK_TIMEOUT_SECONDS = 1800.0
 """A cold previous version is started first while stable goes on serving."""
@@ -158,22 +161,24 @@ def history(args: argparse.Namespace) -> int:
 
 def why(args: argparse.Namespace) -> int:
     """From the live pointer to approval, verdict, stages, data and the first base."""
+    from mansard.store.store import Store  # BLAKE3 is loaded only where evidence is read
+
     site = load_site(find_site(args.site))
-    found = oncall.why(site, site.model_named(args.model), args.version)
-    _add_storeys(site, found)
-    _add_carry_ons(site, found)
+    store = Store.of(site)
+    found = oncall.why(site, site.model_named(args.model), args.version, store)
+    _add_storeys(store, found)
+    _add_carry_ons(store, found)
     print(json.dumps(found) if args.json else why_text(found, columns()))
     return 0
 
 
-def _add_carry_ons(site: Site, found: dict[str, Any]) -> None:
+def _add_carry_ons(store: "Store", found: dict[str, Any]) -> None:
     """Base artifact, branch and alpha of the versions of the chain that are carry-ons."""
     from mansard.composition.compose import composition_of
-    from mansard.store.store import Store
 
     for link in found["chain"]:
         try:
-            made = composition_of(Store.of(site), link["artifact"])
+            made = composition_of(store, link["artifact"])
         except MansardError as error:
             found["problems"].append(f"artifact of version {link['version']}: {error}")
             continue
@@ -181,16 +186,15 @@ def _add_carry_ons(site: Site, found: dict[str, Any]) -> None:
             link["carry_on"] = {"base": made.base, "branch": made.branch, "alpha": made.alpha}
 
 
-def _add_storeys(site: Site, found: dict[str, Any]) -> None:
+def _add_storeys(store: "Store", found: dict[str, Any]) -> None:
     """The storeys of each version of the chain, with the oldest of these versions that holds each."""
     from mansard.models.storeys import told_storeys
-    from mansard.store.store import Store  # BLAKE3 is loaded only where evidence is read
 
     first: dict[str, int] = {}
     for link in reversed(found["chain"]):
         link["storeys"] = []
         try:
-            link["storeys"] = told_storeys(Store.of(site), link["model"])
+            link["storeys"] = told_storeys(store, link["model"])
         except MansardError as error:
             found["problems"].append(f"storeys of version {link['version']}: {error}")
         for storey in link["storeys"]:

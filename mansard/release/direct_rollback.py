@@ -3,8 +3,8 @@ database is down too (then the move waits in the emergency file for its import).
 
 Guarantees: the rules of decision 10 either way; safe to repeat, also after a kill between any two writes; a full disk
 is given room (ballast.py); `hard` ends the engine of the version that is left, once the split has moved, as the host
-does. Not covered: a kill just before that; the same command again moves nothing, and ends nothing. Standard library
-only until a target's digests are checked, which loads BLAKE3.
+does; a store in a bucket is asked after that (target_check.py). Not covered: a kill just before that; the same command
+again moves nothing, and ends nothing. Standard library only until a target's digests are checked, which loads BLAKE3.
 """
 
 import functools
@@ -18,10 +18,11 @@ from typing import Any
 from mansard.errors import BadInput, Conflict, Corrupt, JournalDamaged, JournalDown, MansardError
 from mansard.release import emergency
 from mansard.release.ballast import with_room
-from mansard.release.events import APPROVED, Entry, Pointers, uptime_now, utc_now
+from mansard.release.events import Entry, Pointers, uptime_now, utc_now
 from mansard.release.journal import Journal
 from mansard.release.memory import Memory, Remembered, recall, remember, with_split
 from mansard.release.pointer import RollbackPlan, plan_rollback
+from mansard.release.target_check import artifact_warnings, later_warnings, target_warnings
 from mansard.site import Site
 
 ATTEMPTS = 5
@@ -52,11 +53,12 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """What was decided and where the model stands after it."""
+    """What was decided and where the model stands after it. `artifact` is that of the version moved to, where known."""
 
     plan: RollbackPlan
     after: Pointers
     warnings: list[str]
+    artifact: str | None
 
 
 def rollback_directly(
@@ -78,6 +80,8 @@ def rollback_directly(
     warnings = moved.warnings
     if request.hard and moved.plan.action != "nothing":
         warnings = warnings + end_engine(request.model, _known(moved.plan.version), after.stable)
+    if moved.artifact is not None:
+        warnings = warnings + later_warnings(site, _known(moved.plan.to), moved.artifact)
     return {
         "format": 1,
         "model": request.model,
@@ -101,28 +105,6 @@ def _moved(site: Site, request: Request, answers: Answers, write_split: WriteSpl
         return with_room(site, lambda: _in_journal(site, request, answers, write_split)), ""
     except (JournalDown, JournalDamaged) as error:
         return with_room(site, lambda: _in_emergency(site, request, answers, write_split)), str(error)
-
-
-def target_warnings(site: Site, journal: Journal, model: str, version: int, hard: bool) -> list[str]:
-    """Check a version to move back to: the manifest's digest and every object's size (`mansard verify` reads bytes).
-    Never approvals; only who signed and is gone is reported.
-
-    Raises Corrupt for damaged or missing content; with `hard` that is a warning too.
-    """
-    entry = journal.evidence(model, version)
-    artifact = str(entry.body["registration"]["artifact"])
-    is_changed = entry.digest != entry.computed_digest()
-    trouble = f"journal entry {entry.sequence} was changed" if is_changed else ""
-    warnings = _artifact_warnings(site, model, version, artifact, hard, trouble)
-    approved = [e for e in journal.entries(model, kinds=(APPROVED,)) if e.version == version]
-    signers = {entry.body["registration"]["author"]: "author", **({approved[-1].who: "reviewer"} if approved else {})}
-    for name, role in signers.items():
-        if name not in site.people or role not in site.people[name].roles:
-            warnings.append(f"version {version}: {name}, its {role}, has that role in {site.path.name} no more")
-        elif site.people[name].revoked:
-            why = site.people[name].revoked
-            warnings.append(f"version {version}: the key of {name}, its {role}, is revoked: {why}")
-    return warnings
 
 
 def operator_warnings(site: Site, who: str) -> list[str]:
@@ -156,30 +138,34 @@ def known_state(site: Site, model: str) -> tuple[Remembered, Memory, list[emerge
 def _in_journal(site: Site, request: Request, answers: Answers, write_split: WriteSplit) -> Moved:
     with Journal.open(site.journal) as journal:
         emergency.import_waiting(site, journal)
-        plan, warnings = _move(site, journal, request, answers)
+        plan, warnings, artifact = _move(site, journal, request, answers)
         after = _write(site, journal, request.model, write_split)
         if plan.action != "nothing":
             try:
                 remember(site, journal)
             except OSError as error:  # users are served already; the next rollback only knows less
                 warnings.append(f"{site.memory_file} was not written: {error}")
-    return Moved(plan, after, warnings)
+    return Moved(plan, after, warnings, artifact)
 
 
-def _move(site: Site, journal: Journal, request: Request, answers: Answers) -> tuple[RollbackPlan, list[str]]:
-    """Decide and move the pointer; decide anew when somebody else moved it in between."""
+def _move(
+    site: Site, journal: Journal, request: Request, answers: Answers
+) -> tuple[RollbackPlan, list[str], str | None]:
+    """Decide and move the pointer; decide anew when somebody else moved it in between. Also the target's artifact."""
     model, facts = request.model, {"host": "down", "hard": request.hard}
     who, why = request.who, request.why or "rollback"
     for attempt in range(1, ATTEMPTS + 1):
         pointers = journal.pointers(model)
         plan = _plan(request, journal.moves(model), pointers)
         warnings: list[str] = []
+        artifact: str | None = None
         try:
             if plan.action == "abort":
                 journal.abort(model, _known(plan.version), who, why, pointers, facts)
             elif plan.action == "move":
                 warnings = target_warnings(site, journal, model, _known(plan.to), request.hard)
                 warnings += _answer_warnings(request, _known(plan.to), answers)
+                artifact = journal.registration(model, _known(plan.to)).artifact
                 journal.rollback(model, _known(plan.to), who, why, pointers, facts)
             if plan.action != "nothing":
                 warnings += operator_warnings(site, who)
@@ -187,7 +173,7 @@ def _move(site: Site, journal: Journal, request: Request, answers: Answers) -> t
         except Conflict:
             if attempt == ATTEMPTS:
                 raise
-    return plan, warnings
+    return plan, warnings, artifact
 
 
 def _in_emergency(site: Site, request: Request, answers: Answers, write_split: WriteSplit) -> Moved:
@@ -208,7 +194,7 @@ def _in_emergency(site: Site, request: Request, answers: Answers, write_split: W
             warnings.append(f"the journal's database is down; the move waits for it in {site.emergency_file}")
         if after.canary is None and (records or plan.action != "nothing"):
             with_room(site, functools.partial(write_split, request.model, after, after.term))
-    return Moved(plan, after, warnings)
+    return Moved(plan, after, warnings, None if plan.to is None else known.artifacts.get(plan.to))
 
 
 def _plan(request: Request, moves: "list[Entry] | tuple[Entry, ...]", pointers: Pointers) -> RollbackPlan:
@@ -245,24 +231,7 @@ def _answer_warnings(request: Request, to: int, answers: Answers) -> list[str]:
 def _remembered_warnings(site: Site, request: Request, to: int, known: Remembered) -> list[str]:
     if to not in known.artifacts:
         return [f"version {to}: this machine does not remember its artifact, so its digests were not checked"]
-    return _artifact_warnings(site, request.model, to, known.artifacts[to], request.hard, "")
-
-
-def _artifact_warnings(
-    site: Site, model: str, version: int, artifact: str, hard: bool, trouble: str
-) -> list[str]:
-    from mansard.store.store import Store  # BLAKE3 is loaded only where evidence is read
-
-    try:
-        if trouble:
-            raise Corrupt(trouble)
-        if not Store.of(site).holds(artifact):
-            raise Corrupt(f"its artifact {artifact[:12]} is not whole in {site.store}")
-    except Corrupt as error:
-        if not hard:
-            raise Corrupt(f"{model} version {version}: {error}; --to another version, or --hard") from error
-        return [f"version {version}: {error}"]
-    return []
+    return artifact_warnings(site, request.model, to, known.artifacts[to], request.hard)
 
 
 def _split(site: Site) -> tuple[int, dict[str, Any]]:

@@ -8,7 +8,7 @@ the form on the screen (oncall_text.py).
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mansard.errors import Corrupt, JournalDamaged, JournalDown
 from mansard.release import emergency
@@ -29,6 +29,9 @@ from mansard.release.events import (
 from mansard.release.journal import Journal
 from mansard.release.pointer import approvals_in_force, last_move
 from mansard.site import Site
+
+if TYPE_CHECKING:
+    from mansard.store.store import Store
 
 
 def status(site: Site, model: str) -> dict[str, Any]:
@@ -67,14 +70,15 @@ def remembered_history(site: Site, model: str) -> list[dict[str, Any]]:
     return [_entry_json(e) for e in known_state(site, model)[0].moves]
 
 
-def why(site: Site, model: str, version: int) -> dict[str, Any]:
+def why(site: Site, model: str, version: int, store: "Store | None" = None) -> dict[str, Any]:
     """The chain of evidence from the pointer down to the first version's base. BadInput for an unknown version.
 
-    `chain` holds this version, its base version, and so on down; `problems` what is damaged or not here.
+    `store` is the site's, where the caller has it open: one that is silent is then waited for once. `chain` holds this
+    version, its base version, and so on down; `problems` what is damaged or not here.
     """
     from mansard.store.store import Store  # BLAKE3 is loaded only where evidence is read
 
-    store = Store.of(site)
+    store = store or Store.of(site)
     with Journal.open(site.journal) as journal:
         journal.evidence(model, version)
         problems: list[str] = []
@@ -96,7 +100,7 @@ def why(site: Site, model: str, version: int) -> dict[str, Any]:
         "pointer": _brief(_since(entries, version)),
         "chain": chain,
         "base": chain[-1]["base"],
-        "problems": problems,
+        "problems": list(dict.fromkeys(problems)),
     }
 
 

@@ -4,8 +4,9 @@ Through obstore (Rust's object_store), because it does what fsspec and s3fs do i
 parallel parts in both directions, retries, and conditional puts (`If-None-Match: *`), by which exactly one home comes
 to own a bucket. Guarantees: a name is whole or absent (a multipart upload shows only when it is complete); what is
 fetched is compared with its digest before it enters the cache; a cached copy that is damaged is fetched again by
-`verify`. Credentials, region and endpoint come from the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,
-AWS_REGION, AWS_ENDPOINT_URL).
+`verify`; no request lasts longer than REQUEST_SECONDS, retries and all, whatever the server does (so large objects
+travel in parts in both directions, few at once). Credentials, region and endpoint come from the environment
+(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL).
 What is coordinated where: S3 knows no touch, so when a name was last used is an empty file of this machine (`used`),
 and locks and leases are this machine's too. All that writes and collects runs on one control-plane host; another host
 may read and write, but only the grace period, counted from the upload, keeps what it just wrote from a `collect`.
@@ -14,6 +15,7 @@ Aborted multipart uploads are for the bucket's lifecycle rules to clear.
 
 import os
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -32,12 +34,18 @@ from mansard.store.disk import disk_errors, write_all
 from mansard.store.folder import Folder
 
 CACHE_BYTES = 200 << 30
-PART_BYTES = 16 << 20
+PART_BYTES = 8 << 20
 """S3's own advice for ranged reads and parts is 8 to 16 MB."""
 NUM_TRANSFERS = 8
-"""Parts of one object at once; the store's threads move several objects at once."""
+"""Parts at once, of all objects: within REQUEST_SECONDS a link of 55 Mbit/s moves them."""
+NUM_PARTS_HASHED = 4
+"""Parts of one object that are fetched together and then hashed in their order."""
 NUM_QUESTIONS = 16
-RETRY_SECONDS = 60
+REQUEST_SECONDS = 10.0
+"""An operator at night waits for no server longer; what fails may be run again and goes on where it stopped."""
+CONNECT_SECONDS = 5.0
+SILENT_SECONDS = 10.0
+"""So long a server that let a request time out is not asked again: a verb with many questions ends with the first."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -46,7 +54,9 @@ R = TypeVar("R")
 class Bucket:
     """The backend whose names are keys below a prefix."""
 
-    def __init__(self, url: str, client: S3Store, root: Path, cache_bytes: int = CACHE_BYTES) -> None:
+    def __init__(
+        self, url: str, client: S3Store, root: Path, cache_bytes: int, request_seconds: float = REQUEST_SECONDS
+    ) -> None:
         self._url = url
         self._client = client
         self._root = root
@@ -55,28 +65,39 @@ class Bucket:
         self._bound_bytes = cache_bytes
         self._cached_bytes: int | None = None
         self._evicting = threading.Lock()
+        self._transfers = threading.BoundedSemaphore(NUM_TRANSFERS)
+        self._large_put = threading.Lock()
+        self._request_seconds = request_seconds
+        self._silent_until, self._silence = 0.0, ""
 
     @staticmethod
-    def at(url: str, root: Path, cache_bytes: int = CACHE_BYTES) -> "Bucket":
-        """The bucket of `s3://BUCKET/PREFIX`; nothing is asked of it yet."""
+    def at(
+        url: str, root: Path, cache_bytes: int = CACHE_BYTES, request_seconds: float = REQUEST_SECONDS
+    ) -> "Bucket":
+        """The bucket of `s3://BUCKET/PREFIX`; nothing is asked of it yet. No request lasts over `request_seconds`."""
         name, _, prefix = url.removeprefix("s3://").strip("/").partition("/")
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
-        retries = {"max_retries": 5, "retry_timeout": timedelta(seconds=RETRY_SECONDS)}
-        with _errors_of(url):
+        limit = timedelta(seconds=request_seconds)
+        retries = {"max_retries": 5, "retry_timeout": limit}
+        with _errors_of(url, "its name"):
             client = S3Store(
                 name,
                 prefix=prefix or None,
-                client_options={"allow_http": endpoint.startswith("http://"), "timeout": timedelta(minutes=10)},
+                client_options={
+                    "allow_http": endpoint.startswith("http://"),
+                    "timeout": limit,
+                    "connect_timeout": min(limit, timedelta(seconds=CONNECT_SECONDS)),
+                },
                 retry_config=retries,  # type: ignore[arg-type]  # a TypedDict of which only some keys are given
             )
-        return Bucket(url.rstrip("/"), client, root, cache_bytes)
+        return Bucket(url.rstrip("/"), client, root, cache_bytes, request_seconds)
 
     @property
     def url(self) -> str:
         return self._url
 
     def listed(self, folder: str) -> Iterator[Listed]:
-        with _errors_of(self._url):
+        with self._asking(f"a list of {folder}"):
             for chunk in obstore.list(self._client, prefix=folder):
                 for meta in chunk:
                     used_at = max(meta["last_modified"].timestamp(), self._used_at(meta["path"]))
@@ -93,7 +114,7 @@ class Bucket:
         return found
 
     def read(self, name: str) -> bytes | None:
-        with _errors_of(self._url):
+        with self._asking(f"a read of {name}"):
             try:
                 return bytes(obstore.get(self._client, name).bytes())
             except FileNotFoundError:
@@ -101,11 +122,11 @@ class Bucket:
 
     def write(self, name: str, data: bytes) -> None:
         self._mark(name)
-        with _errors_of(self._url):
+        with self._asking(f"a write of {name}"):
             obstore.put(self._client, name, data)
 
     def create(self, name: str, data: bytes) -> bool:
-        with _errors_of(self._url):
+        with self._asking(f"a write of {name}"):
             try:
                 obstore.put(self._client, name, data, mode="create")
             except AlreadyExistsError:
@@ -118,7 +139,10 @@ class Bucket:
         self._mark(name)
         with os.fdopen(self._cache.open(name), "rb") as file:
             size_bytes = os.fstat(file.fileno()).st_size
-            with _errors_of(self._url):
+            with (
+                self._transfers if size_bytes <= PART_BYTES else self._large_put,
+                self._asking(f"a write of {name}"),
+            ):
                 obstore.put(self._client, name, file, chunk_size=PART_BYTES, max_concurrency=NUM_TRANSFERS)
         self._make_room(size_bytes)
 
@@ -141,20 +165,23 @@ class Bucket:
         """Of the bytes in the bucket. A damaged copy in the cache goes."""
         if self._cache.digest(name) not in (None, _digest_in(name)):
             self._cache.remove([name])
+        size_bytes = self._size(name)
+        if size_bytes is None:
+            return None
         hasher = blake3()
-        with _errors_of(self._url):
-            try:
-                for chunk in obstore.get(self._client, name).stream(min_chunk_size=PART_BYTES):
-                    hasher.update(bytes(chunk))
-            except FileNotFoundError:
-                return None
+        begins = range(0, size_bytes, PART_BYTES)
+        for first in range(0, len(begins), NUM_PARTS_HASHED):
+            together = begins[first : first + NUM_PARTS_HASHED]
+            parts = _at_once(lambda begin: self._part(name, begin, size_bytes), together, NUM_PARTS_HASHED)
+            for part in parts:
+                hasher.update(part)
         return str(hasher.hexdigest())
 
     def remove(self, names: Collection[str]) -> int:
         names = list(names)
         found = self.sizes(names)
         if found:
-            with _errors_of(self._url):
+            with self._asking(f"a removal of {len(found)} names"):
                 obstore.delete(self._client, list(found))
         self._cache.remove(names)
         for name in names:
@@ -165,7 +192,7 @@ class Bucket:
         return self._cache.sweep()
 
     def _size(self, name: str) -> int | None:
-        with _errors_of(self._url):
+        with self._asking(f"the size of {name}"):
             try:
                 return int(obstore.head(self._client, name)["size"])
             except FileNotFoundError:
@@ -178,10 +205,7 @@ class Bucket:
 
         def fill(target: int) -> None:
             def move(begin: int) -> None:
-                end = min(begin + PART_BYTES, size_bytes)
-                with _errors_of(self._url):
-                    part = obstore.get_range(self._client, name, start=begin, end=end)
-                write_all(target, memoryview(part), begin)
+                write_all(target, self._part(name, begin, size_bytes), begin)
 
             _at_once(move, range(0, size_bytes, PART_BYTES), NUM_TRANSFERS)
 
@@ -191,6 +215,26 @@ class Bucket:
                 raise Corrupt(f"{self._url}/{name}: its bytes do not match its digest; run: mansard verify")
             beside.replace(self._cache.path(name))
         self._make_room(size_bytes)
+
+    def _part(self, name: str, begin: int, size_bytes: int) -> memoryview:
+        with self._transfers, self._asking(f"a read of {name}"):
+            end = min(begin + PART_BYTES, size_bytes)
+            return memoryview(obstore.get_range(self._client, name, start=begin, end=end))
+
+    @contextmanager
+    def _asking(self, what: str) -> Iterator[None]:
+        """One request, with its errors as one line; refused at once while the server is known to be silent."""
+        begun = time.monotonic()
+        if begun < self._silent_until:
+            raise MansardError(self._silence)
+        try:
+            with _errors_of(self._url, what):
+                yield
+        except MansardError as error:
+            now = time.monotonic()
+            if now - begun > self._request_seconds / 2:
+                self._silent_until, self._silence = now + SILENT_SECONDS, str(error)
+            raise
 
     def _make_room(self, new_bytes: int) -> None:
         """Evict the least recently used copies, down to nine tenths, once the cache is over its bound."""
@@ -234,8 +278,9 @@ def _at_once(act: Callable[[T], R], values: Collection[T], num_threads: int) -> 
 
 
 @contextmanager
-def _errors_of(url: str) -> Iterator[None]:
-    """The client's errors as one line."""
+def _errors_of(url: str, what: str) -> Iterator[None]:
+    """The client's errors as one line; `what` was asked for."""
+    begun = time.monotonic()
     try:
         yield
     except (PermissionDeniedError, UnauthenticatedError) as error:
@@ -246,7 +291,8 @@ def _errors_of(url: str) -> Iterator[None]:
     except FileNotFoundError as error:  # whoever can do without a key caught it before
         raise MansardError(f"{url}: {' '.join(str(error).split())[:300]}; is there such a bucket?") from error
     except BaseError as error:
-        first = " ".join(str(error).split())[:300]
+        first = " ".join(str(error).partition("Debug source")[0].split())[:200]
         raise MansardError(
-            f"{url}: {first}; is the server up, and do AWS_ENDPOINT_URL and the AWS_ credentials name it?"
+            f"{url}: no answer to {what} after {time.monotonic() - begun:.1f} s ({first}); is the server up, and do "
+            "AWS_ENDPOINT_URL and the AWS_ credentials name it?"
         ) from error

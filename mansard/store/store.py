@@ -66,9 +66,13 @@ class Store:
     @cached_property
     def backend(self) -> Backend:
         """Where content lasts. MansardError where the store's format is newer than this code."""
-        backend = self._folder if self.url is None else _bucket(self.url, self.root)
-        check_format(self._folder, backend)
-        return backend
+        check_format(self._folder, self._content)
+        return self._content
+
+    @cached_property
+    def _content(self) -> Backend:
+        """It remembers that a bucket is silent, so it is the same one when the format is asked for again."""
+        return self._folder if self.url is None else _bucket(self.url, self.root)
 
     @cached_property
     def trees(self) -> TreeCache:

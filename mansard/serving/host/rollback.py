@@ -7,6 +7,7 @@ requests are asked of stable. `milliseconds` is from the decision to the split o
 down (the command moves journal and split itself).
 """
 
+import asyncio
 import logging
 import time
 from dataclasses import dataclass
@@ -14,10 +15,11 @@ from typing import Any
 
 from mansard.errors import MansardError
 from mansard.release import emergency
-from mansard.release.direct_rollback import operator_warnings, target_warnings
+from mansard.release.direct_rollback import operator_warnings
 from mansard.release.events import Pointers, uptime_now, utc_now
 from mansard.release.journal import Journal
 from mansard.release.pointer import RollbackPlan, plan_rollback
+from mansard.release.target_check import later_warnings, target_warnings
 from mansard.serving.engine import http as engine_http
 from mansard.serving.host.residents import Residents
 from mansard.serving.host.rollouts import Rollouts
@@ -65,7 +67,8 @@ class Rollback:
     async def run(self, request: RollbackRequest) -> dict[str, Any]:
         """Plan and move. Conflict with nothing to go back to, BadInput for a target that was never stable.
 
-        The target's digests are checked (Corrupt, a warning with `hard`); approvals and keys only reported.
+        The target's digests are checked (Corrupt, a warning with `hard`; of a bucket's only after the move, for two
+        seconds at most, and as a warning); approvals and keys only reported.
         """
         started_seconds = 0.0
         while True:
@@ -90,6 +93,9 @@ class Rollback:
             warnings += operator_warnings(self._site, request.who)
             warnings += await self._confirm(request, plan, term)
             self._residents.wake()
+        if plan.action == "move":
+            artifact = self._journal.registration(request.model, _target(plan)).artifact
+            warnings += await asyncio.to_thread(later_warnings, self._site, _target(plan), artifact)
         after = self._journal.pointers(request.model)
         return {
             "changed": plan.action != "nothing",

@@ -3,6 +3,7 @@ Prefect, MLflow and the host down, and says what the page says."""
 
 import os
 import re
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from mansard.release.journal import Journal
 from mansard.release.memory import remember
 from mansard.serving import split as splits
 from mansard.site import Site, load_site
+from tests.mansard.hanging_server import hanging_server
+from tests.mansard.s3_server import environment
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGE = (ROOT / "infra/ONCALL.md").read_text()
@@ -75,8 +78,10 @@ def healthy() -> Iterator[str]:
 class Night:
     """The site, and what befalls it."""
 
-    def __init__(self, site: Site, endpoint: str, candidate: Callable[..., Registration]) -> None:
+    def __init__(self, site: Site, endpoint: str, candidate: Callable[..., Registration], hanging_url: str) -> None:
         self.site = site
+        self.variables = {**os.environ, "MANSARD_SITE": str(site.path), "MANSARD_PERSON": "otto"}
+        self._hanging_url = hanging_url
         self._candidate = candidate
         self._place(endpoint)
         self.remember()
@@ -97,10 +102,8 @@ class Night:
     def run(self, command: str) -> tuple[int, str]:
         words = [w.strip('"') for w in re.findall(r'"[^"]*"|\S+', command)]
         assert words[0] == "mansard"
-        variables = {**os.environ, "MANSARD_SITE": str(self.site.path), "MANSARD_PERSON": "otto"}
-        done = subprocess.run(
-            [sys.executable, "-m", "flows.cli", *words[1:]], cwd=ROOT, env=variables, capture_output=True, text=True
-        )
+        command = [sys.executable, "-m", "flows.cli", *words[1:]]
+        done = subprocess.run(command, cwd=ROOT, env=self.variables, capture_output=True, text=True)
         return done.returncode, done.stdout + done.stderr
 
     # What befalls it
@@ -132,6 +135,11 @@ class Night:
         (self.site.home / "journal.sqlite3").rmdir()
         for path in (self.site.home / "aside").iterdir():
             path.rename(self.site.home / path.name)
+
+    def bucket_hangs(self) -> None:
+        self.variables |= environment(self._hanging_url)
+        self.site.path.write_text(self.site.path.read_text() + "store: s3://models/mansard\n")
+        shutil.rmtree(self.site.store)  # a folder holds one store, and this one's content is in the bucket
 
     def back_from_an_outage(self) -> None:
         self.database_down()
@@ -171,6 +179,7 @@ BEFALLS: dict[str, Callable[[Night], None]] = {
     "The version before is bad as well": lambda night: None,
     "The version before has no engine, and nobody can start one": Night.dead_engines,
     "The journal's database is down": Night.database_down,
+    "The bucket does not answer": Night.bucket_hangs,
     "The database is back": Night.back_from_an_outage,
     "Did an emergency meet a journal that had moved unseen?": Night.conflict,
     "Who did what last night, and why?": Night.rolled_back,
@@ -181,10 +190,11 @@ BEFALLS: dict[str, Callable[[Night], None]] = {
 
 
 @pytest.fixture
-def night(three: Site, healthy: str, candidate: Callable[..., Registration]) -> Night:
+def night(three: Site, healthy: str, candidate: Callable[..., Registration]) -> Iterator[Night]:
     text = three.path.read_text().replace("models: [demo, other]", "models: [demo]")
     three.path.write_text(text + "ports: {prefect: 9, mlflow: 9}\n")
-    return Night(replace(load_site(three.path)), healthy, candidate)
+    with hanging_server() as url:
+        yield Night(replace(load_site(three.path)), healthy, candidate, url)
 
 
 def test_the_page_holds_every_situation_that_is_tested_and_no_other() -> None:
