@@ -14,6 +14,7 @@ import gc
 import importlib
 import json
 import os
+import select
 import selectors
 import socket
 import sys
@@ -29,6 +30,8 @@ from mansard.worker_start import MAX_MESSAGE_BYTES, READY, STREAMS
 
 IMPORTED = ("prove", "tokenize", "train", "fuse", "evaluate", "cost", "judge")
 """Stages whose modules it imports. Not quantize: llmcompressor asks for the device as it loads."""
+STEPS = ("torch", "torch._dynamo", "transformers.modeling_utils")
+"""What those import anyway and takes long: between two imports the server looks whether its caller is still there."""
 LIBRARIES = ("torch", "torchao", "transformers", "accelerate")
 """They remember what they saw of the devices."""
 
@@ -36,8 +39,10 @@ LIBRARIES = ("torch", "torchao", "transformers", "accelerate")
 def main(number: int) -> int:
     control = socket.socket(fileno=number)
     began_with = dict(os.environ)
-    for stage in IMPORTED:
-        importlib.import_module(declaration(stage).module)
+    for module in (*STEPS, *(declaration(stage).module for stage in IMPORTED)):
+        if _has_closed(control):
+            return 0
+        importlib.import_module(module)
     visible = json.loads(control.recv(MAX_MESSAGE_BYTES))["variables"]
     check = _fork()
     if check == 0:
@@ -103,6 +108,12 @@ class Workers:
         except BrokenPipeError:
             pass  # nobody waits for it any more
         os.close(status)
+
+
+def _has_closed(control: socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(control, select.POLLHUP)
+    return bool(poll.poll(0))
 
 
 def _receive(control: socket.socket) -> tuple[bytes, list[int]]:
