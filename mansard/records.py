@@ -23,11 +23,11 @@ class Derivation:
 class Registration:
     """A candidate as the journal records it. Equal registrations are one version.
 
-    `model` is unquantized (upgrades build on it), `artifact` is what was evaluated and is served. `verdict` is one of
-    baseline, pass, fail, inconclusive; `verdict_record` the snapshot of verdict.json, report and chart. `serve` are the
-    engine arguments that change answers, `release` the canary steps; both are the spec's slices, word for word.
-    `item_records` are (suite, snapshot) pairs. `base_version` is None for an adopted base. `stages` are (stage,
-    recipe, snapshot) triples in the order they ran.
+    `model` is unquantized (upgrades build on it), `artifact` is what was evaluated and is served: the model itself, or
+    its quantization. `verdict` is one of baseline, pass, fail, inconclusive; `verdict_record` the snapshot of
+    verdict.json, report and chart. `serve` are the engine arguments that change answers, `release` the canary steps;
+    both are the spec's slices, word for word. `item_records` are (suite, snapshot) pairs. `base_version` is None for an
+    adopted base. `stages` are (stage, recipe, snapshot) triples in the order they ran.
     """
 
     model_name: str
