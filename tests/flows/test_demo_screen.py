@@ -9,14 +9,16 @@ from tests.terminal import run_in_terminal
 
 PATH = "/home/somebody/a/folder/with/a/long/name/mansard/.mansard/reports/demo-2/chart[1].png"
 CODE = f"""
-from flows.demo import alarm, show, show_command
+from flows.demo import show
+from flows.story import alarm, show_command
 suite = {{"suite": "code-bits", "before": 2.47, "after": 2.127, "interval": [-0.364, -0.324]}}
 counts = {{"requests": 1432, "failed": 0, "broken_streams": 0}}
 stages = [{{"name": name, "snapshot": "ab" * 32, "seconds": 12.5, "reused": False}} for name in ("corpus", "train")]
 show_command("approve", 2, "--reason", "it [holds] well")
 alarm("demo: [/red] no such file: [x]")
 show({{"stages": stages, "target": [suite], "guard": [suite | {{"interval": None}}], "verdict": "pass", "version": 2,
-      "chart": "{PATH}", "traffic": counts, "rollback_ms": 609.0, "urls": {{"mlflow": "http://127.0.0.1:5000"}}}}, 675.0)
+      "chart": "{PATH}", "traffic": counts, "rollback_ms": 609.0, "urls": {{"mlflow": "http://127.0.0.1:5000"}}}},
+     675.0)
 """
 
 
