@@ -69,7 +69,7 @@ def test_two_runs_give_one_snapshot(make_llama: Any, make_context: Any, store: S
         torch.set_num_threads(threads)
     assert again == made.snapshot
 
-    assert [m["done"] for m in heard] == [0, 1, 2, 3, 4]
+    assert [m["done"] for m in heard if m["total"] is not None] == [0, 1, 2, 3, 4]
     assert heard[-1]["metrics"]["kl_nats_per_token"] > 0
     check_artifact(store, made.snapshot, source)
 
