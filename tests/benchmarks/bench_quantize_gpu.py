@@ -11,7 +11,9 @@ import argparse
 import cProfile
 import json
 import pstats
+import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from mansard.demo.base import train_tokenizer
 from mansard.models import quantize
+from mansard.models.loading import load_model, load_tokenizer
 
 SHAPE = {
     "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 36,
@@ -33,10 +36,12 @@ SPEC = {"group_size": 64, "symmetric": False}  # 576 is no multiple of 128
 PLACES = {"before": lambda model, windows_WT: (8, "cpu"), "after": quantize.calibration_place}
 
 
-def fresh_model(shape: dict[str, Any], device: str) -> Any:
+def write_model(shape: dict[str, Any], folder: Path) -> Path:
+    """Random weights and a tokenizer: llm-compressor wants a model that came from a folder."""
     torch.manual_seed(0)
-    config = LlamaConfig(**shape, attn_implementation="sdpa")
-    return LlamaForCausalLM(config).to(torch.bfloat16).eval().to(device)
+    LlamaForCausalLM(LlamaConfig(**shape)).to(torch.bfloat16).save_pretrained(folder)
+    train_tokenizer(["def f(x): return x\n" * 50], 300, 2048).save_pretrained(folder)
+    return folder
 
 
 def settle(device: str) -> None:
@@ -44,10 +49,9 @@ def settle(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def one_run(place: str, shape: dict[str, Any], device: str, windows_WT: torch.Tensor) -> tuple[float, Any]:
+def one_run(place: str, folder: Path, device: str, windows_WT: torch.Tensor) -> tuple[float, Any]:
     """(seconds, weights of the first and the last block on the CPU)."""
-    tokenizer = train_tokenizer(["def f(x): return x\n" * 50], 300, 2048)
-    model = fresh_model(shape, device)
+    tokenizer, model = load_tokenizer(folder), load_model(folder, None, device=torch.device(device))
     quantize.calibration_place = PLACES[place]
     settle(device)
     begun = time.monotonic()
@@ -72,18 +76,21 @@ def main() -> None:
     windows = 16 if args.small else args.windows
     draw = torch.Generator().manual_seed(1)
     windows_WT = torch.randint(shape["vocab_size"], (windows, args.tokens), generator=draw)
-    one_run("before", SMALL, args.device, windows_WT[:8] % SMALL["vocab_size"])
+    root = Path(tempfile.mkdtemp(prefix="mansard-bench-"))
+    folder, warm_up = write_model(shape, root / "model"), write_model(SMALL, root / "warm-up")
+    one_run("before", warm_up, args.device, windows_WT[:8] % SMALL["vocab_size"])
     seconds: dict[str, list[float]] = {"before": [], "after": []}
     weights = {}
     for place in ("before", "after", "before", "after"):
-        taken, weights[place] = one_run(place, shape, args.device, windows_WT)
+        taken, weights[place] = one_run(place, folder, args.device, windows_WT)
         print(f"{place}: {taken:.2f} s", flush=True)
         seconds[place].append(taken)
     if args.profile:
         profile = cProfile.Profile()
-        profile.runcall(one_run, "after", shape, args.device, windows_WT)
+        profile.runcall(one_run, "after", folder, args.device, windows_WT)
         pstats.Stats(profile, stream=sys.stdout).sort_stats("cumulative").print_stats(60)
         pstats.Stats(profile, stream=sys.stdout).sort_stats("tottime").print_stats(40)
+    shutil.rmtree(root)
     pairs = list(zip(weights["before"], weights["after"], strict=True))
     total = sum(one.numel() for one, _ in pairs)
     print(json.dumps({
