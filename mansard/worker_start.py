@@ -8,6 +8,7 @@ Does not cover: what the messages say (launch.py) and the server's own side (for
 
 import array
 import contextlib
+import json
 import os
 import select
 import signal
@@ -21,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol
 
-from mansard.canonical import canonical_json
 from mansard.errors import StageFailed
 from mansard.site import Site
 from mansard.site_sections import Environment
@@ -106,7 +106,8 @@ class ForkServer:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control = ours
         log.parent.mkdir(parents=True, exist_ok=True)
-        with theirs, log.open("wb") as log_file, contextlib.suppress(OSError):  # no interpreter: the worker says so
+        with theirs, log.open("wb") as log_file, contextlib.suppress(OSError):  # no interpreter: workers say so
+            ours.send(json.dumps({"variables": dict(variables)}).encode())
             self._process = subprocess.Popen(
                 [str(environment.python), "-m", "mansard.fork_server", str(theirs.fileno()), ROOM],
                 stdin=subprocess.DEVNULL,
@@ -117,15 +118,16 @@ class ForkServer:
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )
-            ours.send(canonical_json({"variables": dict(variables)}))
 
     def start(self, request: WorkerRequest, log_file: IO[bytes]) -> ForkedWorker | None:
         """The worker; None where this server cannot fork it (now): execute it."""
-        with self._lock:
-            is_urgent = request.stage in WITHOUT_TORCH
-            if _deciding(request.variables) != self.variables or not self._ready(0.0 if is_urgent else START_SECONDS):
-                return None
-            return self._fork(request, log_file)
+        is_patient = request.stage not in WITHOUT_TORCH
+        if _deciding(request.variables) != self.variables or not self._lock.acquire(blocking=is_patient):
+            return None
+        try:
+            return self._fork(request, log_file) if self._ready(START_SECONDS if is_patient else 0.0) else None
+        finally:
+            self._lock.release()
 
     def close(self) -> None:
         """End it. It holds nothing: workers live and die by their own pipes."""
@@ -162,9 +164,8 @@ class ForkServer:
         worker = ForkedWorker(our_stdin, our_stdout, our_status)
         descriptors = array.array("i", [stdin, stdout, log_file.fileno(), status])
         try:
-            self._control.sendmsg(
-                [canonical_json(message)], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptors)]
-            )
+            data = json.dumps(message).encode()
+            self._control.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptors)])
         except OSError:  # the server has ended, or the variables do not go into one message
             pass
         finally:
