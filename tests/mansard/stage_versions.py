@@ -29,7 +29,7 @@ def _collect(module: str, seen: dict[str, str]) -> None:
     if module in seen or found is None or found.origin is None or not module.startswith(SURGERY):
         return
     tree = ast.parse(Path(found.origin).read_text())
-    seen[module] = ast.dump(_without_docstrings(tree))
+    seen[module] = ast.dump(_without_docstrings(tree)).replace(", type_params=[]", "")  # Python 3.12 adds it
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module:
             _collect(node.module, seen)
