@@ -5,6 +5,7 @@ it is released under traffic, rolled back, approved again and released again. Ev
 stage does its work twice. It leaves `demo-summary.json` in the current folder.
 """
 
+import asyncio
 import contextlib
 import json
 import os
@@ -21,12 +22,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from flows.demo_traffic import USERS
 from mansard.errors import MansardError
 from mansard.launch import Request, derive
 from mansard.records import Derivation
 from mansard.release.events import PROMOTED
 from mansard.release.journal import Journal
 from mansard.serving.client import HostClient
+from mansard.serving.host.release_users import read_users
 from mansard.site import Site, find_site, load_site
 from mansard.store.store import Store
 from tasks.terminal import stage_progress
@@ -175,13 +178,15 @@ def rollback_drill(site: Site) -> float:
 
 @contextlib.contextmanager
 def traffic(site: Site) -> Iterator[Path]:
-    """Users who keep asking until the block ends; yields the file of their counts."""
+    """Users who keep asking until the block ends; yields the file of their counts once all of them were seen, because a
+    release counts who asked lately."""
     counts = site.run / "traffic.json"
     counts.unlink(missing_ok=True)
     url = f"http://127.0.0.1:{site.ports.router}"
     process = subprocess.Popen([sys.executable, "-m", "flows.demo_traffic", url, "demo", str(counts)])
     try:
         wait_for_requests(counts, 5)
+        wait_for_users(site)
         yield counts
     finally:
         process.send_signal(signal.SIGTERM)
@@ -206,6 +211,15 @@ def wait_for_requests(counts: Path, number: int, deadline_seconds: float = 600) 
             return
         time.sleep(0.2)
     raise MansardError(f"the demo's users made fewer than {number} requests in {deadline_seconds:.0f} s")
+
+
+def wait_for_users(site: Site, deadline_seconds: float = 600) -> None:
+    """Until the router remembers every user of the demo."""
+    deadline = time.monotonic() + deadline_seconds
+    while asyncio.run(read_users(site, "demo", ())).seen < USERS:
+        if time.monotonic() > deadline:
+            raise MansardError(f"fewer than {USERS} users had an answer in {deadline_seconds:.0f} s; mansard status")
+        time.sleep(0.5)
 
 
 def asdict_stage(derivation: Derivation) -> dict[str, Any]:
