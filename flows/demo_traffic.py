@@ -102,9 +102,10 @@ class StoppableUser:
     prompts: Sequence[str] = PROMPTS
 
     async def run(self) -> None:
-        turn = self.number
+        turn = place = self.number  # each user once, then any
         while not self.stop.is_set():
-            user = f"user-{random.randrange(USERS)}"  # noqa: S311 - any user will do
+            user = f"user-{place if place < USERS else random.randrange(USERS)}"  # noqa: S311 - any user will do
+            place += CONCURRENCY
             await send(self.session, self.url, self.model, user, turn % 2 == 0, self.counts, self.prompts)
             turn += 1
             await asyncio.sleep(PAUSE_SECONDS)

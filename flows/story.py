@@ -4,6 +4,7 @@ Every step is a command of its own, whose progress goes to the terminal; what ra
 through the router all the while are counted.
 """
 
+import asyncio
 import contextlib
 import json
 import os
@@ -18,10 +19,12 @@ from typing import Any
 
 from rich.console import Console
 
+from flows.demo_traffic import USERS
 from mansard.errors import MansardError
 from mansard.release.events import PROMOTED
 from mansard.release.journal import Journal
 from mansard.serving.client import HostClient
+from mansard.serving.host.release_users import read_users
 from mansard.site import Site
 
 MANSARD = [sys.executable, "-m", "flows.cli"]
@@ -81,17 +84,26 @@ class Story:
     @contextlib.contextmanager
     def traffic(self, prompts: Sequence[str] = ()) -> Iterator[Path]:
         """Users who keep asking until the block ends (the demo's prompts, where none are named); yields the file of
-        their counts."""
+        their counts once all of them had an answer, because a release counts who asked lately."""
         counts = self.site.run / "traffic.json"
         counts.unlink(missing_ok=True)
         url = f"http://127.0.0.1:{self.site.ports.router}"
         process = subprocess.Popen([sys.executable, "-m", "flows.demo_traffic", url, self.model, str(counts), *prompts])
         try:
             wait_for_requests(counts, 5)
+            self.wait_for_users()
             yield counts
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait(timeout=300)
+
+    def wait_for_users(self, deadline_seconds: float = 600) -> None:
+        """Until the router remembers every user of the traffic."""
+        deadline = time.monotonic() + deadline_seconds
+        while asyncio.run(read_users(self.site, self.model, ())).seen < USERS:
+            if time.monotonic() > deadline:
+                raise MansardError(f"fewer than {USERS} users had an answer in {deadline_seconds:.0f} s")
+            time.sleep(0.5)
 
     def wait_until_served(self, deadline_seconds: float = 1800) -> None:
         """After `mansard up` the host starts stable's engine; users come when it answers."""

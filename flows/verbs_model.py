@@ -92,7 +92,8 @@ def release(args: argparse.Namespace) -> int:
     done = _followed(flow, args.version, str(site.path), who, args.model)
     is_promoted = done.state == "promoted"
     if args.json:
-        print(json.dumps({"format": 1, "version": args.version, "state": done.state, "reason": done.reason}))
+        ended = {"version": args.version, "state": done.state, "reason": done.reason, "users": done.users}
+        print(json.dumps({"format": 1, **ended}))
     else:
         show(f"version {args.version} is {done.state}{'' if is_promoted else f': {done.reason}'}")
         show("next: mansard status" if is_promoted else "next: mansard history")

@@ -56,6 +56,22 @@ def prepare_engine(site: Site, architecture: str) -> None:
         HostClient(site.host_socket).call("POST", "/engines/prepare", {"architecture": architecture})
 
 
+def release_users(site: Site, model_name: str, version: int) -> dict[str, Any]:
+    """How many users asked lately, and how many each step would find: nothing has started yet."""
+    path = f"/rollouts/{model_name}/users/{version}"
+    answer = HostClient(site.host_socket).call("GET", path, timeout_seconds=120.0)
+    return {name: answer[name] for name in ("seen", "needed_on_each_side", "steps")}
+
+
+def users_text(users: dict[str, Any]) -> str:
+    """One line for a person."""
+    if not users["steps"]:
+        return f"users: {users['seen']} asked lately; nothing is stable yet, so there is nobody to compare with"
+    steps = ", ".join(f"{step['canary']} at {step['weight_percent']} %" for step in users["steps"])
+    needed = users["needed_on_each_side"]
+    return f"users: {users['seen']} asked lately; the canary would see {steps}; {needed} on each side are needed"
+
+
 @policy.once
 def begin_rollout(site: Site, model_name: str, version: int, who: str, why: str) -> None:
     """NotAllowed without an approval; Conflict when the baseline moved or a rollout runs."""

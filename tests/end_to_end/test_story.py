@@ -4,6 +4,7 @@ The tests of this file are one story and run in order. Engines started: version 
 was killed, the harmful candidate, the branch's states, the branch on the base: six, with room for one more.
 """
 
+import asyncio
 import contextlib
 import json
 import os
@@ -19,9 +20,11 @@ from typing import Any
 import pytest
 import yaml
 
+from flows.demo_traffic import USERS
 from mansard.launch import Request, derive
 from mansard.models.storeys import read_expansion
 from mansard.release.journal import Journal
+from mansard.serving.host.release_users import read_users
 from mansard.store.store import Store
 from tests.chaos.kills import Kill, strike, workers
 from tests.end_to_end.conftest import COMMAND_TIMEOUT_SECONDS, ROOT, Story
@@ -54,6 +57,7 @@ def traffic(story: Story) -> Iterator[Callable[[], dict[str, Any]]]:
 
     try:
         wait_for(lambda: counts.exists() and read()["requests"] >= 3, "the users ask")
+        wait_for(lambda: asyncio.run(read_users(story.site, "demo", ())).seen >= USERS, "every user to be seen")
         yield read
     finally:
         process.send_signal(signal.SIGTERM)

@@ -63,6 +63,7 @@ def make_app(host: Host) -> web.Application:
             web.post("/engines/stop", handlers.stop_engine),
             web.post("/rollouts", handlers.start_rollout),
             web.get("/rollouts/{model}", handlers.rollout),
+            web.get("/rollouts/{model}/users/{version:[0-9]{1,9}}", handlers.release_users),
             web.post("/rollback", handlers.roll_back),
         ]
     )
@@ -112,6 +113,12 @@ class Handlers:
     async def rollout(self, request: web.Request) -> web.Response:
         await self._host.wait_until_open()
         return _json(self._host.rollouts.describe(self._model(request.match_info["model"])))
+
+    async def release_users(self, request: web.Request) -> web.Response:
+        """What a release of the version would find, whether or not it may start."""
+        await self._host.wait_until_open()
+        model, version = self._model(request.match_info["model"]), int(request.match_info["version"])
+        return _json((await self._host.rollouts.users(model, version)).as_json())
 
     async def roll_back(self, request: web.Request) -> web.Response:
         body = await self._body(

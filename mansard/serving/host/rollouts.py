@@ -22,6 +22,7 @@ from mansard.serving.engine.engine import Engine
 from mansard.serving.host.canary import Canary, FindFingerprintChange
 from mansard.serving.host.engine_accounts import EngineAccounts
 from mansard.serving.host.fingerprint import ANSWERS_SECONDS
+from mansard.serving.host.release_users import ReleaseUsers, read_users
 from mansard.serving.host.residents import Residents
 from mansard.serving.host.traffic import Traffic
 from mansard.serving.host.walk import HOST, Walk, Walker
@@ -64,6 +65,7 @@ class Rollouts:
         self._session = session
         self._walks: dict[str, Walk] = {}
         self._tasks: dict[str, tuple[Walker, asyncio.Task[None]]] = {}
+        self._resuming: dict[str, asyncio.Task[None]] = {}
 
     def describe(self, model: str) -> dict[str, Any]:
         """The running or last walk; after a restart of the host, what the journal says of the last one."""
@@ -79,30 +81,56 @@ class Rollouts:
         return {**answer, "step": 0, "steps": 0, "observations": {}}
 
     async def start(self, model: str, version: int, who: str, why: str) -> Walk:
-        """Check evidence and approval, claim the model in the journal, go on in the background.
+        """Check evidence, approval and users, claim the model in the journal, go on in the background.
 
-        Raises NotAllowed, Conflict (another rollout runs, baseline moved), Corrupt or BadInput; then nothing has moved.
+        Raises NotAllowed, Conflict (another rollout runs, baseline moved, too few users), Corrupt or BadInput; then
+        nothing has moved.
         """
-        self._check_free(model, version)
+        before = self._check_free(model, version)
         registration = self._journal.registration(model, version)
         await asyncio.to_thread(self._check_evidence, registration)
-        expected = self._check_free(model, version)
         self._check_approval(model, version)
-        plan = self._plan(registration, version, expected.stable)
-        self._journal.start_rollout(model, version, who, why, expected)
+        plan, users = await self._plan_and_users(registration, version, before.stable)
+        users.check(model, version)
+        expected = self._check_free(model, version)
+        if expected.stable != before.stable:
+            raise Conflict(f"{model}: stable moved from {before.stable} to {expected.stable} meanwhile; mansard status")
+        self._check_approval(model, version)
+        self._journal.start_rollout(model, version, who, why, expected, {"users": users.as_json()})
         return self._begin(State(plan), model, version, who)
 
+    async def users(self, model: str, version: int) -> ReleaseUsers:
+        """Who asked lately, and whom each step of a release of `version` would find."""
+        registration = self._journal.registration(model, version)
+        stable = self._journal.pointers(model).stable
+        return (await self._plan_and_users(registration, version, stable))[1]
+
+    async def _plan_and_users(
+        self, registration: Registration, version: int, stable: int | None
+    ) -> tuple[Plan, ReleaseUsers]:
+        plan = await asyncio.to_thread(self._plan, registration, version, stable)  # the store may be a bucket
+        return plan, await read_users(self._site, registration.model_name, plan.steps)
+
     def resume(self, model: str) -> None:
-        """Walk on with what the journal has open, if anything. What speaks against it now aborts it."""
+        """Walk on with what the journal has open, if anything. What speaks against it now aborts it.
+
+        In the background, because its plan is read from the store, which may hang.
+        """
+        if self._journal.pointers(model).canary is not None:
+            self._resuming[model] = asyncio.create_task(self._resume(model), name=f"resume {model}")
+
+    async def _resume(self, model: str) -> None:
         pointers = self._journal.pointers(model)
         version = pointers.canary
-        if version is None:
-            return
+        assert version is not None, "a rollout is open"
         entries = self._journal.entries(model, kinds=(ROLLOUT_STARTED, CANARY_STEP))
         started = [e for e in entries if e.kind == ROLLOUT_STARTED][-1]
         try:
             self._check_approval(model, version)
-            plan = self._plan(self._journal.registration(model, version), version, pointers.stable)
+            registration = self._journal.registration(model, version)
+            plan = await asyncio.to_thread(self._plan, registration, version, pointers.stable)
+            if self._journal.pointers(model) != pointers:
+                return  # a person ended it meanwhile
             state = resumed(plan, [e for e in entries if e.sequence >= started.sequence])
         except (MansardError, ValueError) as error:  # ValueError: a step that the plan does not have any more
             self.abort(model, HOST, f"the host was started again and cannot walk on: {error}", pointers)
@@ -192,6 +220,9 @@ class Rollouts:
 
     async def close(self) -> None:
         """End the controllers. What the journal still has open (`abort_all` closes it) is the next host's."""
+        for resuming in self._resuming.values():
+            resuming.cancel()
+        await asyncio.gather(*self._resuming.values(), return_exceptions=True)
         for walker, task in self._tasks.values():
             walker.leave_open()
             task.cancel()

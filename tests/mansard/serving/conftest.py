@@ -80,15 +80,20 @@ class Traffic:
     versions: list[str | None] = field(default_factory=list)
     _stop: threading.Event = field(default_factory=threading.Event)
     _threads: list[threading.Thread] = field(default_factory=list)
+    _turns: list[int] = field(default_factory=list)
 
     def start(self, num_threads: int = 2) -> None:
-        """Once the first answer is there: the host says "promoted" a moment before a data plane has read the split."""
+        """Once the first answer is there (the host says "promoted" a moment before a data plane has read the split);
+        returns when enough users had one, because a release counts who asked lately."""
         wait_for("the first answer", lambda: ask(self.port)[0] == 200)
         self._stop.clear()
+        self._turns = [0] * max(num_threads, 2)
         for number in range(num_threads):
             thread = threading.Thread(target=self._run, args=(number,))
             thread.start()
             self._threads.append(thread)
+        enough = 2 * USERS_PER_THREAD
+        wait_for("users", lambda: sum(min(turns, USERS_PER_THREAD) for turns in self._turns) >= enough)
 
     def _run(self, number: int) -> None:
         for turn in itertools.count():
@@ -97,6 +102,7 @@ class Traffic:
             status, version, _ = ask(self.port, f"user-{number}-{turn % USERS_PER_THREAD}", is_streamed=turn % 2 == 0)
             self.statuses.append(status)
             self.versions.append(version)
+            self._turns[number] = turn + 1
 
     def stop(self) -> None:
         self._stop.set()
@@ -240,6 +246,10 @@ class Place:
     def ask_long(self, user: str = "user-0") -> tuple[int, str | None, bytes]:
         """A stream of a thousand tokens."""
         return ask(self.site.ports.router, user, is_streamed=True, max_tokens=1000)
+
+    def ask_as_users(self, number: int = 120) -> None:
+        """So many users ask once: enough for a release at 50 %."""
+        assert {self.ask(f"user-0-{user}")[0] for user in range(number)} == {200}
 
     def ask(self, user: str = "user-0") -> tuple[int, str | None]:
         return ask(self.site.ports.router, user)[:2]

@@ -107,8 +107,30 @@ def test_another_fingerprint_aborts_before_any_traffic(place: Any, traffic: Any)
     assert set(traffic.versions) == {"1"}
 
 
+def test_a_release_for_which_too_few_users_ask_is_refused_with_both_numbers(place: Any) -> None:
+    in_service(place)
+    second = place.register(SLOW_RELEASE, voice="b")
+    place.approve(second)
+    for number in range(1, 300):
+        place.ask("one-application" if number % 10 else f"user-{number}")
+    with pytest.raises(Conflict, match=r"step 1 of 1 \(50 %\): 31 users asked lately.*30 on each side.*about 60 users"):
+        place.start_rollout(second)
+    told = place.client.call("GET", f"/rollouts/demo/users/{second}")
+    (step,) = told["steps"]
+    assert (told["seen"], told["needed_on_each_side"], step["canary"] + step["stable"]) == (31, 30, 31)
+    with Journal.open(place.site.journal) as journal:
+        assert journal.entries("demo")[-1].kind == "approved"
+    assert place.split().canary is None
+    place.ask_as_users()
+    place.start_rollout(second)
+    with Journal.open(place.site.journal) as journal:
+        (started,) = [e for e in journal.entries("demo", kinds=("rollout_started",)) if e.version == second]
+    assert started.body["facts"]["users"]["seen"] == 151
+
+
 def test_low_traffic_ends_inconclusive(place: Any) -> None:
     in_service(place)
+    place.ask_as_users()
     steps = [{"weight_percent": 50, "bake_seconds": 0, "min_requests": 5, "deadline_seconds": 2}]
     ended = place.release(place.register({**SLOW_RELEASE, "steps": steps}, voice="b"))
     assert (ended["state"], place.split().stable) == ("aborted", 1)
@@ -222,6 +244,7 @@ def test_a_canary_that_hangs_before_few_users_is_aborted_by_its_engines_own_acco
 
 def test_guard_prompts_that_a_hung_engine_never_answers_do_not_hold_the_host(place: Any) -> None:
     in_service(place)
+    place.ask_as_users()
     second = place.register(SLOW_RELEASE, voice="b", hang_after=8)
     engine = place.engine_of(second)
     place.approve(second)
@@ -361,6 +384,7 @@ def test_a_damaged_split_file_is_written_again_from_the_journal(place: Any) -> N
 
 def test_a_host_that_is_stopped_in_a_rollout_ends_it(place: Any) -> None:
     in_service(place)
+    place.ask_as_users()
     second = place.register(SLOW_RELEASE, voice="b")
     place.approve(second)
     place.start_rollout(second)
