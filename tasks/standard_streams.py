@@ -15,10 +15,13 @@ import sys
 from typing import TYPE_CHECKING, TextIO
 
 from mansard.errors import MansardError
+from mansard.release.folded_text import fold
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
+USUAL_COLUMNS = 80
+"""Of a terminal that does not say."""
 NO_READER = (errno.EPIPE, errno.ECONNRESET, errno.EBADF)
 
 
@@ -45,14 +48,22 @@ def writer(number: int, must_arrive: bool = False, encoding: str = "utf-8", has_
 
 
 def say(line: str) -> None:
-    """One line for a person, on standard error; where nobody can read it, nothing."""
+    """One line for a person, on standard error, folded to a terminal's width; where nobody can read it, nothing."""
     stream = sys.stderr
     if stream is None:  # the process began without one; print would take standard output instead
         return
     try:
-        print(line, file=stream, flush=True)
+        print(fold(line, columns(stream)), file=stream, flush=True)
     except (OSError, ValueError):  # no reader, a full disk; a stream that was closed
         return
+
+
+def columns(stream: TextIO) -> int | None:
+    """The width of the terminal that a stream is; None where it is none (a pipe, a file): nothing is folded there."""
+    try:
+        return (os.get_terminal_size(stream.fileno()).columns or USUAL_COLUMNS) if stream.isatty() else None
+    except (OSError, ValueError):  # it hung up, is closed, or is no file
+        return None
 
 
 def _replacement(stream: TextIO | None, number: int, must_arrive: bool) -> TextIO:

@@ -20,7 +20,7 @@ from typing import Any
 ROWS = 50
 FOR_COPYING = ("page:", "chart:", "next:", "report:", "private key:", "public key:")
 """Lines that stay whole, so that a path or a command can be copied."""
-ESCAPE = re.compile(r"\x1b\[(\??)([0-9;]*)([A-Za-z])")
+PART = re.compile(r"\x1b\[\??(?P<number>[0-9;]*)(?P<command>[A-Za-z])|\n|\r|\x1b|[^\x1b\r\n]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,29 +81,22 @@ def run_in_terminal(
 
 def screen(output: str) -> list[str]:
     """The lines that stand on an endless screen: line feeds, carriage returns, cursor up and down, erasures."""
-    lines, row, column, place = [""], 0, 0, 0
-    while place < len(output):
-        found = ESCAPE.match(output, place)
-        if found:
-            place = found.end()
-            number = int(found[2] or 1) if found[2].isdigit() or not found[2] else 0
-            if found[3] == "A":
-                row = max(row - number, 0)
-            elif found[3] == "B":
-                row += number
-            elif found[3] == "K":
-                lines[row] = "" if found[2] == "2" else lines[row][:column]
-            elif found[3] == "G":
-                column = number - 1
-        else:
-            sign, place = output[place], place + 1
-            if sign == "\n":
-                row, column = row + 1, 0
-            elif sign == "\r":
-                column = 0
-            else:
-                lines[row] = lines[row][:column].ljust(column) + sign + lines[row][column + 1 :]
-                column += 1
+    lines, row, column = [""], 0, 0
+    for part in PART.finditer(output):
+        text, number, command = part[0], part["number"], part["command"]
+        if command == "A":
+            row = max(row - int(number or 1), 0)
+        elif command == "B":
+            row += int(number or 1)
+        elif command == "K":
+            lines[row] = "" if number == "2" else lines[row][:column]
+        elif text == "\n":
+            row, column = row + 1, 0
+        elif text == "\r":
+            column = 0
+        elif not text.startswith("\x1b"):
+            lines[row] = lines[row][:column].ljust(column) + text + lines[row][column + len(text) :]
+            column += len(text)
         lines += [""] * (row + 1 - len(lines))
     return [line.rstrip() for line in lines]
 

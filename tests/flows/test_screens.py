@@ -70,6 +70,15 @@ def test_every_verb_fits_the_terminal(site: Site, tmp_path: Path, columns: int) 
     assert "drill: is the way back really one command?" in text
 
 
+def test_an_error_is_folded_on_a_terminal_only(site: Site, tmp_path: Path) -> None:
+    words = ["approve", "2", "--as", "ada", "--reason", "x", "--site", str(site.path)]
+    command = [sys.executable, "-m", "flows.cli", *words]
+    result = run_in_terminal(command, 40, variables={"PYTHONPATH": os.pathsep.join(sys.path)})
+    assert result.status == 5 and result.overflowing() == [] and len(result.lines()) > 2
+    piped = run(command, tmp_path, capture_output=True)
+    assert piped.returncode == 5 and len(piped.stderr.splitlines()) == 1
+
+
 def test_why_tells_each_suites_items_and_change(site: Site, tmp_path: Path) -> None:
     result = shown(site, tmp_path, 120)
     assert any(line.startswith("    code-bits (target): pass, n 60, change -0.4") for line in result.lines())
