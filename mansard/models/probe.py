@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
+
+from mansard.models.transformers_classes import PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True)
