@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
+
+from mansard.models.transformers_classes import PreTrainedModel
 
 from mansard.models.attention_kernels import attention_by
 
