@@ -15,9 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
-from mansard.models.transformers_classes import PreTrainedModel
-
 from mansard.models.attention_kernels import attention_by
+from mansard.models.transformers_classes import PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True)
