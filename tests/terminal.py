@@ -75,7 +75,7 @@ def run_in_terminal(
             os.close(writer)
         stack.callback(process.wait)
         stack.callback(process.kill)
-        output = _read(reader, time.monotonic() + timeout_seconds)
+        output = _read(reader, process, time.monotonic() + timeout_seconds)
         return Shown(process.wait(), output, columns)
 
 
@@ -101,21 +101,24 @@ def screen(output: str) -> list[str]:
     return [line.rstrip() for line in lines]
 
 
-def _read(reader: int, deadline: float) -> str:
-    """Until the last process that has the terminal closed it."""
+def _read(reader: int, process: "subprocess.Popen[bytes]", deadline: float) -> str:
+    """Until the command has ended and said everything, even where a program that it started has the terminal, too."""
     chunks = []
-    while select.select([reader], [], [], max(deadline - time.monotonic(), 0.0))[0]:
-        try:
-            chunk = os.read(reader, 1 << 16)
-        except OSError as error:
-            if error.errno != errno.EIO:  # what Linux says when the other end is closed
-                raise
+    while True:
+        has_ended = process.poll() is not None
+        if select.select([reader], [], [], 0.5)[0]:
+            try:
+                chunk = os.read(reader, 1 << 16)
+            except OSError as error:
+                if error.errno != errno.EIO:  # what Linux says when the other end is closed
+                    raise
+                break
+            if not chunk:
+                break
+            chunks.append(chunk)
+        elif has_ended:
             break
-        if not chunk:
-            break
-        chunks.append(chunk)
-    else:
-        raise AssertionError(f"the command did not end in time; it printed {b''.join(chunks[-20:])!r}")
+        assert time.monotonic() < deadline, f"the command did not end in time; it printed {b''.join(chunks[-20:])!r}"
     return b"".join(chunks).decode(errors="replace")
 
 

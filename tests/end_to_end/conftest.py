@@ -18,10 +18,13 @@ import yaml
 from mansard.launch import Request, derive
 from mansard.site import Site, load_site
 from mansard.store.store import Store
+from tests.terminal import Shown, run_in_terminal
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND_TIMEOUT_SECONDS = 3600
 """Generous: the machine of CI is slow and shared."""
+LONG = ("up", "adopt", "upgrade", "customize", "gate", "remove-storey", "release")
+"""Verbs that a person watches: they run in a terminal."""
 CORPUS = {
     "format": 1,
     "seed": 0,
@@ -57,9 +60,25 @@ class Story:
         return self.ran(*words, status=status).stdout
 
     def json(self, *words: object, status: int = 0) -> Any:
+        """The answer of `mansard WORDS --json`; a long verb shows its progress on a terminal meanwhile."""
+        if words[0] in LONG:
+            return self.in_terminal(*words, "--json", status=status).json()
         return json.loads(self.run(*words, "--json", status=status))
 
+    def in_terminal(self, *words: object, status: int = 0, columns: int = 80) -> Shown:
+        """`mansard WORDS` where standard output and error are a terminal; fails unless it exits with `status`."""
+        shown = run_in_terminal(
+            self.command(*words), columns, folder=self.folder, timeout_seconds=COMMAND_TIMEOUT_SECONDS
+        )
+        assert shown.status == status, f"mansard {words}: exit {shown.status}\n{shown.output}"
+        assert "Traceback" not in shown.output, shown.output
+        assert "--json" in words or shown.overflowing() == [], shown.output
+        return shown
+
     def ran(self, *words: object, status: int = 0) -> "subprocess.CompletedProcess[str]":
+        if words[0] in LONG:
+            shown = self.in_terminal(*words, status=status)
+            return subprocess.CompletedProcess(self.command(*words), status, "\n".join(shown.lines()), "")
         done = subprocess.run(
             [*self.command(*words)],
             capture_output=True,

@@ -139,8 +139,9 @@ def schedule_every_minute(story: Story, name: str, spec: str) -> None:
 
 
 def test_adopted_base_is_version_1_and_serves_after_approval(story: Story) -> None:
-    adopted = story.json("adopt", "configs/adopt/test.yaml")
-    assert (adopted["version"], adopted["verdict"]) == (1, "baseline")
+    adopted = story.in_terminal("adopt", "configs/adopt/test.yaml")
+    assert adopted.lines()[-3:] == ["next: mansard review 1", "version 1 of demo: baseline", ""]
+    assert sum("━" in line for line in adopted.lines()) >= 4, "a bar a stage"
     story.run("release", 1, "--as", "ada", status=5)
     story.run("approve", 1, "--as", "ada", "--reason", "mine", status=5)
     story.run("approve", 1, "--as", "mallory", "--reason", "a stranger", status=5)
@@ -368,3 +369,13 @@ print(sum(r["state_type"] == "COMPLETED" and r["auto_scheduled"] for r in runs))
 
     wait_for(completed, "a scheduled run completed")
     assert [e["version"] for e in story.json("history") if e["kind"] == "registered"] == registered
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_every_verb_that_shows_something_fits_the_terminal_in_the_end(story: Story, columns: int) -> None:
+    versions = sorted({e["version"] for e in story.json("history") if e["kind"] == "registered"})
+    chosen = versions if columns == 80 else [2]
+    verbs: list[tuple[object, ...]] = [(verb, version) for verb in ("why", "review") for version in chosen]
+    verbs += [("status",), ("history",), ("verify",), ("verify", "--journal"), ("pin",), ("collect", "--dry-run")]
+    for words in (*verbs, ("up",)):
+        assert story.in_terminal(*words, columns=columns).lines()[0], words
