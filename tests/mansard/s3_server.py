@@ -16,6 +16,13 @@ DEADLINE_SECONDS = 300.0
 @contextmanager
 def s3_server(log: int = subprocess.DEVNULL) -> Iterator[str]:
     """Its URL. Buckets are made by `make_bucket`; what it holds is gone with it."""
+    with s3_process(log) as (url, _):
+        yield url
+
+
+@contextmanager
+def s3_process(log: int = subprocess.DEVNULL) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
+    """The same with its process: one that is stopped (SIGSTOP) accepts and never answers."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -34,9 +41,9 @@ def s3_server(log: int = subprocess.DEVNULL) -> Iterator[str]:
                 assert server.poll() is None, "the S3 server ended"
                 assert time.monotonic() < deadline, "the S3 server does not answer"
                 time.sleep(0.05)
-        yield url
+        yield url, server
     finally:
-        server.terminate()
+        server.kill()
         server.wait(60)
 
 

@@ -1,6 +1,7 @@
 """Compares what an engine answers to the guard prompts with what evaluation recorded for its version.
 
-Guarantees: an engine that does not answer is waited for until the deadline and not longer, and no thread waits for it.
+Guarantees: an engine that does not answer is waited for until the deadline and not longer, and no thread waits for it;
+a recorded fingerprint is read from the store once, so a bucket that hangs later ends no rollout.
 """
 
 import asyncio
@@ -12,7 +13,7 @@ from typing import Any
 
 from mansard.errors import MansardError
 from mansard.evaluation.fingerprint import PATH, Fingerprint, answer, compare, question
-from mansard.records import Registration
+from mansard.records import Registration, SnapshotId
 from mansard.release.journal import Journal
 from mansard.serving.engine import http as engine_http
 from mansard.serving.engine.engine import Engine
@@ -27,6 +28,8 @@ ANSWERS_SECONDS = 180.0
 log = logging.getLogger(__name__)
 
 
+Recorded = tuple[Fingerprint, FingerprintSpec]
+"""What was answered, and how it was asked for."""
 NameOf = Callable[[str, int], str]
 """What a request asks the engine of (model, version) for."""
 
@@ -41,6 +44,7 @@ class Fingerprints:
         self._journal = journal
         self._store = store
         self._session = session
+        self._read: dict[tuple[SnapshotId, tuple[tuple[str, str, SnapshotId], ...]], Recorded] = {}
 
     async def find_change(
         self, model: str, version: int, engine: Engine, deadline_seconds: float = ANSWERS_SECONDS
@@ -68,9 +72,12 @@ class Fingerprints:
         if change:
             log.warning("%s version %d: fingerprint changed: %s", model, version, change)
 
-    def _recorded(self, registration: Registration) -> tuple[Fingerprint, FingerprintSpec]:
-        recorded = json.loads(self._store.read_file(registration.fingerprint, "fingerprint.json"))
-        return Fingerprint.from_json(recorded), self._asked(registration)
+    def _recorded(self, registration: Registration) -> Recorded:
+        key = (registration.fingerprint, tuple(registration.stages))
+        if key not in self._read:
+            recorded = json.loads(self._store.read_file(registration.fingerprint, "fingerprint.json"))
+            self._read[key] = (Fingerprint.from_json(recorded), self._asked(registration))
+        return self._read[key]
 
     def _asked(self, registration: Registration) -> FingerprintSpec:
         """Prompts, tokens and tolerance of the recipe that this version names."""

@@ -137,6 +137,9 @@ class Residents:
                 self._wakes.clear()
                 for model in self._site.models:
                     try:
+                        for version in self.versions(model):  # a branch's place is read from the store, once
+                            if (model, version) not in self._places:
+                                await asyncio.to_thread(self.place, model, version)
                         self.look(model)
                     except (MansardError, OSError) as error:  # what serves goes on serving; the next look tries again
                         log.error("%s: %s", model, error)

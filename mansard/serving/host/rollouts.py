@@ -108,7 +108,9 @@ class Rollouts:
     async def _plan_and_users(
         self, registration: Registration, version: int, stable: int | None
     ) -> tuple[Plan, ReleaseUsers]:
-        plan = await asyncio.to_thread(self._plan, registration, version, stable)  # the store may be a bucket
+        # The store may be a bucket. A place that was read once is remembered.
+        plan = await asyncio.to_thread(self._plan, registration, version, stable)
+        await asyncio.to_thread(self._residents.place, registration.model_name, version)
         return plan, await read_users(self._site, registration.model_name, plan.steps)
 
     def resume(self, model: str) -> None:
@@ -129,6 +131,7 @@ class Rollouts:
             self._check_approval(model, version)
             registration = self._journal.registration(model, version)
             plan = await asyncio.to_thread(self._plan, registration, version, pointers.stable)
+            await asyncio.to_thread(self._residents.place, model, version)
             if self._journal.pointers(model) != pointers:
                 return  # a person ended it meanwhile
             state = resumed(plan, [e for e in entries if e.sequence >= started.sequence])

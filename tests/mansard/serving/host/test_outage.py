@@ -79,10 +79,10 @@ def test_a_key_that_is_revoked_in_the_middle_of_a_rollout_ends_it_at_the_next_mo
     place.wait_for("an answer", lambda: place.ask() == (200, "1"))
     second = place.register(SLOW, voice="b")
     place.approve(second)
+    traffic.start()
     with pytest.raises(NotAllowed, match="'mallory' is not one of the people"):
         body = {"model": "demo", "version": second, "who": "mallory", "why": ""}
         place.client.call("POST", "/rollouts", body)
-    traffic.start()
     place.start_rollout(second)
     place.wait_for("traffic on the canary", lambda: "2" in traffic.versions)
     tree = json.loads(place.site.path.read_text())
