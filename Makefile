@@ -40,11 +40,15 @@ types:
 	@.venv/bin/mypy
 
 check: setup lint types
-	@$(MAIN) -m pytest -q -m "not slow and not engine"
+	@$(MAIN) -m pytest -q -m "not slow and not engine and not campaign"
 
-# Two workers, a file to each; tests/conftest.py puts the long ones first.
+# Three workers, as a third of the time is spent waiting; a file to each; tests/conftest.py puts the long ones first.
 test: setup lint types
-	@$(MAIN) -m pytest -v -n 2 --dist loadfile --no-loadscope-reorder --durations=25
+	@$(MAIN) -m pytest -v -n 3 --dist loadfile --no-loadscope-reorder --durations=25 -m "not campaign"
+
+.PHONY: campaigns
+campaigns: setup
+	@$(MAIN) -m pytest -v -m campaign
 
 # make bench NAME=router ARGS="...": one program of tests/benchmarks; without NAME, their names. The last line is JSON.
 bench: setup

@@ -185,10 +185,16 @@ def answer_choices(model: EngineModel, name: str, items: Sequence[Item]) -> list
     return records
 
 
+@lru_cache(maxsize=1)
+def _task_manager() -> TaskManager:
+    """Its index of the harness's tasks takes seconds to build: once for all suites of a process."""
+    return TaskManager()
+
+
 def answer_task(model: EngineModel, name: str, limit: int | None) -> list[Record]:
     """A built-in task (or group of tasks) by name; each of its documents is a cluster of its own."""
     try:
-        tasks = TaskManager().load([name])["tasks"]
+        tasks = _task_manager().load([name])["tasks"]
     except KeyError as error:
         raise BadInput(f"task {name!r}: lm-evaluation-harness knows no such task") from error
     except (OSError, datasets.exceptions.DatasetsError) as error:

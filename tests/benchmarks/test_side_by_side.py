@@ -83,26 +83,42 @@ def without_seconds(found: Any) -> Any:
     return [without_seconds(value) for value in found] if isinstance(found, list) else repr(found)
 
 
+def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    return found
+
+
+def check_reasoning(report: dict[str, Any]) -> None:
+    """What the small form of `make bench-carry-on-reasoning` tells."""
+    branch = report["ways"]["branch"]
+    assert branch["file_bytes"] >= 2 * branch["parameters"]
+    for found in (report["before"]["asked_alike"], *branch["after"]):
+        assert 0.0 <= found["low"] <= found["exact_match"] <= found["high"] <= 1.0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("program", "arguments"),
     [
-        ("carry_on_reasoning", ["--device", "cpu", "--small"]),
-        ("carry_on_taps", ["--device", "cpu", "--small", "--forms", "even"]),
+        ("carry_on_reasoning", ["--base", "chains"]),
+        pytest.param("carry_on_reasoning", [], marks=pytest.mark.campaign),
+        pytest.param("carry_on_taps", ["--forms", "even"], marks=pytest.mark.campaign),
     ],
 )
 def test_runs_side_by_side_find_the_same_and_go_on_after_a_deadline(
-    load: Any, tmp_path: Path, program: str, arguments: list[str]
+    load: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], program: str, arguments: list[str]
 ) -> None:
-    """Both stand on one ground: it is made by what is killed by its deadline first. Two of the four programs
-    (efficacy takes four minutes so): they share what runs them."""
+    """Both stand on one ground: it is made by what is killed by its deadline first. One of the four programs in every
+    run of the tests, another in `make campaigns` (efficacy takes four minutes so): they share what runs them."""
     benchmark: ModuleType = load(program)
     work = tmp_path / "work"
-    arguments = [*arguments, "--work", str(work)]
+    arguments = ["--device", "cpu", "--small", *arguments, "--work", str(work)]
     with pytest.raises(SystemExit) as ended:
         benchmark.main([*arguments, "--deadline", "0"])
     assert ended.value.code == 3
     assert benchmark.main(arguments) == 0
+    if program == "carry_on_reasoning":
+        check_reasoning(last_line(capsys))
     one_by_one = kept_runs(work)
     next(work.rglob("runs.json")).unlink()
     assert benchmark.main([*arguments, "--jobs", "2"]) == 0

@@ -1,4 +1,5 @@
-"""The small forms of `make bench-carry-on-learning` and `make bench-carry-on-reasoning`, and what they compute with."""
+"""The small form of `make bench-carry-on-learning`, and what it and `make bench-carry-on-reasoning` compute with (the
+latter's small form: tests/benchmarks/test_side_by_side.py)."""
 
 import importlib
 import json
@@ -45,17 +46,6 @@ def test_every_way_learns_the_same_tokens_with_as_many_parameters(
     chosen_by = ways["branch"]["rates_tried"].values()
     assert last[benchmark.CHOOSING] in chosen_by and last["code"] not in chosen_by
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.slow
-def test_a_branch_is_asked_what_its_samples_did_not_hold(load: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    benchmark: ModuleType = load("carry_on_reasoning")
-    assert benchmark.main(["--device", "cpu", "--small", "--base", "chains"]) == 0
-    report = last_line(capsys)
-    branch = report["ways"]["branch"]
-    assert branch["file_bytes"] >= 2 * branch["parameters"]
-    for found in (report["before"]["asked_alike"], *branch["after"]):
-        assert 0.0 <= found["low"] <= found["exact_match"] <= found["high"] <= 1.0
 
 
 def test_a_branch_of_the_reasoning_benchmark_has_a_megabyte(load: Any) -> None:

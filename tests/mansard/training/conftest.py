@@ -1,13 +1,18 @@
 """A very small base, its expansion and two sources, in a real store."""
 
 import json
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import mansard
 from mansard.digest import digest_json
 from mansard.records import SnapshotId
 from mansard.specs.surgery import Expand
@@ -15,6 +20,7 @@ from mansard.store.store import Store
 from mansard.worker import Channel, StageContext
 
 Fill = Callable[[Store], dict[str, SnapshotId]]
+ROOT = Path(mansard.__file__).resolve().parent.parent
 ROW_TOKENS, BATCH_ROWS = 32, 4
 SHAPE = {"vocabulary": 300, "hidden": 32, "intermediate": 64, "blocks": 2, "heads": 2, "max_tokens": 64}
 
@@ -49,6 +55,29 @@ def tokenized(
     recipe = digest_json([inputs, spec])
     context = StageContext(store, recipe, inputs, spec, {}, store.work(recipe), Channel(StringIO()))
     return tokenize_stage.run(context)
+
+
+@pytest.fixture(scope="session")
+def forked_ranks() -> Iterator[list[str]]:
+    """The words of a launcher that starts ranks at once (forked_ranks.py); torchrun takes half a minute of CPU."""
+    program = str(Path(__file__).with_name("forked_ranks.py"))
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:  # a socket's path has at most 107 bytes
+        path, log = f"{folder}/socket", Path(folder, "log")
+        with log.open("wb") as file:
+            server = subprocess.Popen(
+                [sys.executable, program, path],
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
+            )
+        while not Path(path).is_socket():
+            assert server.poll() is None, log.read_text()
+        try:
+            yield [sys.executable, program, path]
+        finally:
+            server.kill()
+            server.wait()
 
 
 @pytest.fixture

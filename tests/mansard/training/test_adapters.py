@@ -306,16 +306,15 @@ def test_zero_3_takes_lora_alone() -> None:
 
 @pytest.mark.parametrize(("method", "level"), [("qlora", 2), ("lora", 3)])
 def test_two_ranks_train_adapters_as_one_process_does(
-    store: Store, fill: Fill, method: str, level: int, monkeypatch: pytest.MonkeyPatch
+    store: Store, fill: Fill, method: str, level: int, forked_ranks: list[str]
 ) -> None:
     root = Path(mansard.__file__).resolve().parent.parent
-    monkeypatch.setenv("PYTHONPATH", str(root))
     config = json.loads((root / f"configs/deepspeed/zero{level}.json").read_text())
     inputs, spec = fill(store), slice_(6, adapter=adapter(method), max_forward_kl=1.0)
     alone = stage.run(context(store, inputs, spec))
-    where = {"ranks": {"processes": 2, "config": config, "hang_seconds": 600.0}}
+    asked = {"processes": 2, "config": config, "hang_seconds": 600.0, "launcher": tuple(forked_ranks)}
     together = stage.run(
-        StageContext(store, "b" * 64, inputs, spec, where, store.work("b" * 64), Channel(StringIO()))
+        StageContext(store, "b" * 64, inputs, spec, {"ranks": asked}, store.work("b" * 64), Channel(StringIO()))
     )
     assert report_of(store, alone)["frozen"] == report_of(store, together)["frozen"]
     ours, theirs = (load(store.read_file(made, "trained.safetensors")) for made in (alone, together))

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ pytestmark = pytest.mark.slow
 Fill = Callable[[Store], dict[str, SnapshotId]]
 ROOT = Path(mansard.__file__).resolve().parent.parent
 ROW_TOKENS, BATCH_ROWS = 32, 4
+TORCHRUN = 2
+"""The ZeRO level whose ranks torchrun starts, as sites that name no launcher have it; the others are forked."""
 
 
 def spec(steps: int, **train: Any) -> dict[str, Any]:
@@ -51,9 +53,12 @@ def spec(steps: int, **train: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def ranks(level: int, processes: int = 2, hang_seconds: float = 600.0) -> dict[str, Any]:
+def ranks(
+    level: int, processes: int = 2, hang_seconds: float = 600.0, launcher: Sequence[str] = ()
+) -> dict[str, Any]:
     config = json.loads((ROOT / f"configs/deepspeed/zero{level}.json").read_text())
-    return {"ranks": {"processes": processes, "config": config, "hang_seconds": hang_seconds}}
+    asked = {"processes": processes, "config": config, "hang_seconds": hang_seconds, "launcher": tuple(launcher)}
+    return {"ranks": asked}
 
 
 def context(
@@ -82,11 +87,14 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
 
 
 @pytest.mark.parametrize("level", [1, 2, 3])
-def test_two_ranks_learn_what_one_process_learns(level: int, store: Store, fill: Fill) -> None:
+def test_two_ranks_learn_what_one_process_learns(
+    level: int, store: Store, fill: Fill, forked_ranks: list[str]
+) -> None:
     anchor = {"anchor": {"kind": "kl", "weight": 1.0}} if level == 2 else {}
     inputs, asked = fill(store), spec(6, **anchor)
     alone = stage.run(context(store, inputs, asked, {}, "a" * 64))
-    together = stage.run(context(store, inputs, asked, ranks(level), "b" * 64))
+    launcher = () if level == TORCHRUN else forked_ranks
+    together = stage.run(context(store, inputs, asked, ranks(level, launcher=launcher), "b" * 64))
     assert_same_curve(store, alone, together)
     told = [json.loads(store.read_file(made, "training.json")) for made in (alone, together)]
     assert told[0]["frozen"] == told[1]["frozen"]
@@ -117,10 +125,13 @@ def rank_pid(ctx: StageContext, rank: int) -> int:
 
 
 @pytest.mark.parametrize(("level", "resumed_with"), [(2, 1), (3, 2)])
-def test_a_killed_rank_is_named_and_the_run_goes_on(level: int, resumed_with: int, store: Store, fill: Fill) -> None:
+def test_a_killed_rank_is_named_and_the_run_goes_on(
+    level: int, resumed_with: int, store: Store, fill: Fill, forked_ranks: list[str]
+) -> None:
     inputs, asked = fill(store), spec(24)
     whole = stage.run(context(store, inputs, asked, {}, "a" * 64))
-    ctx = context(store, inputs, asked, ranks(level), "b" * 64)
+    launcher = () if level == TORCHRUN else forked_ranks
+    ctx = context(store, inputs, asked, ranks(level, launcher=launcher), "b" * 64)
     pids: list[int] = []
 
     def kill() -> None:
@@ -132,7 +143,7 @@ def test_a_killed_rank_is_named_and_the_run_goes_on(level: int, resumed_with: in
         stage.run(ctx)
     thread.join()
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids), "no rank is left"
-    where = {} if resumed_with == 1 else ranks(level, resumed_with)
+    where = {} if resumed_with == 1 else ranks(level, resumed_with, launcher=launcher)
     assert_same_curve(store, whole, stage.run(context(store, inputs, asked, where, "b" * 64)))
 
 
@@ -163,8 +174,8 @@ def test_fp8_under_zero_3_is_refused() -> None:
         check_ranks(asked, ranks(3)["ranks"]["config"], 2)
 
 
-def test_a_rank_that_hangs_is_named(store: Store, fill: Fill) -> None:
-    ctx = context(store, fill(store), spec(400), ranks(2, hang_seconds=20.0), "b" * 64)
+def test_a_rank_that_hangs_is_named(store: Store, fill: Fill, forked_ranks: list[str]) -> None:
+    ctx = context(store, fill(store), spec(400), ranks(2, hang_seconds=20.0, launcher=forked_ranks), "b" * 64)
     stopped_at(ctx, 4, lambda: os.kill(rank_pid(ctx, 1), signal.SIGSTOP))
     with pytest.raises(StageFailed, match=r"rank 1 \(process \d+ on .*\) hangs in \w+: nothing for 20 s"):
         stage.run(ctx)

@@ -278,5 +278,5 @@ def test_memory_does_not_grow_with_the_text(
         finally:
             tracemalloc.stop()
 
-    small, large = peak(20_000), peak(100_000)
-    assert large - small < 80_000 * 32
+    small, large = peak(8_000), peak(32_000)
+    assert large - small < 24_000 * 32
