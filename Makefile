@@ -58,6 +58,10 @@ bench-gate: setup
 bench-rollback: setup
 	@$(MAIN) tests/benchmarks/bench_rollback.py
 
+.PHONY: bench-outage
+bench-outage: setup
+	@$(MAIN) tests/benchmarks/bench_outage.py
+
 bench-canary: setup
 	@$(MAIN) tests/benchmarks/bench_canary.py
 

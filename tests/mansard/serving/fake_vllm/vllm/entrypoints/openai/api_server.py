@@ -9,7 +9,9 @@ Answers are a deterministic function of the prompt and of `behaviour.json` in th
    "babble_after": int    completions after so many have another voice,
    "seconds_to_first_token": float, "seconds_per_token": float   in streams, after their head
    "start_once": str      a file: where it is there the start fails, else it is made,
-   "babble_once": str     a file: where it is there the voice is another, else it is made}
+   "babble_once": str     a file: where it is there the voice is another, else it is made,
+   "slow_once": str       a file: where it is there the start takes `start_seconds`, else it is made,
+   "start_seconds": float}
 With --enable-lora it takes branches as vLLM with our plugin does: /v1/load_lora_adapter, the served-name header. A
 branch, composed into the model's folder or in a slot, is a voice of its own. `POST /die` ends the process at once.
 Standard library only.
@@ -224,6 +226,11 @@ def main() -> None:
     if mark is not None:
         if Path(mark).exists():
             engine.behaviour["babble_after"] = 0
+        Path(mark).touch()
+    mark = engine.behaviour.get("slow_once")
+    if mark is not None:
+        if Path(mark).exists():
+            time.sleep(float(engine.behaviour["start_seconds"]))
         Path(mark).touch()
     if engine.behaviour.get("start") == "hang":
         threading.Event().wait()
