@@ -10,17 +10,20 @@ starting engines (residents.py); an engine that hangs; `when_stable_is_dead: wai
 import asyncio
 import contextlib
 import logging
+import math
+import time
 from dataclasses import dataclass, field, replace
 
 from mansard.errors import Conflict, JournalDown, MansardError
 from mansard.release.events import Entry, Pointers, Uptime, as_text, uptime_now, utc_now
 from mansard.release.journal import Journal
 from mansard.release.notify import notify
-from mansard.release.outage import open_outage, stand_ins
+from mansard.release.outage import open_outage, outage_intervals, stand_ins
 from mansard.serving.engine.engine import Engine
 from mansard.serving.host.canary import FindFingerprintChange
 from mansard.serving.host.fingerprint import ANSWERS_SECONDS
 from mansard.serving.host.notices import notice_of
+from mansard.serving.host.past import Interval
 from mansard.serving.host.residents import Residents
 from mansard.serving.host.traffic import Traffic
 from mansard.site import Site
@@ -34,10 +37,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """A model as the last look at the journal found it. `stand_ins` may serve stable's users, best first."""
+    """A model as the last look at the journal found it. `stand_ins` may serve stable's users, best first; `intervals`
+    are when stable was down, in seconds since the boot."""
 
     pointers: Pointers
     stand_ins: tuple[int, ...]
+    intervals: tuple[Interval, ...] = ()
 
 
 @dataclass(slots=True)
@@ -88,6 +93,15 @@ class Outages:
             return None
         return {"version": outage.version, "served_by": outage.to, "since": outage.at, "why": outage.why}
 
+    def intervals(self, model: str) -> list[Interval]:
+        """When stable's engine was down since the boot, the outage that goes on included, on the monotonic clock."""
+        standing, outage = self._standings.get(model), self._outages.get(model)
+        down = [] if standing is None else list(standing.intervals)
+        if outage is not None:
+            down.append((outage.since.seconds, math.inf if outage.end is None else outage.end[1].seconds))
+        shift = time.monotonic() - time.clock_gettime(time.CLOCK_BOOTTIME)
+        return [(begin + shift, end + shift) for begin, end in down]
+
     def check_free(self, model: str) -> None:
         """Conflict while stable is down: no canary can be compared with it."""
         outage = self.find(model)
@@ -116,7 +130,9 @@ class Outages:
         is_first = model not in self._standings
         moves = self._journal.moves(model)
         window = self._site.rollback_window
-        self._standings[model] = Standing(pointers, tuple(stand_ins(moves, model, pointers, window)))
+        able = tuple(stand_ins(moves, model, pointers, window))
+        down = () if pointers.stable is None else outage_intervals(moves, model, pointers.stable, uptime_now().boot)
+        self._standings[model] = Standing(pointers, able, tuple(down))
         outage = self._outages.get(model)
         if outage is not None and outage.version != pointers.stable:
             log.info("%s: version %d is stable no more; its outage is over", model, outage.version)

@@ -121,7 +121,8 @@ class Rollouts:
         started = [e for e in self._journal.entries(model, kinds=(ROLLOUT_STARTED,)) if e.version == version][-1]
         windows = None
         if pointers.stable is not None:
-            windows = Windows(self._site, model, version, pointers.stable, started.sequence)
+            outages = functools.partial(self._outages.intervals, model)
+            windows = Windows(self._site, model, version, pointers.stable, started.sequence, outages)
         engines = EngineAccounts(self._session, functools.partial(self._side_endpoint, canary, pointers.stable))
         walk = Walk(model, version, who, pointers, state, canary, windows, engines)
         walker = Walker(walk, self._journal, self._traffic, self._residents, self._outages, self.abort)
