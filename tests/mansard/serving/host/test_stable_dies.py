@@ -13,6 +13,7 @@ import pytest
 
 from mansard.errors import Conflict
 from mansard.release.journal import Journal
+from mansard.serving.process import identify, members_named
 from mansard.site import load_site
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -121,6 +122,21 @@ def test_previous_serves_the_users_of_a_dead_stable_until_it_is_back(place: Any,
     assert len([s for s in traffic.statuses if s != 200]) == num_lost, "after the move nobody lost an answer"
     assert num_lost < so_far
     assert "demo: version 2 (stable) is down" not in mansard(place, "status")
+    assert "noticed: version 2 (stable) is down; version 1 serves its users" in mansard(place, "history")
+
+
+def test_a_worker_of_the_engine_that_dies_alone_is_an_outage_too(place: Any) -> None:
+    """As when the kernel, out of memory, kills the process that has the weights: the server still takes requests."""
+    in_service(place, 1)
+    promote(place, place.register(voice="v2", worker=True))
+    place.wait_for("both engines", lambda: all(v.endpoint for v in place.split().versions.values()))
+    server = identify(place.engine_of(2)["pid"])
+    assert server is not None
+    (worker,) = place.wait_for("its worker", lambda: members_named(server, "VLLM::"))
+    os.kill(worker.pid, signal.SIGKILL)
+    place.wait_for("stable's return", lambda: entries(place) == [("stable_down", 1), ("stable_up", None)])
+    place.wait_for("version 2", lambda: place.ask() == (200, "2"))
+    assert place.engine_of(2)["pid"] != server.pid
     assert "noticed: version 2 (stable) is down; version 1 serves its users" in mansard(place, "history")
 
 
