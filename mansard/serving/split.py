@@ -136,16 +136,16 @@ def without_canary(split: Split, model: str, term: int) -> Split:
 def with_stand_in(split: Split, model: str, version: int, endpoint: str | None, served_name: str) -> Split:
     """`version` serves what stable has to serve, until it is called with the journal's stable itself. The canary keeps
     its share. The term stays (no pointer moved); the lease is renewed."""
-    known = _model(split, model)
-    if version == known.canary:
+    before = _model(split, model)
+    if version == before.canary:
         raise BadInput(f"{model} version {version} is the canary and cannot stand in for stable")
     versions = {
-        n: dataclasses.replace(v, weight_percent=v.weight_percent if n == known.canary else 0)
-        for n, v in known.versions.items()
+        n: dataclasses.replace(v, weight_percent=v.weight_percent if n == before.canary else 0)
+        for n, v in before.versions.items()
     }
-    versions[version] = VersionSplit(100 - known.canary_percent, endpoint, served_name)
-    stands_in_for = None if version == known.journal_stable else known.journal_stable
-    after = dataclasses.replace(known, stable=version, versions=versions, stands_in_for=stands_in_for)
+    versions[version] = VersionSplit(100 - before.canary_percent, endpoint, served_name)
+    stands_in_for = None if version == before.journal_stable else before.journal_stable
+    after = dataclasses.replace(before, stable=version, versions=versions, stands_in_for=stands_in_for)
     return renewed(_replace(split, after, split.term), model)
 
 

@@ -161,8 +161,8 @@ class Outages:
         stable = pointers.stable
         if stable is None:
             return None
-        known = self._traffic.split().models.get(model)
-        to = known.stable if known is not None and known.stands_in_for == stable else None
+        served = self._traffic.split().models.get(model)
+        to = served.stable if served is not None and served.stands_in_for == stable else None
         entry = open_outage(moves, model)
         if entry is not None:
             since = Uptime(**entry.first.body["since"])

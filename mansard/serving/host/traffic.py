@@ -86,10 +86,10 @@ class Traffic:
         """`version` serves the users of `stable`, or `stable` its own again; False, and nothing written, where the
         journal's stable is another one by the file: somebody moved it meanwhile."""
         split = self.split()
-        known = split.models.get(model)
-        if known is None or known.journal_stable != stable:
+        model_split = split.models.get(model)
+        if model_split is None or model_split.journal_stable != stable:
             return False
-        if (known.stable, known.versions[known.stable].endpoint) != (version, endpoint):
+        if (model_split.stable, model_split.versions[model_split.stable].endpoint) != (version, endpoint):
             self._write(splits.with_stand_in(split, model, version, endpoint, self._name_of(model, version)))
         return True
 

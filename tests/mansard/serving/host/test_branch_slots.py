@@ -166,8 +166,8 @@ def test_branches_that_die_together_do_not_stand_in_for_each_other(
 
     def entries() -> list[tuple[str, Any]]:
         with Journal.open(place.site.journal) as journal:
-            found = journal.entries("demo", kinds=("stable_down", "stable_up"))
-        return [(entry.kind, entry.body.get("to")) for entry in found]
+            outages = journal.entries("demo", kinds=("stable_down", "stable_up"))
+        return [(entry.kind, entry.body.get("to")) for entry in outages]
 
     place.wait_for("both entries", lambda: entries() == [("stable_down", 1), ("stable_up", None)])
     place.wait_for("version 3 to answer again", lambda: place.ask() == (200, "3"))

@@ -59,26 +59,26 @@ def windows(tmp_path: Path, outages: list[tuple[float, float]]) -> Windows:
 @pytest.mark.parametrize("is_recorded", [True, False])
 def test_an_outage_that_everybody_felt_is_no_part_of_the_past(tmp_path: Path, is_recorded: bool) -> None:
     began = NOW - 600.0
-    seen = windows(tmp_path, [(began, began + 300.0)] if is_recorded else [])
-    seen.take(normal(1200, began) + normal(300))
-    seen.take([record(user, began + second, True) for second in range(300) for user in range(NUM_USERS)])
-    seen.begin_step({})
-    assert seen.past is not None
-    assert overall(findings(seen.past, 0.3)) == "fail"
-    assert overall(findings(seen.past, 0.0)) == "pass"
+    rollout = windows(tmp_path, [(began, began + 300.0)] if is_recorded else [])
+    rollout.take(normal(1200, began) + normal(300))
+    rollout.take([record(user, began + second, True) for second in range(300) for user in range(NUM_USERS)])
+    rollout.begin_step({})
+    assert rollout.past is not None
+    assert overall(findings(rollout.past, 0.3)) == "fail"
+    assert overall(findings(rollout.past, 0.0)) == "pass"
 
 
 def test_an_outage_since_the_rollout_began_is_no_part_of_it_either(tmp_path: Path) -> None:
-    seen = windows(tmp_path, [])
-    seen.take(normal(1200))
-    seen.begin_step({})
-    seen.step_began = NOW
-    seen.take([record(user, NOW + second, True) for second in range(60) for user in range(NUM_USERS)])
-    seen.take([record(user, NOW + 60 + at, False) for at in range(60) for user in range(NUM_USERS)])
-    sample = seen.sample(100)
+    rollout = windows(tmp_path, [])
+    rollout.take(normal(1200))
+    rollout.begin_step({})
+    rollout.step_began = NOW
+    rollout.take([record(user, NOW + second, True) for second in range(60) for user in range(NUM_USERS)])
+    rollout.take([record(user, NOW + 60 + at, False) for at in range(60) for user in range(NUM_USERS)])
+    sample = rollout.sample(100)
     assert sample.past_sums_MK[0].sum() == 0.0
-    seen.canary = canary_table(0.3)
-    assert overall(judge(seen.sample(100), LIMITS, 0.01, seed=1)) == "fail"
+    rollout.canary = canary_table(0.3)
+    assert overall(judge(rollout.sample(100), LIMITS, 0.01, seed=1)) == "fail"
 
 
 def test_the_past_is_bounded_and_steady_errors_stay_in_it() -> None:

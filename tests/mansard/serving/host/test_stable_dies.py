@@ -76,16 +76,16 @@ def entries(place: Any) -> list[tuple[str, Any]]:
     """The outages' own entries: kind, and who serves."""
     with Journal.open(place.site.journal) as journal:
         journal.verify()
-        found = journal.entries("demo", kinds=("stable_down", "stable_up"))
-    return [(entry.kind, entry.body.get("to")) for entry in found]
+        outages = journal.entries("demo", kinds=("stable_down", "stable_up"))
+    return [(entry.kind, entry.body.get("to")) for entry in outages]
 
 
-def mansard(place: Any, *words: str) -> str:
-    whole = [sys.executable, "-m", "flows.cli", *words, "--site", str(place.site.path)]
+def mansard(place: Any, *arguments: str) -> str:
+    whole = [sys.executable, "-m", "flows.cli", *arguments, "--site", str(place.site.path)]
     variables = {**os.environ, "MANSARD_PERSON": "otto", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(whole, cwd=ROOT, capture_output=True, text=True, env=variables)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    process = subprocess.run(whole, cwd=ROOT, capture_output=True, text=True, env=variables)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
 
 
 def test_previous_serves_the_users_of_a_dead_stable_until_it_is_back(place: Any, traffic: Any) -> None:
@@ -98,11 +98,11 @@ def test_previous_serves_the_users_of_a_dead_stable_until_it_is_back(place: Any,
     assert (split.stable, split.stands_in_for, split.canary) == (1, 2, None)
     place.wait_for("the entry", lambda: entries(place) == [("stable_down", 1)])
     place.wait_for("the notice", lambda: events(place) == ["outage"])
-    said = mansard(place, "status")
-    first = said.splitlines()[0]
+    output = mansard(place, "status")
+    first = output.splitlines()[0]
     assert first.startswith("demo: version 2 (stable) is down since ")
     assert "; version 1 serves its users; next: mansard rollback --from 2" in first
-    assert "version 1 100 % (http" in said and "in place of version 2" in said and "DIFFERS" not in said
+    assert "version 1 100 % (http" in output and "in place of version 2" in output and "DIFFERS" not in output
     outage = json.loads(mansard(place, "status", "--json"))["models"]["demo"]["outage"]
     assert (outage["version"], outage["served_by"]) == (2, 1)
     with Journal.open(place.site.journal) as journal:
