@@ -48,6 +48,7 @@ class Site:
     api_keys: Path | None = None
     operator_tokens: Path | None = None
     rollback_window: int = 2
+    when_stable_is_dead: str = "previous"
     stage_timeout_seconds: int = 14400
     schedules: tuple[Schedule, ...] = ()
     journal_url: str = field(default="", metadata={"key": "journal"})

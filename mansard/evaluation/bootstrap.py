@@ -3,7 +3,7 @@
 The value is the sum of amounts over the sum of sizes. Each resample's deviation is divided by its own standard error
 (Efron and Tibshirani 1993, chapter 12), so that few and skewed files do not make the interval too narrow, as
 percentiles of the plain resamples do: those missed by 9 to 10 % on a side at a level of 5 % with 30 to 60 skewed files
-(`make bench-gate` prints what this one does).
+(`make bench NAME=gate` prints what this one does).
 """
 
 from dataclasses import dataclass

@@ -4,7 +4,7 @@ Attempt k is judged at 6 alpha / (pi^2 k^2), which sums to alpha over all attemp
 Power is that of showing "no loss beyond the margin" when nothing changed. Only guards have one: a target that passes at
 no change is a mistake. Right or wrong answers: normal approximation. Means: files are planned for as if a few of them
 lost much, since a bootstrap-t bound then lies further out (Hall 1988, section 4) and moves with the mean.
-`make bench-gate` prints what simulated gates do beside it.
+`make bench NAME=gate` prints what simulated gates do beside it.
 """
 
 import math

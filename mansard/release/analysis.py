@@ -43,7 +43,7 @@ Verdict = Literal["pass", "fail", "inconclusive"]
 class Metric:
     """A sum over a count per key. `is_ratio`: compared as canary over stable (its logarithm is tested), else as a
     difference. `weight_requests`: a key with so many requests weighs half of one with very many. `past_requests`: so
-    many requests of the average user are added to what a key did before. `alpha_share`: of a look's alpha.
+    many requests of the usual user are added to what a key did before. `alpha_share`: of a look's alpha.
     """
 
     name: str
@@ -178,18 +178,27 @@ def _bounds(metric: Metric, limits: Limits) -> list[tuple[float, int]]:
 
 
 def _changes(sample: Sample, row: int, metric: Metric) -> tuple[Floats, Floats, Bools | None]:
-    """Per key that has the metric now: its value minus its value before, its weight, its side."""
+    """Per key that has the metric now: its value minus its value before, its weight, its side.
+
+    A key's value before is drawn to `usual`, the mean over keys in which each counts as much as it is drawn: then the
+    mean change of users who stay as they were is zero, and users with a very long past, such as a few who asked a dead
+    engine again and again, say next to nothing about the others.
+    """
     counts, past_counts = sample.counts_MK[row], sample.past_counts_MK[row]
     there = counts > 0 if sample.is_canary is not None else (counts > 0) & (past_counts > 0)
     now = sample.sums_MK[row, there] / counts[there]
-    all_past = past_counts.sum()
-    average = sample.past_sums_MK[row].sum() / all_past if all_past else float(now.mean()) if now.size else 0.0
-    extra = metric.past_requests
-    past = (sample.past_sums_MK[row, there] + extra * average) / (past_counts[there] + extra)
+    weights = counts[there] / (counts[there] + metric.weight_requests)
+    extra, before, sums = metric.past_requests, past_counts[there], sample.past_sums_MK[row, there]
+    drawn = np.where(before > 0, weights * extra / (before + extra), 0.0)
+    usual = float(np.average(sums / np.maximum(before, 1e-9), weights=drawn)) if drawn.any() else _plain_mean(now)
+    past = (sums + extra * usual) / (before + extra)
     if metric.is_ratio:
         now, past = np.log(np.maximum(now, 1e-6)), np.log(np.maximum(past, 1e-6))
-    weights = counts[there] / (counts[there] + metric.weight_requests)
     return now - past, weights, None if sample.is_canary is None else sample.is_canary[there]
+
+
+def _plain_mean(values: Floats) -> float:
+    return float(values.mean()) if values.size else 0.0
 
 
 def _estimate(changes: Floats, weights: Floats, is_canary: Bools | None) -> tuple[float, float]:

@@ -29,6 +29,8 @@ ABORTED = "aborted"
 ROLLED_BACK = "rolled_back"
 PEOPLE_CHANGED = "people_changed"
 EMERGENCY = "emergency"
+STABLE_DOWN = "stable_down"
+STABLE_UP = "stable_up"
 
 MOVES = (ROLLOUT_STARTED, CANARY_STEP, PROMOTED, ABORTED, ROLLED_BACK, EMERGENCY)
 """Entries that raise the term. `body` holds `version` (for rolled_back: the one left, and `to`), `before`, `after`.
@@ -38,6 +40,8 @@ EMERGENCY only raises it: an emergency entry (emergency.py) that needed no move 
 EVIDENCE = (REGISTERED, JUDGED)
 """Entries whose body holds a registration; the newest of a version is what approvals speak of."""
 DECISIONS = (APPROVED, REJECTED)
+OUTAGES = (STABLE_DOWN, STABLE_UP)
+"""Entries about stable's engine (outage.py). They move no pointer and take no term."""
 
 
 @dataclass(frozen=True, slots=True)

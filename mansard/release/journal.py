@@ -17,19 +17,23 @@ from typing import Any
 from mansard.canonical import sha256_json
 from mansard.errors import BadInput, Conflict
 from mansard.records import Registration
-from mansard.release import pointer, proof
+from mansard.release import outage, pointer, proof
 from mansard.release.events import (
     ABORTED,
     CANARY_STEP,
     EVIDENCE,
     JUDGED,
     MOVES,
+    OUTAGES,
     PROMOTED,
     REGISTERED,
     ROLLED_BACK,
     ROLLOUT_STARTED,
+    STABLE_DOWN,
+    STABLE_UP,
     Entry,
     Pointers,
+    Uptime,
     uptime_now,
     utc_now,
 )
@@ -91,8 +95,9 @@ class Journal:
         return self._ledger.tip()
 
     def moves(self, model: str) -> list[Entry]:
-        """What the rules of pointer.py need: decisions and moves, without the many canary steps."""
-        return self.entries(model, kinds=("approved", "rejected", ROLLOUT_STARTED, PROMOTED, ABORTED, ROLLED_BACK))
+        """What the rules of pointer.py and outage.py need: decisions, moves, outages, without the many canary steps."""
+        kinds = ("approved", "rejected", ROLLOUT_STARTED, PROMOTED, ABORTED, ROLLED_BACK, *OUTAGES)
+        return self.entries(model, kinds=kinds)
 
     def versions(self, model: str) -> list[int]:
         rows = self._ledger.rows("SELECT version FROM versions WHERE model = ? ORDER BY version", (model,))
@@ -190,7 +195,7 @@ class Journal:
 
         Conflict, and no entry, where `expected` is not where the model stands, or entry `expected_tip` not the newest.
         """
-        if kind in MOVES or kind in EVIDENCE:
+        if kind in MOVES or kind in EVIDENCE or kind in OUTAGES:
             raise ValueError(f"a {kind} entry changes more than the journal; use its own verb")
         with self._ledger.transaction():
             self._expect(model, expected, expected_tip)
@@ -232,6 +237,21 @@ class Journal:
         pointer.rollback_target(self.moves(model), model, to)
         return self._move(ROLLED_BACK, model, {"version": expected.stable, "to": to}, who, why, expected, facts)
 
+    def stable_down(
+        self, model: str, to: int | None, actor: str, why: str, expected: Pointers, since: Uptime, facts: Facts = None
+    ) -> Entry:
+        """Stable's engine has been dead since `since`, and `to` serves its users. This and the next move no pointer and
+        take no term; Conflict when the pointers are not `expected` any more or the rules of outage.py forbid it."""
+        body = {"version": expected.stable, "to": to, "since": asdict(since)}
+        return self._mark(STABLE_DOWN, model, body, actor, why, expected, facts)
+
+    def stable_up(
+        self, model: str, actor: str, why: str, expected: Pointers, since: Uptime, facts: Facts = None
+    ) -> Entry:
+        """Stable serves its own users again."""
+        body = {"version": expected.stable, "since": asdict(since)}
+        return self._mark(STABLE_UP, model, body, actor, why, expected, facts)
+
     def take_emergency(
         self,
         model: str,
@@ -260,6 +280,17 @@ class Journal:
         Raises Corrupt that names the first bad entry.
         """
         proof.check(self.whole())
+
+    def _mark(
+        self, kind: str, model: str, body: dict[str, Any], actor: str, why: str, expected: Pointers, facts: Facts
+    ) -> Entry:
+        with self._ledger.transaction():
+            before = self._expect(model, expected)
+            new = self._ledger.draft(model, kind, actor, why, {**body, "facts": dict(facts or {})})
+            outage.check_outage(self.moves(model), new, before)
+            entry = self._ledger.append(model, kind, actor, why, new.body, at=new.at)
+        self._ledger.read_back(entry)
+        return entry
 
     def _move(
         self,

@@ -10,7 +10,7 @@ from typing import Any
 
 from mansard.canonical import canonical_json, write_atomically
 from mansard.errors import Corrupt, JournalDamaged
-from mansard.release.events import MOVES, PROMOTED, REGISTERED, ROLLED_BACK, Entry, Pointers
+from mansard.release.events import MOVES, OUTAGES, PROMOTED, REGISTERED, ROLLED_BACK, Entry, Pointers
 from mansard.release.journal import Journal
 from mansard.site import Site
 
@@ -71,14 +71,12 @@ def recall(site: Site) -> Memory:
 def with_split(known: Remembered, model: str, split: dict[str, Any], term: int) -> Remembered:
     """The model as it stands where the split's term is later: a move that nobody wrote down is guessed from it.
 
-    `split` is the model's part of the file. Another stable that was `previous` was rolled back to, else promoted.
+    `split` is the model's part of the file. Another stable that was `previous` was rolled back to, else promoted; a
+    version that stands in for a dead stable is not stable.
     """
-    if term <= known.pointers.term or (split["stable"], split["canary"]) == (
-        known.pointers.stable,
-        known.pointers.canary,
-    ):
+    stable, before = split.get("stands_in_for") or split["stable"], known.pointers
+    if term <= before.term or (stable, split["canary"]) == (before.stable, before.canary):
         return known
-    stable, before = split["stable"], known.pointers
     moves = known.moves
     previous = before.previous
     if stable != before.stable:
@@ -92,7 +90,7 @@ def with_split(known: Remembered, model: str, split: dict[str, Any], term: int) 
 
 
 def _model(journal: Journal, model: str) -> dict[str, Any]:
-    moves = [e for e in journal.entries(model, kinds=MOVES) if e.kind != "canary_step"]
+    moves = [e for e in journal.entries(model, kinds=(*MOVES, *OUTAGES)) if e.kind != "canary_step"]
     try:
         artifacts = {
             str(e.version): e.body["registration"]["artifact"] for e in journal.entries(model, kinds=(REGISTERED,))

@@ -19,7 +19,7 @@ FORK_SECONDS = 5.0
 def notify(site: Site, event: str, model: str, text: str, **facts: Any) -> str:  # noqa: ANN401 - any JSON value
     """Tell of `event`; `text` is one line for a person. Returns why the program could not be started, or nothing.
 
-    Events: approval_waiting, abort, rollback, emergency_conflict, upgrade_failed.
+    Events: approval_waiting, abort, rollback, outage, outage_over, emergency_conflict, upgrade_failed.
     """
     if not site.notify:
         return ""

@@ -27,11 +27,15 @@ from mansard.release.events import (
     Pointers,
 )
 from mansard.release.journal import Journal
-from mansard.release.pointer import approvals_in_force, last_move
+from mansard.release.outage import next_command, open_outage
+from mansard.release.pointer import approvals_in_force, last_move, previous_of
 from mansard.site import Site
 
 if TYPE_CHECKING:
     from mansard.store.store import Store
+
+_NOBODY: dict[str, int | None] = {"stable": None, "stands_in_for": None}
+"""Who serves by a split file that is absent or damaged."""
 
 
 def status(site: Site, model: str) -> dict[str, Any]:
@@ -53,7 +57,8 @@ def remembered_status(site: Site, model: str, problem: str) -> dict[str, Any]:
     known, memory, _, term = known_state(site, model)
     told = _status(site, model, list(known.moves), known.pointers, max(term, known.pointers.term))
     journal = {**told["journal"], "entries": memory.sequence, "tip": memory.digest or None, "problem": problem}
-    return {**told, "journal": journal, "next": "mansard rollback   (works without the journal's database)"}
+    following = "mansard rollback   (works without the journal's database)"
+    return {**told, "journal": journal, "next": following if told["outage"] is None else told["next"]}
 
 
 def history(site: Site, model: str) -> list[dict[str, Any]]:
@@ -114,15 +119,18 @@ def _status(
 ) -> dict[str, Any]:
     versions = [_version_row(entries, e, pointers) for e in entries if e.kind == REGISTERED]
     sequence = 0 if tip is None else tip.sequence
+    split = _split(site, model, pointers)
+    outage = _outage(entries, model, pointers, split)
     return {
         "format": 1,
         "model": model,
         "term": term,
+        "outage": outage,
         "stable": _standing(entries, pointers.stable),
         "canary": _canary(entries, pointers.canary),
         "previous": _standing(entries, pointers.previous),
         "last_move": _brief(last_move(entries, model)),
-        "split": _split(site, model, pointers),
+        "split": split,
         "mirror": _mirror(site, sequence),
         "versions": versions,
         "journal": {"path": str(site.journal), "entries": sequence, "tip": None if tip is None else tip.digest},
@@ -132,7 +140,27 @@ def _status(
             "prefect": f"http://127.0.0.1:{site.ports.prefect}",
             "mlflow": f"http://127.0.0.1:{site.ports.mlflow}",
         },
-        "next": _next(versions, pointers, site.approval.approvals),
+        "next": outage["next"] if outage is not None else _next(versions, pointers, site.approval.approvals),
+    }
+
+
+def _outage(
+    entries: list[Entry], model: str, pointers: Pointers, split: dict[str, Any]
+) -> dict[str, Any] | None:
+    """Stable has no engine: since when, why, and who serves its users. By the journal; where that does not know it yet,
+    by the traffic split, which does not say since when."""
+    outage = open_outage(entries, model)
+    to = split["stable"] if split["stands_in_for"] is not None else None
+    if outage is None and (to is None or split["stands_in_for"] != pointers.stable):
+        return None
+    version = pointers.stable if outage is None else outage.version
+    assert version is not None, "an outage is a version's"
+    return {
+        "version": version,
+        "served_by": to if outage is None else outage.to,
+        "since": None if outage is None else outage.first.at,
+        "why": "the journal does not say yet" if outage is None else outage.last.why,
+        "next": next_command(version, to if outage is None else outage.to, previous_of(entries, model)),
     }
 
 
@@ -191,13 +219,20 @@ def _split(site: Site, model: str, pointers: Pointers) -> dict[str, Any]:
     try:
         tree = json.loads(site.split_file.read_bytes())
         found = tree["models"].get(model)
-        told = (found["stable"], found["canary"]) if found else (None, None)
-        agrees = told == (pointers.stable, pointers.canary) or (pointers.stable is None and told[1] is None)
-        return {"term": tree["term"], "agrees": agrees, "versions": found["versions"] if found else {}}
+        roles = {name: found[name] for name in ("stable", "canary")} if found else {"stable": None, "canary": None}
+        stands_in_for = found.get("stands_in_for") if found else None
+        journal_roles = (roles["stable"] if stands_in_for is None else stands_in_for, roles["canary"])
+        agrees = journal_roles == (pointers.stable, pointers.canary) or (
+            pointers.stable is None and roles["canary"] is None
+        )
+        versions = found["versions"] if found else {}
+        serving = {"stable": roles["stable"], "stands_in_for": stands_in_for}
+        return {"term": tree["term"], "agrees": agrees, "versions": versions, **serving}
     except FileNotFoundError:
-        return {"term": 0, "agrees": pointers.stable is None, "versions": {}}
+        return {"term": 0, "agrees": pointers.stable is None, "versions": {}, **_NOBODY}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return {"term": 0, "agrees": False, "versions": {}, "problem": f"{site.split_file}: damaged: {error}"}
+        problem = f"{site.split_file}: damaged: {error}"
+        return {"term": 0, "agrees": False, "versions": {}, **_NOBODY, "problem": problem}
 
 
 def _emergency(site: Site, model: str, entries: list[Entry]) -> dict[str, Any]:

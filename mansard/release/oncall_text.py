@@ -13,6 +13,7 @@ from mansard.release.events import (
     CANARY_STEP,
     EMERGENCY,
     EVIDENCE,
+    OUTAGES,
     PEOPLE_CHANGED,
     PROMOTED,
     REJECTED,
@@ -20,13 +21,14 @@ from mansard.release.events import (
     ROLLOUT_STARTED,
 )
 from mansard.release.folded_text import fold, table
+from mansard.release.outage import outage_text
 
 SHORT = 12
 """Digits of a digest that a person sees; every command takes such a prefix."""
 
 
 def status_text(status: dict[str, Any], columns: int | None = None) -> str:
-    lines = [f"model {status['model']}, term {status['term']}"]
+    lines = [*_outage_lines(status), f"model {status['model']}, term {status['term']}"]
     standing: list[tuple[object, ...]] = []
     for name in ("stable", "canary", "previous"):
         place = status[name]
@@ -88,6 +90,8 @@ def said(entry: dict[str, Any]) -> str:
         return f"began to evaluate artifact {body['artifact'][:SHORT]}"
     if entry["kind"] == EMERGENCY:
         return f"emergency entry about version {version}: nothing was left to move"
+    if entry["kind"] in OUTAGES:
+        return f"noticed: {outage_text(entry['kind'], body | {'version': version})}"
     texts = {
         APPROVED: f"approved version {version}",
         REJECTED: f"rejected version {version}",
@@ -140,11 +144,26 @@ def _decided(decision: dict[str, Any] | None, approvals: list[str]) -> str:
     return f"{decision['kind']} by {', '.join(approvals) or decision['who']}"
 
 
+def _outage_lines(status: dict[str, Any]) -> list[str]:
+    """First of all: stable has no engine, who serves, and what to type."""
+    outage = status["outage"]
+    if outage is None:
+        return []
+    since = "" if outage["since"] is None else f" since {moment(outage['since'])} UTC"
+    by = "nobody serves its users (503)" if outage["served_by"] is None else (
+        f"version {outage['served_by']} serves its users"
+    )
+    first = f"{status['model']}: version {outage['version']} (stable) is down{since}; {by}; next: {outage['next']}"
+    return [first, f"  {outage['why']}", ""]
+
+
 def _split_line(split: dict[str, Any]) -> str:
     if "problem" in split:
         return f"traffic split: {split['problem']}"
     shares = ", ".join(
         f"version {number} {v['weight_percent']} % ({v['endpoint'] or 'no engine'})"
+        + (f" in place of version {split['stands_in_for']}" if split["stands_in_for"] and int(number) == split["stable"]
+           else "")
         for number, v in sorted(split["versions"].items(), key=lambda item: int(item[0]))
     )
     agrees = "" if split["agrees"] else "; it DIFFERS from the pointers: mansard rollback or mansard up mends it"

@@ -3,7 +3,8 @@
 Laws: promoted and aborted are final; weights only rise until the end; a step is passed only when its bake time, its
 minimum sample and a passing look are there; a step that is not passed by its deadline is aborted, so low traffic never
 promotes; a dead engine, a failed probe, a changed fingerprint or five consecutive failures abort at once, whatever the
-sample. `resumed` gives the state again from the journal, after a crash at any point. Clocks, processes, journal and
+sample; a canary is never judged against a dead stable: its users keep it, and the step is walked again once stable is
+back. `resumed` gives the state again from the journal, after a crash at any point. Clocks, processes, journal and
 traffic belong to the controller (serving/host/rollouts.py), which does the actions in their order.
 """
 
@@ -64,7 +65,8 @@ class Plan:
 class State:
     """`step` counts from 0, and while starting is the one to enter; `attempt` counts how often that step was begun.
 
-    `looks` were taken in this step, `last_look_seconds` is when; `reason` says why the state is what it is.
+    `looks` were taken in this step, `last_look_seconds` is when; `reason` says why the state is what it is. On hold,
+    stable's engine is dead.
     """
 
     plan: Plan
@@ -74,6 +76,7 @@ class State:
     looks: int = 0
     last_look_seconds: float = 0.0
     reason: str = "the engine is starting"
+    is_on_hold: bool = False
 
     @property
     def weight_percent(self) -> int:
@@ -94,7 +97,7 @@ class Observation:
     `is_ready`: the engine serves, is warm, and its fingerprint is the recorded one. `is_heard`: every router worker
     that runs told its counts. `problem` names what aborts at once; empty when there is none. `findings` are those of
     the look that the last transition asked for, None where there was none. `engines` is what the engines measured
-    themselves, in words: it is told with the findings and decides nothing.
+    themselves, in words: it is told with the findings and decides nothing. `is_stable_down`: its engine is dead.
     """
 
     seconds_in_step: float = 0.0
@@ -105,6 +108,7 @@ class Observation:
     problem: str = ""
     findings: tuple[Finding, ...] | None = None
     engines: str = ""
+    is_stable_down: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,8 +152,12 @@ def advance(state: State, seen: Observation) -> Transition:
         return _abort(state, seen.problem)
     if seen.consecutive_failures >= MAX_CONSECUTIVE_FAILURES:
         return _abort(state, f"{seen.consecutive_failures} consecutive requests to the canary failed")
+    if seen.is_stable_down and state.weight_percent < 100:
+        return _hold(state, seen)
     if state.phase == "starting":
         return _leave_start(state) if seen.is_ready and seen.is_heard else (state, ())
+    if state.is_on_hold:
+        return _enter(state, state.step, state.attempt + 1, "walked again: stable was down")
     return _bake(state, seen)
 
 
@@ -176,6 +184,18 @@ def resumed(plan: Plan, entries: Iterable[Entry]) -> State:
 
 def _abort(state: State, reason: str) -> Transition:
     return aborted(state, reason), (Abort(reason),)
+
+
+def _hold(state: State, seen: Observation) -> Transition:
+    """Nothing is judged beside a dead stable; a deadline that passes meanwhile still ends the rollout."""
+    if state.phase == "starting":
+        return state, ()
+    deadline = state.plan.steps[state.step].deadline_seconds
+    if seen.seconds_in_step >= deadline:
+        reason = f"step {state.step + 1}: stable was down at the deadline of {deadline:g} s: nothing to compare with"
+        return _abort(state, reason)
+    step = f"step {state.step + 1} of {len(state.plan.steps)}"
+    return replace(state, is_on_hold=True, reason=f"{step} holds: stable is down; it is walked again after that"), ()
 
 
 def _leave_start(state: State) -> Transition:

@@ -84,6 +84,30 @@ def group_of(process: ProcessIdentity) -> int | None:
         return None
 
 
+def members_named(leader: ProcessIdentity, prefix: str) -> list[ProcessIdentity]:
+    """Other processes of the group that `leader` leads whose name (15 bytes of it) begins with `prefix`."""
+    members = []
+    for entry in PROC.iterdir():
+        if not entry.name.isdigit() or int(entry.name) == leader.pid:
+            continue
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            is_member = os.getpgid(int(entry.name)) == leader.pid
+            identity = identify(int(entry.name)) if is_member else None
+            if identity is not None and (entry / "comm").read_text(errors="replace").startswith(prefix):
+                members.append(identity)
+    return members
+
+
+async def wait_for_first_end(processes: list[ProcessIdentity]) -> None:
+    """Return when one of them has ended."""
+    waits = [asyncio.create_task(wait_for_end(process)) for process in processes]
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()
+
+
 def send(process: ProcessIdentity, number: signal.Signals) -> None:
     """Signal the process if it still runs."""
     if process.is_running():

@@ -38,7 +38,8 @@ class VersionSplit:
 class ModelSplit:
     """One model's versions. Only stable and canary have weight; the others are resident for testers and rollback.
 
-    `name` is the key of the model in the file.
+    `name` is the key of the model in the file. `stable` is who serves as stable; where the journal's stable has no
+    engine, `stands_in_for` names that one and `stable` is the version that serves its users meanwhile.
     """
 
     name: str
@@ -46,6 +47,12 @@ class ModelSplit:
     canary: int | None
     lease_counter: int
     versions: Mapping[int, VersionSplit]
+    stands_in_for: int | None = None
+
+    @property
+    def journal_stable(self) -> int:
+        """The stable version by the journal."""
+        return self.stable if self.stands_in_for is None else self.stands_in_for
 
     @property
     def canary_percent(self) -> int:
@@ -118,10 +125,28 @@ def with_canary(
 
 
 def without_canary(split: Split, model: str, term: int) -> Split:
-    """Stable takes all traffic and the canary is no longer resident. Without a canary only the term changes."""
+    """Stable, or who stands in for it, takes all traffic and the canary is no longer resident. Without a canary only
+    the term changes."""
     known = _model(split, model)
     stable = known.versions[known.stable]
-    return with_stable(split, model, known.stable, stable.endpoint, stable.served_name, term)
+    after = with_stable(split, model, known.stable, stable.endpoint, stable.served_name, term)
+    return _replace(after, dataclasses.replace(after.models[model], stands_in_for=known.stands_in_for), term)
+
+
+def with_stand_in(split: Split, model: str, version: int, endpoint: str | None, served_name: str) -> Split:
+    """`version` serves what stable has to serve, until it is called with the journal's stable itself. The canary keeps
+    its share. The term stays (no pointer moved); the lease is renewed."""
+    before = _model(split, model)
+    if version == before.canary:
+        raise BadInput(f"{model} version {version} is the canary and cannot stand in for stable")
+    versions = {
+        n: dataclasses.replace(v, weight_percent=v.weight_percent if n == before.canary else 0)
+        for n, v in before.versions.items()
+    }
+    versions[version] = VersionSplit(100 - before.canary_percent, endpoint, served_name)
+    stands_in_for = None if version == before.journal_stable else before.journal_stable
+    after = dataclasses.replace(before, stable=version, versions=versions, stands_in_for=stands_in_for)
+    return renewed(_replace(split, after, split.term), model)
 
 
 def with_endpoint(split: Split, model: str, version: int, endpoint: str | None, served_name: str) -> Split:
@@ -135,7 +160,7 @@ def with_endpoint(split: Split, model: str, version: int, endpoint: str | None, 
 def without_version(split: Split, model: str, version: int) -> Split:
     """A version left the rollback window. BadInput for one that has a role. The term stays; the lease is renewed."""
     known = _model(split, model)
-    if version in (known.stable, known.canary):
+    if version in (known.stable, known.canary, known.stands_in_for):
         raise BadInput(f"{model} version {version} is stable or canary and cannot leave the split")
     versions = {n: v for n, v in known.versions.items() if n != version}
     return renewed(_replace(split, dataclasses.replace(known, versions=versions), split.term), model)
@@ -180,6 +205,8 @@ def check_split(split: Split, where: str) -> None:
     """Raises Corrupt unless every model's stable and canary are there, differ, and alone share the weight of 100."""
     for name, model in split.models.items():
         roles = {model.stable} | ({model.canary} if model.canary is not None else set())
+        if model.stands_in_for in roles:
+            raise Corrupt(f"{where}: {name}: version {model.stands_in_for} is stands_in_for and has a role of its own")
         if model.canary == model.stable or not roles <= model.versions.keys() or name != model.name:
             raise Corrupt(
                 f"{where}: {name}: stable {model.stable} and canary {model.canary} must be two versions of it"
@@ -198,6 +225,7 @@ def split_bytes(split: Split) -> bytes:
             "canary": model.canary,
             "lease_counter": model.lease_counter,
             "versions": {str(number): dataclasses.asdict(version) for number, version in model.versions.items()},
+            **({} if model.stands_in_for is None else {"stands_in_for": model.stands_in_for}),
         }
         for name, model in split.models.items()
     }
@@ -260,13 +288,14 @@ def _replace(split: Split, model: ModelSplit, term: int) -> Split:
 def _parse_model(name: str, tree: Mapping[str, Any]) -> ModelSplit:
     if not (name.isascii() and name.isprintable()):
         raise ValueError(f"model name {name!r} is not plain text")
-    canary = tree["canary"]
+    canary, stands_in_for = tree["canary"], tree.get("stands_in_for")
     return ModelSplit(
         name=name,
         stable=_whole(tree["stable"]),
         canary=None if canary is None else _whole(canary),
         lease_counter=_whole(tree["lease_counter"]),
         versions={int(number): _parse_version(version) for number, version in tree["versions"].items()},
+        stands_in_for=None if stands_in_for is None else _whole(stands_in_for),
     )
 
 

@@ -1,4 +1,4 @@
-"""ms-swift's own `llamapro` tuner, where its package is: in `.swift`, which `make bench-training` fills.
+"""ms-swift's own `llamapro` tuner, where its package is: in `.swift`, which `make bench NAME=training` fills.
 
 It inserts a copied block after every equal group and zeroes its two output projections, as plan(blocks=N) does, and
 leaves training to Hugging Face's loop. What else it needs (transformers, peft) is the main environment's.

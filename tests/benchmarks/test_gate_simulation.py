@@ -1,4 +1,4 @@
-"""The simulations of `make bench-gate`, small and seeded: the bench says more exactly what these say roughly."""
+"""The simulations of `make bench NAME=gate`, small and seeded: the bench says more exactly what these say roughly."""
 
 import importlib.util
 import sys

@@ -89,7 +89,7 @@ def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 
 
 def check_reasoning(report: dict[str, Any]) -> None:
-    """What the small form of `make bench-carry-on-reasoning` tells."""
+    """What the small form of `make bench NAME=carry-on-reasoning` tells."""
     branch = report["ways"]["branch"]
     assert branch["file_bytes"] >= 2 * branch["parameters"]
     for found in (report["before"]["asked_alike"], *branch["after"]):

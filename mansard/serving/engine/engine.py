@@ -34,7 +34,15 @@ from mansard.serving.engine.command import (
 )
 from mansard.serving.engine.log import last_words, tail
 from mansard.serving.engine.prepared import PreparedEngine
-from mansard.serving.process import ProcessIdentity, identify, kill_group, send, wait_for_end
+from mansard.serving.process import (
+    ProcessIdentity,
+    identify,
+    kill_group,
+    members_named,
+    send,
+    wait_for_end,
+    wait_for_first_end,
+)
 from mansard.site import Site
 from mansard.specs.whole import Serve
 
@@ -43,6 +51,8 @@ DRAIN_SECONDS = 120.0
 POLL_SECONDS = 0.25
 PORT_ATTEMPTS = 5
 RESUME_SECONDS = 120.0
+WORKER_PREFIX = "VLLM::"
+"""How vLLM names the processes that its server starts (VLLM_PROCESS_NAME_PREFIX): EngineCore, Worker_TP0 and so on."""
 
 
 class Engine:
@@ -165,13 +175,17 @@ class Engine:
                 await engine_http.unload_branch(self._session, self.endpoint, name, RESUME_SECONDS)
 
     async def wait_for_end(self) -> str:
-        """Wait until the process ends; the reason when nobody asked it to, else an empty string."""
+        """Wait until the process, or a worker that it computes with, ends; the reason when nobody asked it to, else an
+        empty string. vLLM itself notices a dead worker (no memory, a faulty card) only every five seconds."""
         assert self._process is not None, "watch an engine after it was started"
-        await wait_for_end(self._process)
-        self._reap()
+        await wait_for_first_end([self._process, *members_named(self._process, WORKER_PREFIX)])
+        is_running = self._process.is_running()
+        if not is_running:
+            self._reap()
         if self.state not in ("ready", "starting"):
             return ""
-        self._fail(f"engine of {self.identity.served_name} ({self.identity.artifact[:12]}) ended")
+        part = "worker process of the engine" if is_running else "engine"
+        self._fail(f"{part} of {self.identity.served_name} ({self.identity.artifact[:12]}) ended")
         return self.problem
 
     async def stop(self, drain_seconds: float = DRAIN_SECONDS) -> None:

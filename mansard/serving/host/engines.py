@@ -50,6 +50,7 @@ class Engines:
         self._session = session
         self._pinned = pinned
         self._on_end = on_end
+        self.lost: set[str] = set()  # keys of engines that ended while no host watched them
         self._engines: dict[str, Engine] = {}
         self._starts: dict[str, asyncio.Task[Engine]] = {}
         self._stops: dict[str, asyncio.Task[None]] = {}
@@ -84,6 +85,7 @@ class Engines:
         for file in sorted((self._site.run / "engines").glob("*.json")):
             engine = Engine.adopt(file, self._site, self._session)
             if engine is None:
+                self.lost.add(file.stem)
                 file.unlink(missing_ok=True)
                 continue
             adopted.append(engine)

@@ -33,6 +33,7 @@ from mansard.serving.host.api import make_app
 from mansard.serving.host.engines import Engines
 from mansard.serving.host.fingerprint import Fingerprints
 from mansard.serving.host.journal_watch import JournalWatch
+from mansard.serving.host.outages import Outages
 from mansard.serving.host.residents import Residents
 from mansard.serving.host.rollback import Rollback
 from mansard.serving.host.rollouts import Rollouts
@@ -63,12 +64,15 @@ class Host:
         self.residents = Residents(site, journal, self.store, self.traffic, fingerprints.warn)
         self.engines = Engines(site, self.store, session, self.residents.pinned, self._engine_ended)
         self.residents.engines = self.engines
+        tools = (self.traffic, self.residents, fingerprints.find_change)
+        self.outages = self.residents.outages = Outages(site, journal, *tools)
         self.rollouts = Rollouts(
             site,
             journal,
             self.store,
             self.traffic,
             self.residents,
+            self.outages,
             self._check_approval,
             functools.partial(check_evidence, self.store),
             fingerprints.find_change,
@@ -86,6 +90,7 @@ class Host:
         emergency.import_waiting(self.site, self.journal)
         for engine in self.engines.adopt():
             log.info("adopted engine %s, process %d at %s", engine.identity.key, engine.pid, engine.endpoint)
+        self.outages.lost = self.engines.lost
         for model in self.site.models:
             self.residents.look(model)
             self.rollouts.resume(model)
@@ -122,6 +127,7 @@ class Host:
             "term": pointers.term,
             "versions": versions,
             "rollout": self.rollouts.describe(model),
+            "outage": self.outages.describe(model),
         }
 
     def _check_approval(self, model: str, version: int) -> None:
@@ -129,6 +135,7 @@ class Host:
         check_approval(load_site(self.site.path), self.journal, model, version)
 
     def _engine_ended(self, engine: Engine) -> None:
+        self.outages.engine_ended(engine)
         log.error("%s", engine.problem)
         self.rollouts.engine_ended(engine)
         self.residents.wake()
@@ -157,6 +164,7 @@ async def serve(site: Site) -> None:
                     if not keep_engines.is_set():
                         host.rollouts.abort_all("aborted: host stopped")
                     await host.rollouts.close()
+                    await host.outages.close()
                     await host.engines.close(keep_engines.is_set(), DOWN_DRAIN_SECONDS)
 
 

@@ -9,8 +9,10 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from typing import Protocol
 
 from mansard.errors import MansardError
+from mansard.release.events import Pointers
 from mansard.release.journal import Journal
 from mansard.release.window import resident_versions
 from mansard.serving.engine.engine import Engine
@@ -30,13 +32,20 @@ WarnFingerprint = Callable[[str, int, Engine], Awaitable[None]]
 """Compares the fingerprint of (model, version) with the recorded one and says so when it differs."""
 
 
+class LooksAtOutages(Protocol):
+    """What has to know of every look at a model's pointers."""
+
+    def look(self, model: str, pointers: Pointers) -> None: ...
+
+
 class Residents:
-    """`engines` is set once, right after construction: engines ask this object what is pinned."""
+    """`engines` and `outages` are set once, right after construction: both ask this object."""
 
     def __init__(
         self, site: Site, journal: Journal, store: Store, traffic: Traffic, warn_fingerprint: WarnFingerprint
     ) -> None:
         self.engines: Engines
+        self.outages: LooksAtOutages
         self._site = site
         self._journal = journal
         self._traffic = traffic
@@ -168,6 +177,7 @@ class Residents:
         for version in versions:
             if version != pointers.canary and self.endpoint(model, version) is None:
                 self._start_later(model, version)
+        self.outages.look(model, pointers)
 
     def _start_later(self, model: str, version: int) -> None:
         key = (model, version)

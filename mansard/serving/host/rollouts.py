@@ -22,6 +22,7 @@ from mansard.serving.engine.engine import Engine
 from mansard.serving.host.canary import Canary, FindFingerprintChange
 from mansard.serving.host.engine_accounts import EngineAccounts
 from mansard.serving.host.fingerprint import ANSWERS_SECONDS
+from mansard.serving.host.outages import Outages
 from mansard.serving.host.release_users import ReleaseUsers, read_users
 from mansard.serving.host.residents import Residents
 from mansard.serving.host.traffic import Traffic
@@ -49,6 +50,7 @@ class Rollouts:
         store: Store,
         traffic: Traffic,
         residents: Residents,
+        outages: Outages,
         check_approval: CheckApproval,
         check_evidence: CheckEvidence,
         find_fingerprint_change: FindFingerprintChange,
@@ -59,6 +61,7 @@ class Rollouts:
         self._store = store
         self._traffic = traffic
         self._residents = residents
+        self._outages = outages
         self._check_approval = check_approval
         self._check_evidence = check_evidence
         self._find_fingerprint_change = find_fingerprint_change
@@ -149,10 +152,11 @@ class Rollouts:
         started = [e for e in self._journal.entries(model, kinds=(ROLLOUT_STARTED,)) if e.version == version][-1]
         windows = None
         if pointers.stable is not None:
-            windows = Windows(self._site, model, version, pointers.stable, started.sequence)
+            outages = functools.partial(self._outages.intervals, model)
+            windows = Windows(self._site, model, version, pointers.stable, started.sequence, outages)
         engines = EngineAccounts(self._session, functools.partial(self._side_endpoint, canary, pointers.stable))
         walk = Walk(model, version, who, pointers, state, canary, windows, engines)
-        walker = Walker(walk, self._journal, self._traffic, self._residents, self.abort)
+        walker = Walker(walk, self._journal, self._traffic, self._residents, self._outages, self.abort)
         task = asyncio.create_task(walker.run(), name=f"rollout {model} {version}")
         self._walks[model], self._tasks[model] = walk, (walker, task)
         return walk
@@ -168,6 +172,7 @@ class Rollouts:
             raise Conflict(f"{model}: a rollout of version {pointers.canary} runs; wait for it or: mansard rollback")
         if pointers.stable == version:
             raise Conflict(f"{model}: version {version} is stable already; nothing to release")
+        self._outages.check_free(model)
         return pointers
 
     def _plan(self, registration: Registration, version: int, stable: int | None) -> Plan:

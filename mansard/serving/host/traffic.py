@@ -60,22 +60,38 @@ class Traffic:
             if version not in known.versions or known.versions[version].endpoint != endpoint:
                 split = splits.with_endpoint(split, model, version, endpoint, self._name_of(model, version))
         for version in known.versions:
-            if version not in endpoints and version not in (known.stable, known.canary):
+            if version not in endpoints and version not in (known.stable, known.canary, known.stands_in_for):
                 split = splits.without_version(split, model, version)
         if split.models[model] != known:
             self._write(split)
 
     def follow_pointers(self, model: str, pointers: Pointers, endpoint: str | None, term: int) -> None:
-        """Make the file say what the journal says: stable has everything. For a host that starts, or lost a race."""
+        """Make the file say what the journal says: stable has everything, or who stands in for it already. For a host
+        that starts, or lost a race."""
         if pointers.stable is None:
             return
         split = self.split()
         known = split.models.get(model)
-        if known is not None and known.stable == pointers.stable and known.canary is None and split.term == term:
-            return
+        if known is not None and known.journal_stable == pointers.stable:
+            if known.canary is None and split.term == term:
+                return
+            if known.stands_in_for is not None:
+                self._write(splits.renewed(splits.without_canary(split, model, term), model))
+                return
         name = self._name_of(model, pointers.stable)
         wanted = splits.with_stable(split, model, pointers.stable, endpoint, name, term)
         self._write(splits.renewed(wanted, model))
+
+    def stand_in(self, model: str, version: int, endpoint: str | None, stable: int) -> bool:
+        """`version` serves the users of `stable`, or `stable` its own again; False, and nothing written, where the
+        journal's stable is another one by the file: somebody moved it meanwhile."""
+        split = self.split()
+        model_split = split.models.get(model)
+        if model_split is None or model_split.journal_stable != stable:
+            return False
+        if (model_split.stable, model_split.versions[model_split.stable].endpoint) != (version, endpoint):
+            self._write(splits.with_stand_in(split, model, version, endpoint, self._name_of(model, version)))
+        return True
 
     async def unconfirmed_workers(self, term: int, timeout_seconds: float) -> list[str]:
         """Wait until every router worker reports `term` or a later one; the names of those that did not."""

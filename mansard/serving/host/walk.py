@@ -20,6 +20,7 @@ from mansard.release.journal import Journal
 from mansard.release.rollout import Abort, Action, Look, Observation, Promote, SetWeight, State, aborted, advance
 from mansard.serving.host.canary import Canary
 from mansard.serving.host.engine_accounts import EngineAccounts
+from mansard.serving.host.outages import Outages
 from mansard.serving.host.residents import Residents
 from mansard.serving.host.traffic import Traffic
 from mansard.serving.host.windows import Windows
@@ -92,12 +93,19 @@ class Walker:
     """Walks one `Walk`."""
 
     def __init__(
-        self, walk: Walk, journal: Journal, traffic: Traffic, residents: Residents, abort: AbortRollout
+        self,
+        walk: Walk,
+        journal: Journal,
+        traffic: Traffic,
+        residents: Residents,
+        outages: Outages,
+        abort: AbortRollout,
     ) -> None:
         self._walk = walk
         self._journal = journal
         self._traffic = traffic
         self._residents = residents
+        self._outages = outages
         self._abort = abort
         self._findings: tuple[Finding, ...] | None = None  # of the last look, until the next tick
         self._is_left_open = False
@@ -133,13 +141,16 @@ class Walker:
         walk.seen = await self._observe(findings)
         before = walk.state
         following, actions = advance(before, walk.seen)
+        if not actions:
+            walk.state = following
         for action in actions:
             await self._do(action, before, following)
 
     async def _observe(self, findings: tuple[Finding, ...] | None) -> Observation:
         walk, canary = self._walk, self._walk.canary
         if walk.state.phase != "canary" or walk.windows is None:
-            return Observation(is_ready=canary.is_ready, problem=canary.problem)
+            is_stable_down = self._outages.find(walk.model) is not None
+            return Observation(is_ready=canary.is_ready, problem=canary.problem, is_stable_down=is_stable_down)
         reports, is_heard = await walk.windows.read()
         walk.counts, run = walk.windows.counts(reports)
         walk.engines.waiting = walk.windows.waiting(reports)
@@ -154,6 +165,7 @@ class Walker:
             problem=canary.problem,
             findings=findings,
             engines=walk.engines.text(),
+            is_stable_down=self._outages.find(walk.model) is not None,
         )
 
     async def _do(self, action: Action, before: State, following: State) -> None:

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from mansard.errors import Corrupt
 from mansard.release.events import Pointers
-from mansard.serving.split import Split, read_split, renewed, with_stable, write_split
+from mansard.serving.split import Split, read_split, renewed, with_stable, without_canary, write_split
 from mansard.site import Site
 
 ANSWER_TIMEOUT_SECONDS = 15.0
@@ -34,13 +34,18 @@ def engine_answers(site: Site, model: str, version: int) -> bool:
 
 
 def follow_pointers(site: Site, model: str, pointers: Pointers, term: int) -> None:
-    """All traffic to stable, as the journal says; Conflict where the file is newer. Repeatable."""
+    """All traffic to stable, as the journal says, or to the version that stands in for it; Conflict where the file is
+    newer. Repeatable."""
     if pointers.stable is None:
         return
     split = traffic_split(site)
     known = split.models.get(model)
-    if known is not None and (known.stable, known.canary) == (pointers.stable, None) and split.term >= term:
-        return
+    if known is not None and (known.journal_stable, known.canary) == (pointers.stable, None):
+        if split.term >= term:
+            return
+        if known.stands_in_for is not None:
+            write_split(site.split_file, renewed(without_canary(split, model, term), model))
+            return
     endpoint = _endpoint(split, model, pointers.stable)
     known_version = None if known is None else known.versions.get(pointers.stable)
     name = model if known_version is None else known_version.served_name

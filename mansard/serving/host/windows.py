@@ -1,4 +1,4 @@
-"""What one rollout has seen: counts and sticky keys since its step began, and what the keys had before it.
+"""What one rollout has seen: counts and sticky keys since its step began, and what the keys had before it (past.py).
 
 Guarantees: what the keys had before the rollout outlives the host (a file below run/), so a resumed step compares with
 the same past; without the file it compares with what the workers still know. Does not cover: decisions.
@@ -6,6 +6,7 @@ the same past; without the file it compares with what the workers still know. Do
 
 import json
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from mansard.serving.host.observations import (
     read_reports,
     waiting_now,
 )
+from mansard.serving.host.past import Interval, Past, add_tables
 from mansard.serving.host.sticky_keys import (
     Record,
     RecordTail,
@@ -36,7 +38,7 @@ class Windows:
     """Of one rollout of `version`, beside `stable`; `started` is the sequence of its first journal entry.
 
     `past` is stable's before the rollout and `beside` since then (until the first step: all that workers remember);
-    `canary` and `control` are the step's.
+    `canary` and `control` are the step's. `outages` tells when stable's engine was down.
     """
 
     site: Site
@@ -44,11 +46,12 @@ class Windows:
     version: int
     stable: int
     started: int
+    outages: Callable[[], Sequence[Interval]]
     step_began: float = 0.0
     at_start: Reports = field(default_factory=dict)
     at_step: Reports = field(default_factory=dict)
     past: Table | None = None
-    beside: Table = field(default_factory=dict)
+    beside: Past = field(default_factory=Past)
     canary: Table = field(default_factory=dict)
     control: Table = field(default_factory=dict)
     tail: RecordTail = field(init=False)
@@ -60,7 +63,7 @@ class Windows:
         """Counts now, and whether every worker that runs told its counts and records. New records join the windows."""
         records, is_heard = await self.tail.read()
         reports = await read_reports(self.site)
-        self._take(records)
+        self.take(records)
         return reports, is_heard and not any(report.term is None for report in reports.values())
 
     def begin_step(self, reports: Reports) -> None:
@@ -69,15 +72,17 @@ class Windows:
             self.at_start = reports
             self.past = self._read_past()
             if self.past is None:
-                self.past, self.beside = self.beside, {}
+                self.past, self.beside = self.beside.table(self.outages()), Past(shares=self.beside.shares)
                 self._write_past()
         self.at_step = reports
         self.canary, self.control = {}, {}
         self.step_began = time.monotonic()
 
-    def _take(self, records: list[Record]) -> None:
-        add_records(self.beside, (r for r in records if r.version == self.stable))
+    def take(self, records: list[Record]) -> None:
+        """New records of all versions join the windows."""
+        self.beside.add(r for r in records if r.version == self.stable)
         if self.past is not None:
+            self.beside.fold(time.monotonic(), self.outages())
             since = [r for r in records if r.ended >= self.step_began]
             add_records(self.control, (r for r in since if r.version == self.stable))
             add_records(self.canary, (r for r in since if r.version == self.version))
@@ -99,7 +104,8 @@ class Windows:
         """The keys' sample of the step so far."""
         canary = with_in_flight(self.canary, self.tail.in_flight, self.version)
         if weight_percent == 100:
-            return make_sample(canary, {}, _sum(self.past or {}, self.beside), weight_percent)
+            past = add_tables(self.past or {}, self.beside.table(self.outages()))
+            return make_sample(canary, {}, past, weight_percent)
         control = with_in_flight(self.control, self.tail.in_flight, self.stable)
         return make_sample(canary, control, self.past or {}, weight_percent)
 
@@ -119,9 +125,3 @@ class Windows:
         tree = {"format": 1, "model": self.model, "started": self.started, "past": self.past}
         write_atomically(self._file(), canonical_json(tree))
 
-
-def _sum(one: Table, other: Table) -> Table:
-    found = dict(one)
-    for key, row in other.items():
-        found[key] = [a + b for a, b in zip(found[key], row, strict=True)] if key in found else row
-    return found

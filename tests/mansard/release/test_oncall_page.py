@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from mansard.records import Registration
+from mansard.release.events import uptime_now
 from mansard.release.journal import Journal
 from mansard.release.memory import remember
 from mansard.serving import split as splits
@@ -124,6 +125,14 @@ class Night:
     def dead_engines(self) -> None:
         self._place("http://127.0.0.1:9")
 
+    def outage(self, to: int | None = 2) -> None:
+        with Journal.open(self.site.journal) as journal:
+            journal.stable_down("demo", to, "host", "its engine ended", journal.pointers("demo"), uptime_now())
+        if to is not None:
+            split = splits.read_split(self.site.split_file)
+            endpoint = split.models["demo"].versions[to].endpoint
+            splits.write_split(self.site.split_file, splits.with_stand_in(split, "demo", to, endpoint, "demo"))
+
     def database_down(self) -> None:
         aside = self.site.home / "aside"
         aside.mkdir()
@@ -175,6 +184,8 @@ BEFALLS: dict[str, Callable[[Night], None]] = {
     "What is going on?": lambda night: None,
     "A canary runs and users complain": Night.canary,
     "The new stable version is bad": lambda night: None,
+    "Stable's engine is dead": Night.outage,
+    "Stable's engine is dead and nobody stands in": lambda night: night.outage(None),
     "Perhaps a colleague is at it too": Night.rolled_back,
     "The version before is bad as well": lambda night: None,
     "The version before has no engine, and nobody can start one": Night.dead_engines,

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
@@ -256,6 +257,38 @@ def test_a_baked_step_is_looked_at_again_and_again_without_spending() -> None:
         spent += [(round(a.alpha, 6) > 0) for a in actions if isinstance(a, Look)]
     assert sum(spent) == 2  # at 14.5 and 29 s
     assert spent.count(False) >= 8
+
+
+@given(plans(least=1), st.lists(st.tuples(st.one_of(observations, healthy), st.booleans()), max_size=40))
+def test_no_step_beside_a_dead_stable_is_passed_and_its_looks_decide_nothing(
+    plan: Plan, seen: list[tuple[Observation, bool]]
+) -> None:
+    state = State(plan)
+    for observation, is_down in seen:
+        before = state
+        state, actions = advance(before, replace(observation, is_stable_down=is_down))
+        if is_down and before.weight_percent < 100 and not before.is_over:
+            assert state.step == before.step and state.phase in (before.phase, "aborted")
+            assert not any(isinstance(action, SetWeight | Promote | Look) for action in actions)
+        if before.is_on_hold and not is_down and state.phase == "canary":
+            assert state == replace(State(plan, "canary", before.step, before.attempt + 1), reason=state.reason)
+            assert actions == (SetWeight(before.weight_percent, state.reason),)
+
+
+def test_a_canary_beside_a_dead_stable_still_ends_by_its_own_faults_and_by_its_deadline() -> None:
+    state, _ = advance(State(ONE_STEP), Observation(is_ready=True))
+    state, actions = advance(state, Observation(20.0, 40, findings=FAIL, is_stable_down=True))
+    assert (state.phase, state.is_on_hold, actions) == ("canary", True, ())
+    for fault in (Observation(problem="its engine died", is_stable_down=True), Observation(100.5, is_stable_down=True)):
+        ended, actions = advance(state, fault)
+        assert actions == (Abort(ended.reason),)
+    assert ended.reason == "step 1: stable was down at the deadline of 100 s: nothing to compare with"
+
+
+def test_a_canary_with_all_of_the_traffic_is_judged_by_its_own_past_whatever_stable_does() -> None:
+    all_of_it = State(replace(ONE_STEP, steps=(replace(ONE_STEP.steps[0], weight_percent=100),)), "canary")
+    seen = Observation(20.0, 40, findings=PASS, is_stable_down=True)
+    assert advance(all_of_it, seen)[0].phase == "promoted"
 
 
 def test_an_abort_by_a_person_does_not_undo_a_promotion() -> None:

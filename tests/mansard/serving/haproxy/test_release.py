@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from mansard.errors import MansardError
+from mansard.release.journal import Journal
 from mansard.serving.client import HostClient
 from mansard.serving.haproxy.runtime import Runtime
 from mansard.site import load_site
@@ -55,6 +56,28 @@ def test_a_good_canary_is_promoted_rolled_back_and_a_failing_one_aborted(behind_
     wrong = [s for s in traffic.statuses if s != 200]
     assert not wrong, (len(wrong), len(traffic.statuses))
     assert {"1", "2"} <= set(traffic.versions)
+
+
+def test_previous_serves_the_users_of_a_dead_stable_until_it_is_back(behind_haproxy: Any, traffic: Any) -> None:
+    place = behind_haproxy
+    place.start_host()
+    stuck = place.home / "stuck"
+    for behaviour in ({"voice": "one"}, {"voice": "two", "start_once": str(stuck)}):
+        version = place.register(**behaviour)
+        with Journal.open(place.site.journal) as journal:  # what a rollout would have written
+            journal.start_rollout("demo", version, "ada", "", journal.pointers("demo"))
+            journal.promote("demo", version, "host", "", journal.pointers("demo"))
+        place.wait_for("its answer", lambda version=version: place.ask() == (200, str(version)))
+    place.wait_for("both engines", lambda: all(v.endpoint for v in place.split().versions.values()))
+    traffic.start()
+    os.kill(place.engine_of(2)["pid"], signal.SIGKILL)
+    place.wait_for("version 1", lambda: traffic.versions[-1] == "1")
+    num_lost = len([status for status in traffic.statuses if status != 200])
+    stuck.unlink()
+    place.wait_for("version 2", lambda: traffic.versions[-1] == "2")
+    traffic.stop()
+    assert len([status for status in traffic.statuses if status != 200]) == num_lost
+    assert (place.split().stable, place.split().stands_in_for) == (2, None)
 
 
 def test_a_canary_that_is_slow_only_to_its_first_token_is_aborted_by_the_analysis(

@@ -158,6 +158,22 @@ def test_a_shared_engine_that_dies_comes_back_with_its_branch(place: Any, three:
     place.wait_for("version 2 to answer again", lambda: place.ask() == (200, "2"))
 
 
+def test_branches_that_die_together_do_not_stand_in_for_each_other(
+    place: Any, three: list[int], traffic: Any
+) -> None:
+    release(place, traffic, 2)
+    release(place, traffic, 3)
+    os.kill(shared_engine(place)["pid"], signal.SIGKILL)
+
+    def entries() -> list[tuple[str, Any]]:
+        with Journal.open(place.site.journal) as journal:
+            outages = journal.entries("demo", kinds=("stable_down", "stable_up"))
+        return [(entry.kind, entry.body.get("to")) for entry in outages]
+
+    place.wait_for("both entries", lambda: entries() == [("stable_down", 1), ("stable_up", None)])
+    place.wait_for("version 3 to answer again", lambda: place.ask() == (200, "3"))
+
+
 def _is_back(place: Any, pid: int) -> bool:
     engines = [e for e in place.status()["engines"] if e["served_name"].startswith("base-")]
     return any(e["pid"] != pid and e["state"] == "ready" and e["branches"] for e in engines)

@@ -9,7 +9,10 @@ Answers are a deterministic function of the prompt and of `behaviour.json` in th
    "babble_after": int    completions after so many have another voice,
    "seconds_to_first_token": float, "seconds_per_token": float   in streams, after their head
    "start_once": str      a file: where it is there the start fails, else it is made,
-   "babble_once": str     a file: where it is there the voice is another, else it is made}
+   "babble_once": str     a file: where it is there the voice is another, else it is made,
+   "slow_once": str       a file: where it is there the start takes `start_seconds`, else it is made,
+   "start_seconds": float,
+   "worker": bool         a process beside the server that is named as vLLM names its own; the server outlives it}
 With --enable-lora it takes branches as vLLM with our plugin does: /v1/load_lora_adapter, the served-name header. A
 branch, composed into the model's folder or in a slot, is a voice of its own. `POST /die` ends the process at once.
 Standard library only.
@@ -21,6 +24,7 @@ import json
 import math
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -193,6 +197,17 @@ def branch_voice(folder: Path, alpha: float) -> str:
     return f"branch{digest[:6]}at{alpha:.2f}"
 
 
+def start_worker() -> None:
+    code = (
+        "import ctypes, signal; libc = ctypes.CDLL(None);"
+        "libc.prctl(1, 9, 0, 0, 0); libc.prctl(15, b'VLLM::EngineCore', 0, 0, 0);"
+        "print('named', flush=True); signal.pause()"
+    )
+    worker = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert worker.stdout is not None
+    worker.stdout.readline()
+
+
 class Server(ThreadingHTTPServer):
     daemon_threads = True
     allow_reuse_address = True
@@ -227,6 +242,13 @@ def main() -> None:
         if Path(mark).exists():
             engine.behaviour["babble_after"] = 0
         Path(mark).touch()
+    mark = engine.behaviour.get("slow_once")
+    if mark is not None:
+        if Path(mark).exists():
+            time.sleep(float(engine.behaviour["start_seconds"]))
+        Path(mark).touch()
+    if engine.behaviour.get("worker"):
+        start_worker()
     if engine.behaviour.get("start") == "hang":
         threading.Event().wait()
     Handler.engine = engine

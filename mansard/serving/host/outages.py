@@ -1,0 +1,304 @@
+"""Outages of stable: its engine ended, and the version before it serves its users until it is back.
+
+Guarantees: users come first: the traffic split moves from what the last look at the journal said, without asking the
+journal, and the entry follows, later where its database is down (people are notified at once then). No pointer moves;
+a rollback or a promotion during the outage is for good. Stable serves again when its engine is up and answers the guard
+prompts as evaluation recorded them. The split itself remembers who stands in, so the next host goes on. Does not cover:
+starting engines (residents.py); an engine that hangs; `when_stable_is_dead: wait` tells, and moves nothing.
+"""
+
+import asyncio
+import contextlib
+import logging
+import math
+import time
+from dataclasses import dataclass, field, replace
+
+from mansard.errors import Conflict, JournalDown, MansardError
+from mansard.release.events import Entry, Pointers, Uptime, as_text, uptime_now, utc_now
+from mansard.release.journal import Journal
+from mansard.release.notify import notify
+from mansard.release.outage import open_outage, outage_intervals, stand_ins
+from mansard.serving.engine.engine import Engine
+from mansard.serving.host.canary import FindFingerprintChange
+from mansard.serving.host.fingerprint import ANSWERS_SECONDS
+from mansard.serving.host.notices import notice_of
+from mansard.serving.host.past import Interval
+from mansard.serving.host.residents import Residents
+from mansard.serving.host.traffic import Traffic
+from mansard.site import Site
+
+COMPARE_AGAIN_SECONDS = 10.0
+"""Between two comparisons of a fingerprint that was not the recorded one."""
+HOST = "host"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """A model as the last look at the journal found it. `stand_ins` may serve stable's users, best first; `intervals`
+    are when stable was down, in seconds since the boot."""
+
+    pointers: Pointers
+    stand_ins: tuple[int, ...]
+    intervals: tuple[Interval, ...] = ()
+
+
+@dataclass(slots=True)
+class StableOutage:
+    """`version` is stable and has no engine to trust; `to` serves its users (None: nobody). `why` is the newest reason;
+    `journaled` is (to, why) of the newest entry about it, and `end_why` says that it is over."""
+
+    version: int
+    why: str
+    since: Uptime = field(default_factory=uptime_now)
+    at: str = field(default_factory=lambda: as_text(utc_now()))
+    to: int | None = None
+    journaled: tuple[int | None, str] | None = None
+    is_notified: bool = False
+    end: tuple[str, Uptime] | None = None
+
+
+class Outages:
+    """One outage a model at most. `lost` are keys of engines that ended while no host ran."""
+
+    def __init__(
+        self,
+        site: Site,
+        journal: Journal,
+        traffic: Traffic,
+        residents: Residents,
+        find_fingerprint_change: FindFingerprintChange,
+    ) -> None:
+        self.lost: set[str] = set()
+        self._site = site
+        self._journal = journal
+        self._traffic = traffic
+        self._residents = residents
+        self._find_fingerprint_change = find_fingerprint_change
+        self._standings: dict[str, Standing] = {}
+        self._outages: dict[str, StableOutage] = {}
+        self._background: set[asyncio.Task[None]] = set()
+        self._comparisons: dict[str, asyncio.Task[None]] = {}
+
+    def find(self, model: str) -> StableOutage | None:
+        """The outage that users feel now, or None."""
+        outage = self._outages.get(model)
+        return None if outage is None or outage.end is not None else outage
+
+    def describe(self, model: str) -> dict[str, object] | None:
+        outage = self.find(model)
+        if outage is None:
+            return None
+        return {"version": outage.version, "served_by": outage.to, "since": outage.at, "why": outage.why}
+
+    def intervals(self, model: str) -> list[Interval]:
+        """When stable's engine was down since the boot, the outage that goes on included, on the monotonic clock."""
+        standing, outage = self._standings.get(model), self._outages.get(model)
+        down = [] if standing is None else list(standing.intervals)
+        if outage is not None:
+            down.append((outage.since.seconds, math.inf if outage.end is None else outage.end[1].seconds))
+        shift = time.monotonic() - time.clock_gettime(time.CLOCK_BOOTTIME)
+        return [(begin + shift, end + shift) for begin, end in down]
+
+    def check_free(self, model: str) -> None:
+        """Conflict while stable is down: no canary can be compared with it."""
+        outage = self.find(model)
+        if outage is not None:
+            raise Conflict(
+                f"{model}: version {outage.version} (stable) is down since {outage.at}, so no canary can be compared "
+                f"with it; wait until it is back, or leave it: mansard rollback --from {outage.version}"
+            )
+
+    def engine_ended(self, engine: Engine) -> None:
+        """An engine ended by itself. Users are moved before anything else happens; the entry follows."""
+        for model, standing in self._standings.items():
+            stable, outage = standing.pointers.stable, self.find(model)
+            if stable is None:
+                continue
+            if self._residents.place(model, stable).engine.key == engine.identity.key:
+                self._stop_comparison(model)
+                if outage is None:
+                    self._outages[model] = StableOutage(stable, engine.problem)
+            if self.find(model) is not None:
+                self._serve(model)
+                self._write(model)
+
+    def look(self, model: str, pointers: Pointers) -> None:
+        """Bring the outage, the split and the journal in line; `pointers` are the journal's now."""
+        is_first = model not in self._standings
+        moves = self._journal.moves(model)
+        window = self._site.rollback_window
+        able = tuple(stand_ins(moves, model, pointers, window))
+        down = () if pointers.stable is None else outage_intervals(moves, model, pointers.stable, uptime_now().boot)
+        self._standings[model] = Standing(pointers, able, tuple(down))
+        outage = self._outages.get(model)
+        if outage is not None and outage.version != pointers.stable:
+            log.info("%s: version %d is stable no more; its outage is over", model, outage.version)
+            self._forget(model)
+            outage = None
+        if outage is None:
+            outage = self._outage_before(model, pointers, moves, is_first)
+        if outage is None:
+            return
+        self._outages[model] = outage
+        if outage.end is None:
+            self._serve(model)
+            self._watch_return(model, outage)
+        self._write(model)
+
+    async def close(self) -> None:
+        tasks = [*self._comparisons.values(), *self._background]
+        for task in self._comparisons.values():
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _outage_before(
+        self, model: str, pointers: Pointers, moves: list[Entry], is_first: bool
+    ) -> StableOutage | None:
+        """One that the host before this one saw, or that happened while none ran (told at the first look)."""
+        stable = pointers.stable
+        if stable is None:
+            return None
+        served = self._traffic.split().models.get(model)
+        to = served.stable if served is not None and served.stands_in_for == stable else None
+        entry = open_outage(moves, model)
+        if entry is not None:
+            since = Uptime(**entry.first.body["since"])
+            outage = StableOutage(stable, entry.last.why, since, entry.first.at, to)
+            return replace(outage, journaled=(entry.to, entry.last.why))
+        is_lost = is_first and self._residents.place(model, stable).engine.key in self.lost
+        if to is None and not is_lost:
+            return None
+        return StableOutage(stable, "its engine ended while no host or no journal was there", to=to)
+
+    def _serve(self, model: str) -> None:
+        """Send stable's users to a version that answers, if there is one; back to stable's name if there is none."""
+        outage = self._outages[model]
+        to = self._choose(model, outage)
+        endpoint = self._residents.endpoint(model, outage.version if to is None else to)
+        try:
+            is_moved = self._traffic.stand_in(model, outage.version if to is None else to, endpoint, outage.version)
+        except (MansardError, OSError) as error:  # another writer was quicker, or the disk is full; the next look tries
+            log.error("%s: version %s does not serve the users of %d yet: %s", model, to, outage.version, error)
+            return
+        if is_moved and outage.to != to:
+            log.error("%s: version %d is down; its users are served by %s", model, outage.version, to or "nobody")
+            outage.to = to
+
+    def _choose(self, model: str, outage: StableOutage) -> int | None:
+        if self._site.when_stable_is_dead == "wait":
+            return None
+        able = [v for v in self._standings[model].stand_ins if self._residents.endpoint(model, v) is not None]
+        if outage.to in able:
+            return outage.to
+        return able[0] if able else None
+
+    def _watch_return(self, model: str, outage: StableOutage) -> None:
+        """Once stable's engine is up: at once where nobody else serves, else when its fingerprint is right."""
+        if self._residents.endpoint(model, outage.version) is None:
+            return
+        if outage.to is None:
+            self._stop_comparison(model)
+            self._end(model, "its engine is up again")
+            return
+        if model in self._comparisons:
+            return
+        task = asyncio.create_task(self._compare(model, outage), name=f"return of {model} {outage.version}")
+        self._comparisons[model] = task
+        task.add_done_callback(lambda ended: self._forget_comparison(model, ended))
+
+    async def _compare(self, model: str, outage: StableOutage) -> None:
+        """Until the fingerprint is the recorded one; ends too when the engine or the outage does."""
+        while self.find(model) is outage:
+            engine = self._residents.engines.find(self._residents.place(model, outage.version).engine)
+            if engine is None or self._residents.endpoint(model, outage.version) is None:
+                return
+            try:
+                change = await self._find_fingerprint_change(model, outage.version, engine, ANSWERS_SECONDS)
+            except (MansardError, OSError) as error:
+                change = f"it could not be compared: {error}"
+            if self.find(model) is not outage or engine.state != "ready":
+                return
+            if not change:
+                self._end(model, "its engine is up again and answers as evaluation recorded")
+                self._write(model)
+                return
+            why = f"its engine is up again, but its fingerprint is not the recorded one: {change}"
+            if not outage.why.startswith(why[:60]):
+                outage.why = why
+                self._write(model)
+            await asyncio.sleep(COMPARE_AGAIN_SECONDS)
+
+    def _end(self, model: str, why: str) -> None:
+        """Stable serves its own users again; the entry follows."""
+        outage = self._outages[model]
+        try:
+            endpoint = self._residents.endpoint(model, outage.version)
+            if not self._traffic.stand_in(model, outage.version, endpoint, outage.version):
+                return  # somebody made another version stable; the next look sees it
+        except (MansardError, OSError) as error:
+            log.error("%s: version %d does not serve again yet: %s", model, outage.version, error)
+            return
+        log.info("%s: version %d serves its users again: %s", model, outage.version, why)
+        outage.end = (why, uptime_now())
+
+    def _write(self, model: str) -> None:
+        """The entries that are missing in the journal; later, with people notified now, while its database is down."""
+        outage, pointers = self._outages[model], self._standings[model].pointers
+        state = (outage.to, outage.why)
+        try:
+            if outage.journaled != state and (outage.end is None or outage.journaled is None):
+                facts = {"notified": True} if outage.is_notified else {}
+                self._journal.stable_down(model, outage.to, HOST, outage.why, pointers, outage.since, facts)
+                outage.journaled, outage.is_notified = state, False
+            if outage.end is not None:
+                why, since = outage.end
+                self._journal.stable_up(model, HOST, why, pointers, since)
+                self._forget(model)
+        except Conflict as error:
+            log.warning("%s: %s; the next look at the journal decides", model, error)
+        except JournalDown as error:
+            log.error("%s: the outage of version %d is written down later: %s", model, outage.version, error)
+            self._notify_now(model, outage)
+        except (MansardError, OSError) as error:
+            log.error("%s: the outage of version %d is not written down: %s", model, outage.version, error)
+
+    def _notify_now(self, model: str, outage: StableOutage) -> None:
+        """People hear of it before the journal does; once."""
+        if outage.is_notified or outage.journaled is not None or outage.end is not None:
+            return
+        outage.is_notified = True
+        body = {"version": outage.version, "to": outage.to}
+        notice = notice_of(Entry(0, model, "stable_down", outage.at, HOST, outage.why, body, "", ""))
+        assert notice is not None, "people hear of every outage"
+        task = asyncio.create_task(self._call_program(notice), name=f"notify of {model}")
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def _call_program(self, notice: dict[str, object]) -> None:
+        trouble = await asyncio.to_thread(notify, self._site, **notice)  # type: ignore[arg-type]
+        if trouble:
+            log.error("%s", trouble)
+
+    def _forget(self, model: str) -> None:
+        self._stop_comparison(model)
+        self._outages.pop(model, None)
+
+    def _stop_comparison(self, model: str) -> None:
+        task = self._comparisons.pop(model, None)
+        if task is not None and task is not _current_task():
+            task.cancel()
+
+    def _forget_comparison(self, model: str, ended: "asyncio.Task[None]") -> None:
+        if self._comparisons.get(model) is ended:
+            del self._comparisons[model]
+        if not ended.cancelled() and ended.exception() is not None:
+            log.error("%s: %s", model, ended.exception())
+
+
+def _current_task() -> "asyncio.Task[None] | None":
+    with contextlib.suppress(RuntimeError):
+        return asyncio.current_task()
+    return None

@@ -1,0 +1,145 @@
+"""What users lose when stable's engine is killed under load: with `when_stable_is_dead: wait`, then with `previous`.
+
+Host, router worker and journal are the real ones; the engines are stand-ins that the host starts with vLLM's command
+line, and stable's takes `--restart-seconds` to come back (a real one takes 30 to 100). Users ask all the time, each
+under sticky keys of their own. In each half: `kill -9` of stable's engine, until it serves again. The last line is
+JSON. Per policy: requests, lost (not answered with 200), outage_seconds (from the kill to the end of the last lost
+answer), first_seconds (to the first answer by another engine); then `previous`'s share of `wait`'s losses.
+"""
+
+import argparse
+import http.client
+import json
+import os
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from serving_place import place_class
+
+from mansard.release.journal import Journal
+from mansard.site import load_site
+
+POLICIES = ("wait", "previous")
+PAUSE_SECONDS = 0.02
+"""Of a user between two requests."""
+KEYS_PER_USER = 10
+
+
+class Users:
+    """Each asks one request after the other; `answers` are (begin, end, status, version)."""
+
+    def __init__(self, port: int, num_users: int) -> None:
+        self.answers: list[tuple[float, float, int, str]] = []
+        self._port = port
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._run, args=(n,)) for n in range(num_users)]
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self, number: int) -> None:
+        turn = 0
+        while not self._stop.is_set():
+            turn += 1
+            begin = time.monotonic()
+            status, version = self._ask(f"user-{number}-{turn % KEYS_PER_USER}")
+            self.answers.append((begin, time.monotonic(), status, version))
+            self._stop.wait(PAUSE_SECONDS)
+
+    def _ask(self, key: str) -> tuple[int, str]:
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=60)
+        body = json.dumps({"model": "demo", "prompt": "x", "max_tokens": 4}).encode()
+        try:
+            headers = {"content-type": "application/json", "x-mansard-session": key}
+            connection.request("POST", "/v1/completions", body, headers)
+            answer = connection.getresponse()
+            answer.read()
+            return answer.status, answer.getheader("x-mansard-version") or ""
+        except (OSError, http.client.HTTPException):
+            return 599, ""
+        finally:
+            connection.close()
+
+
+def serve_two(place: Any, restart_seconds: float) -> None:
+    """Version 2 is stable, version 1 warm beside it."""
+    slow = {"slow_once": str(place.home / "slow"), "start_seconds": restart_seconds}
+    for behaviour in ({"voice": "one"}, {"voice": "two", **slow}):
+        version = place.register(**behaviour)
+        with Journal.open(place.site.journal) as journal:  # a rollout needs traffic; this is what it would have written
+            journal.start_rollout("demo", version, "ada", "", journal.pointers("demo"))
+            journal.promote("demo", version, "host", "", journal.pointers("demo"))
+        place.wait_for(f"version {version}", lambda version=version: place.ask() == (200, str(version)))
+    place.wait_for("both engines", lambda: all(v.endpoint for v in place.split().versions.values()))
+
+
+def measure(policy: str, num_users: int, restart_seconds: float) -> dict[str, Any]:
+    """Kill stable's engine under load; until it serves again."""
+    home = Path(tempfile.mkdtemp(prefix="mansard-"))
+    place = place_class()(home)
+    users = Users(place.site.ports.router, num_users)
+    try:
+        place.site.path.write_text(
+            json.dumps({**json.loads(place.site.path.read_text()), "when_stable_is_dead": policy})
+        )
+        place.site = load_site(place.site.path)
+        place.start_host()
+        place.start_router()
+        serve_two(place, restart_seconds)
+        users.start()
+        place.wait_for("load", lambda: len(users.answers) > 50 * num_users)
+        engine = place.engine_of(2)["pid"]
+        killed = time.monotonic()
+        os.kill(engine, signal.SIGKILL)
+        place.wait_for("stable's return", lambda: _is_back(place))
+        place.wait_for("version 2", lambda: users.answers[-1][3] == "2" and users.answers[-1][2] == 200)
+    finally:
+        users.stop()
+        place.close()
+        shutil.rmtree(home)
+    return figures(users.answers, killed)
+
+
+def _is_back(place: Any) -> bool:
+    with Journal.open(place.site.journal) as journal:
+        return bool(journal.entries("demo", kinds=("stable_up",)))
+
+
+def figures(answers: list[tuple[float, float, int, str]], killed: float) -> dict[str, Any]:
+    lost = [end for _, end, status, _ in answers if status != 200]
+    first = [end for begin, end, status, _ in answers if status == 200 and begin > killed]
+    return {
+        "requests": len(answers),
+        "lost": len(lost),
+        "outage_seconds": round(max(lost, default=killed) - killed, 3),
+        "first_seconds": round(min(first) - killed, 3),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--users", type=int, default=8)
+    parser.add_argument("--restart-seconds", type=float, default=20.0)
+    options = parser.parse_args()
+    measured = {}
+    for policy in POLICIES:
+        measured[policy] = measure(policy, options.users, options.restart_seconds)
+        facts = measured[policy]
+        print(f"{policy}: {facts['lost']} of {facts['requests']} requests lost, {facts['outage_seconds']} s")
+    share = measured["previous"]["lost"] / max(measured["wait"]["lost"], 1)
+    print(json.dumps({"restart_seconds": options.restart_seconds, **measured, "lost_share_of_wait": round(share, 4)}))
+
+
+if __name__ == "__main__":
+    main()
