@@ -1,6 +1,7 @@
 """How soon a bad canary is at 0 %: real host, router and engine processes, 20 requests/s on the canary.
 
-`make bench NAME=canary`. 100 users ask at fixed times, whatever comes back, 40 requests/s in all, half of them to the canary
+`make bench NAME=canary`. 100 users ask at fixed times, whatever comes back, 40 requests/s in all,
+half of them to the canary
 at 50 %. The stand-in engine of version 2 answers well until users are on it, then answers 500, hangs, or babbles (its
 answers to the guard prompts change). Seconds are from then to a split file without the canary. Last line: JSON with
 errors_seconds, hang_seconds, babble_seconds, and failed: users' requests that were not answered 200 (those that hang

@@ -1,6 +1,7 @@
 """False aborts and detection of the rollout's analysis: simulated users, the real state machine and analysis.
 
-`make bench NAME=rollout`; nine to fourteen minutes on two busy cores (2026-11-26). False aborts: whole rollouts (25, 50,
+`make bench NAME=rollout`; nine to fourteen minutes on two busy cores (2026-11-26).
+False aborts: whole rollouts (25, 50,
 100 %) of identical versions, all metrics, looks and steps together, evaluation having measured ratios of exactly 1, the
 spec's default tolerances. The `edge` repeats it with no tolerance at all, where the test itself has to keep its level.
 Detection: one step at 25 %, 20 requests/s reaching the canary. Smaller weights and a slower tail are printed with the

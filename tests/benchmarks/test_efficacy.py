@@ -1,4 +1,5 @@
-"""The program of `make bench NAME=efficacy` on a base of a few thousand parameters: how it chooses, how it counts, and that
+"""The program of `make bench NAME=efficacy` on a base of a few thousand parameters: how it chooses, how it counts,
+and that
 every way of learning runs. What it finds is not looked at: nothing is learned in a step."""
 
 import importlib

@@ -1,4 +1,5 @@
-"""The simulations of `make bench NAME=rollout`, small and seeded: the bench says more exactly what these say roughly."""
+"""The simulations of `make bench NAME=rollout`, small and seeded:
+the bench says more exactly what these say roughly."""
 
 import importlib.util
 import sys

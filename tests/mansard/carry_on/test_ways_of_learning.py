@@ -1,4 +1,5 @@
-"""The small form of `make bench NAME=carry-on-learning`, and what it and `make bench NAME=carry-on-reasoning` compute with (the
+"""The small form of `make bench NAME=carry-on-learning`,
+and what it and `make bench NAME=carry-on-reasoning` compute with (the
 latter's small form: tests/benchmarks/test_side_by_side.py)."""
 
 import importlib
