@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -19,7 +20,6 @@ from mansard.carry_on.branch import Branch, joined
 from mansard.carry_on.branch_file import load_branch
 from mansard.errors import BadInput
 from mansard.models.loading import load_model
-from mansard.models.transformers_classes import GenerationMixin, PreTrainedModel
 from mansard.records import SnapshotId
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import cross_entropy, log_softmax
+from transformers import PreTrainedModel
 
 from mansard.models.probe import forward_logits
-from mansard.models.transformers_classes import PreTrainedModel
 
 CPU = torch.device("cpu")
 

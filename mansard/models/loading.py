@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-
-from mansard.errors import BadInput
-from mansard.models.transformers_classes import (
+from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+
+from mansard.errors import BadInput
 from mansard.store.snapshot import CONFIG_FILE, read_json_object
 
 Attention = Literal["eager", "sdpa"]

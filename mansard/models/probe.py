@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedModel
 
 from mansard.models.attention_kernels import attention_by
-from mansard.models.transformers_classes import PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True)

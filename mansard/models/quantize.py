@@ -21,10 +21,10 @@ from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.pipelines.cache import IntermediatesCache
 from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mansard.errors import StageFailed
 from mansard.models.probe import one_thread
-from mansard.models.transformers_classes import PreTrainedModel, PreTrainedTokenizerBase
 
 BATCH_WINDOWS = 8
 """Windows of equal length go through the model together; the scales found do not depend on it but for rounding."""

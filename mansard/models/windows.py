@@ -8,9 +8,9 @@ import json
 from collections.abc import Iterable
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from mansard.errors import BadInput
-from mansard.models.transformers_classes import PreTrainedTokenizerBase
 from mansard.models.vocabulary import end_of
 
 
