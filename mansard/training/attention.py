@@ -1,10 +1,11 @@
 """Attention over packed rows, exact and without padding: a token sees its own segment's past and nothing else.
 
 On a CPU rows of one whole document run as plain causal attention, packed ones with a mask (short rows in float32 go
-through `short_attention`). On an accelerator no mask is made: rows of one whole document run as plain causal attention
-(cuDNN's first: 599 TFLOP/s forward and 501 backward on an H200, flash attention 322 and 258), packed ones as
+through `short_attention`). On an accelerator no mask is made in 16 bits: rows of one whole document run as plain causal
+attention (cuDNN's first: 599 TFLOP/s forward and 501 backward on an H200, flash attention 322 and 258), packed ones as
 variable-length attention between the segments' ends (321 and 276; all measured 2026-11-25). A model whose scores are
-capped keeps the eager attention it was loaded with, because neither kernel caps. Legend: B rows, T tokens, H heads, D
+capped keeps the eager attention it was loaded with, because neither kernel caps.
+Legend: B rows, T tokens, H heads, D
 head width.
 """
 
@@ -21,6 +22,8 @@ from mansard.training.packing import masks_of
 from mansard.training.short_attention import is_short, short_attention
 
 NAME = "mansard_packed"
+VARIABLE_LENGTH_TYPES = (torch.float16, torch.bfloat16)
+"""What torch's variable-length attention takes; packed rows in float32 have a mask, on an accelerator, too."""
 
 
 def use_packed_attention(model: Any) -> None:  # noqa: ANN401 - a transformers model
@@ -44,11 +47,11 @@ def attention_inputs(
         return {"attention_mask": masks_of(config, positions_BT.to(device), dtype)}
     if whole == len(positions_BT) and not is_windowed:
         return {"attention_mask": None}
-    if device.type == "cuda":
+    if device.type == "cuda" and dtype in VARIABLE_LENGTH_TYPES:
         return {"attention_mask": None, "ends": segment_ends(positions_BT).to(device, non_blocking=True)}
     if is_windowed:
-        return {"attention_mask": masks_of(config, positions_BT, dtype)}
-    return {"attention_mask": masks_of(config, positions_BT[whole:], dtype), "whole": whole}
+        return {"attention_mask": masks_of(config, positions_BT.to(device), dtype)}
+    return {"attention_mask": masks_of(config, positions_BT[whole:].to(device), dtype), "whole": whole}
 
 
 def whole_rows(positions_BT: torch.Tensor) -> int:
