@@ -42,7 +42,7 @@ torch=$(grep -E '^torch==' "$lock" || true)
 if [ "$name" = python312 ]; then # neither torch nor what is built on it, nor what only those use
   torch=""
   without="torch|torchao|accelerate|auto-round|compressed-tensors|datasets|deepspeed|evaluate|llmcompressor|lm-eval|matplotlib"
-  without+="|mypy|nltk|nvidia-ml-py|pandas|peft|rouge-score|ruff|sacrebleu|scikit-learn|transformers"
+  without+="|mypy|nltk|nvidia-ml-py|peft|rouge-score|ruff|sacrebleu|scikit-learn|transformers"
 fi
 if [ -z "$torch" ]; then
   :
@@ -71,7 +71,7 @@ rest=$(mktemp)
 trap 'rm -f "$rest"' EXIT
 grep -vE "^($without)==" "$lock" > "$rest"
 "$uv" pip install --quiet --python "$folder/bin/python" --no-deps -r "$rest" || stop "uv could not install $lock; see the lines above"
-if [ "$name" = main ]; then
+if [ "$name" = main ] || [ "$name" = python312 ]; then
   "$uv" pip install --quiet --python "$folder/bin/python" --no-deps --no-build-isolation -e . || stop "the editable install of mansard failed"
 elif [ "$name" = serve ]; then # what serves carry-ons: a plugin of vLLM's, without anything of the trainer
   "$uv" pip install --quiet --python "$folder/bin/python" --no-deps --no-build-isolation -e infra/vllm-plugin || stop "the editable install of infra/vllm-plugin failed"
