@@ -30,7 +30,7 @@ def folder(tmp_path: Path, base_folder: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_the_readme_text_makes_a_deeper_model_that_transformers_loads(folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    code = README.read_text().split("```python\n")[1].split("```")[0]
+    code = README.read_text().split("## From Python")[1].split("```python\n")[1].split("```")[0]
     assert len([line for line in code.splitlines() if line.strip()]) <= 10
     names: dict[str, object] = {}
     exec(compile(code, "README.md", "exec"), names)

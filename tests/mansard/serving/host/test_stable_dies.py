@@ -239,6 +239,7 @@ def test_a_canary_beside_a_dead_stable_keeps_its_users_and_walks_its_step_again(
     in_service(place)
     third = place.register(SLOW_STEP, voice="v3")
     place.approve(third)
+    place.ask_as_users()
     place.start_rollout(third)
     traffic.start()
     place.wait_for("traffic on the canary", lambda: "3" in traffic.versions)
