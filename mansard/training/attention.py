@@ -4,9 +4,8 @@ On a CPU rows of one whole document run as plain causal attention, packed ones w
 through `short_attention`). On an accelerator no mask is made in 16 bits: rows of one whole document run as plain causal
 attention (cuDNN's first: 599 TFLOP/s forward and 501 backward on an H200, flash attention 322 and 258), packed ones as
 variable-length attention between the segments' ends (321 and 276; all measured 2026-11-25). A model whose scores are
-capped keeps the eager attention it was loaded with, because neither kernel caps.
-Legend: B rows, T tokens, H heads, D
-head width.
+capped keeps the eager attention it was loaded with, because neither kernel caps. Legend: B rows, T tokens,
+H heads, D head width.
 """
 
 from collections.abc import Iterator
