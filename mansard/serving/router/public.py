@@ -151,7 +151,7 @@ class Router:
         if holder is not None:
             self._guards.rates.check(holder, visit.began)
         body = await self._read_body(request, visit)
-        model = model_named(self._watch.split.models, body)
+        model = await model_named(self._watch.split.models, body)
         if holder is not None:
             holder.check_model(model)
         tenant = None if holder is None else holder.name

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from mansard.serving.split import with_stable
+
 pytestmark = pytest.mark.slow
 
 CHUNKED = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -214,3 +216,13 @@ def test_clients_that_leave_under_way_are_counted_and_leave_no_line(make_rig: An
         rig.wait_until(lambda: rig.seen()["clients_left"] == 20, "all to be gone")
         assert rig.seen()["in_flight"] == 0
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_models_name_in_the_middle_of_megabytes_is_read_without_parsing_them(rig: Any) -> None:
+    both = rig.write(None)
+    rig.put(with_stable(both, "other", 7, rig.two.endpoint, "other", next(rig.terms)))
+    filler = ", ".join(['{"model": "tiny", "text": "\\"model\\": \\"tiny\\""}'] * 6_000)
+    body = f'{{"messages": [{filler}], "model": "other", "tools": [{filler}]}}'
+    reply = rig.call(body=body.encode())
+    assert (reply.status, reply.text) == (200, "two")
+    assert rig.call(body=body.replace('"model": "other"', '"m": 1').encode()).status == 404
