@@ -106,7 +106,7 @@ class ForkServer:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control = ours
         log.parent.mkdir(parents=True, exist_ok=True)
-        with theirs, log.open("wb") as log_file, contextlib.suppress(OSError):  # no interpreter: workers say so
+        with theirs, log.open("ab") as log_file, contextlib.suppress(OSError):  # no interpreter: workers say so
             ours.send(json.dumps({"variables": dict(variables)}).encode())
             self._process = subprocess.Popen(
                 [str(environment.python), "-m", "mansard.fork_server", str(theirs.fileno()), ROOM],

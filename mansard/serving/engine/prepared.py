@@ -30,7 +30,7 @@ class PreparedEngine:
         folder = site.run / "engines"
         folder.mkdir(parents=True, exist_ok=True)
         python = str(site.environments[site.engine.environment].python)
-        with self.log.open("wb") as log_file:
+        with self.log.open("ab") as log_file:
             environment = {**os.environ, **variables(site, "")}
             words = [python, "-m", MODULE, architecture]
             self._child = spawn(words, log_file, environment, folder, stdin=subprocess.PIPE)
