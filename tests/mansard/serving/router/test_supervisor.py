@@ -21,7 +21,9 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[4]
 DEADLINE_SECONDS = 60.0
-REQUEST = b'POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 15\r\n\r\n{"prompt": "x"}'
+REQUEST = (
+    b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 15\r\n\r\n" b'{"prompt": "x"}'
+)
 SUPERVISOR = "router.supervisor"
 
 
