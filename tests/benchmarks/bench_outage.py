@@ -16,13 +16,15 @@ import signal
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from serving_place import place_class
 
 from mansard.release.journal import Journal
-from mansard.site import load_site
+from mansard.serving.client import HostClient
+from mansard.site import Site, load_site
 
 POLICIES = ("wait", "previous")
 PAUSE_SECONDS = 0.02
@@ -33,9 +35,10 @@ KEYS_PER_USER = 10
 class Users:
     """Each asks one request after the other; `answers` are (begin, end, status, version)."""
 
-    def __init__(self, port: int, num_users: int) -> None:
+    def __init__(self, port: int, num_users: int, model: str = "demo") -> None:
         self.answers: list[tuple[float, float, int, str]] = []
         self._port = port
+        self._model = model
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=self._run, args=(n,)) for n in range(num_users)]
 
@@ -59,7 +62,7 @@ class Users:
 
     def _ask(self, key: str) -> tuple[int, str]:
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=60)
-        body = json.dumps({"model": "demo", "prompt": "x", "max_tokens": 4}).encode()
+        body = json.dumps({"model": self._model, "prompt": "x", "max_tokens": 4}).encode()
         try:
             headers = {"content-type": "application/json", "x-mansard-session": key}
             connection.request("POST", "/v1/completions", body, headers)
@@ -102,7 +105,7 @@ def measure(policy: str, num_users: int, restart_seconds: float) -> dict[str, An
         engine = place.engine_of(2)["pid"]
         killed = time.monotonic()
         os.kill(engine, signal.SIGKILL)
-        place.wait_for("stable's return", lambda: _is_back(place))
+        place.wait_for("stable's return", lambda: _num_returns(place.site, "demo") > 0)
         place.wait_for("version 2", lambda: users.answers[-1][3] == "2" and users.answers[-1][2] == 200)
     finally:
         users.stop()
@@ -111,9 +114,42 @@ def measure(policy: str, num_users: int, restart_seconds: float) -> dict[str, An
     return figures(users.answers, killed)
 
 
-def _is_back(place: Any) -> bool:
-    with Journal.open(place.site.journal) as journal:
-        return bool(journal.entries("demo", kinds=("stable_up",)))
+def measure_running(site: Site, model: str, num_users: int, deadline_seconds: float = 900) -> dict[str, Any]:
+    """The same on a stack that runs."""
+    with Journal.open(site.journal) as journal:
+        stable = journal.pointers(model).stable
+        artifact = journal.registration(model, stable).artifact if stable is not None else None
+    engines = HostClient(site.host_socket).call("GET", "/status")["engines"]
+    pids = [engine["pid"] for engine in engines if engine["artifact"] == artifact]
+    if len(pids) != 1:
+        raise SystemExit(f"outage: stable of {model!r} has {len(pids)} engines; needs one that serves")
+    returns = _num_returns(site, model)
+    users = Users(site.ports.router, num_users, model)
+    users.start()
+    try:
+        _wait(lambda: len(users.answers) > 20 * num_users, deadline_seconds)
+        killed = time.monotonic()
+        os.kill(pids[0], signal.SIGKILL)
+        _wait(lambda: _num_returns(site, model) > returns, deadline_seconds)
+        back = time.monotonic()
+        _wait(lambda: users.answers[-1][3] == str(stable), deadline_seconds)
+    finally:
+        users.stop()
+    by = sorted({version for _, _, status, version in users.answers if status == 200})
+    return figures(users.answers, killed) | {"engine_seconds": round(back - killed, 1), "answered_by": by}
+
+
+def _wait(is_met: Callable[[], bool], deadline_seconds: float) -> None:
+    deadline = time.monotonic() + deadline_seconds
+    while not is_met():
+        if time.monotonic() > deadline:
+            raise SystemExit(f"outage: not there after {deadline_seconds:.0f} s; see mansard status")
+        time.sleep(0.2)
+
+
+def _num_returns(site: Site, model: str) -> int:
+    with Journal.open(site.journal) as journal:
+        return len(journal.entries(model, kinds=("stable_up",)))
 
 
 def figures(answers: list[tuple[float, float, int, str]], killed: float) -> dict[str, Any]:
@@ -131,7 +167,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--users", type=int, default=8)
     parser.add_argument("--restart-seconds", type=float, default=20.0)
+    parser.add_argument("--site", type=Path, help="a running stack's site file")
+    parser.add_argument("--model", default="demo")
     options = parser.parse_args()
+    if options.site is not None:
+        site = load_site(options.site)
+        print(json.dumps({"policy": site.when_stable_is_dead, **measure_running(site, options.model, options.users)}))
+        return
     measured = {}
     for policy in POLICIES:
         measured[policy] = measure(policy, options.users, options.restart_seconds)
