@@ -22,5 +22,5 @@ def test_progress_in_numpys_numbers_arrives_as_numbers(store: Store) -> None:
 
 def test_what_is_no_number_is_an_error_that_names_it(store: Store) -> None:
     context = StageContext(store, "a" * 64, {}, {}, {}, Path("nowhere"), Channel(io.StringIO()))
-    with pytest.raises(TypeError, match="holds a PosixPath .*nowhere"):
+    with pytest.raises(TypeError, match=r"holds a PosixPath .*nowhere"):
         context.progress(1, 2, Path("nowhere"))  # type: ignore[arg-type]
