@@ -192,15 +192,15 @@ def _check_devices(visible: Mapping[str, str], began_with: Mapping[str, str]) ->
     os._exit(code)
 
 
-def _show_command(words: Sequence[str]) -> None:
+def _show_command(command: Sequence[str]) -> None:
     """Write the process's command line anew, so that people and tools see which stage it runs. As far as there is room:
     the server was started with a long argument."""
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     begin, end = int(fields[45]), int(fields[46])  # arg_start and arg_end, 48 and 49 of proc(5)
-    text = b"\0".join(word.encode() for word in words) + b"\0"
+    text = b"\0".join(word.encode() for word in command) + b"\0"
     if len(text) < end - begin:
         ctypes.memmove(begin, text.ljust(end - begin, b"\0"), end - begin)
-    sys.argv = list(words[2:])
+    sys.argv = list(command[2:])
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ def test_progress_in_numpys_numbers_arrives_as_numbers(store: Store) -> None:
     context = StageContext(store, "a" * 64, {}, {}, {}, Path("nowhere"), Channel(stream))
     context.progress(np.int64(3), np.int32(8), "rows", "counting", loss=np.float32(0.5), rows=np.array(7))
     (line,) = stream.getvalue().splitlines()
-    told = json.loads(line)["progress"]
-    assert (told["done"], told["total"], told["metrics"]) == (3, 8, {"loss": 0.5, "rows": 7})
+    progress = json.loads(line)["progress"]
+    assert (progress["done"], progress["total"], progress["metrics"]) == (3, 8, {"loss": 0.5, "rows": 7})
 
 
 def test_what_is_no_number_is_an_error_that_names_it(store: Store) -> None:

@@ -111,11 +111,11 @@ def visible_cards(site: "Site", answer_seconds: float = ANSWER_SECONDS) -> list[
 def _ask(variables: dict[str, str], answer_seconds: float) -> list[Card]:
     command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(
+        answer = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True, timeout=answer_seconds,
             env=variables,
         )  # fmt: skip
-        return [_card(line) for line in done.stdout.splitlines() if line.strip()]
+        return [_card(line) for line in answer.stdout.splitlines() if line.strip()]
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())[:200]
         raise BadInput(f"engine.gpu_memory_gib: nvidia-smi does not say what the card has ({reason}); install NVIDIA's "
