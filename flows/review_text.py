@@ -66,7 +66,8 @@ def show(out: Console, facts: Mapping[str, Any], judgement: Judgement, registrat
         told = f"{decision['kind']} by {decision['who']} at {decision['at']}: {decision['why']}"
         out.print(escape(told))
     out.print(f"page:   {facts['page']}\nchart:  {facts['chart']}", soft_wrap=True, highlight=False)
-    out.print(f"next: {escape(facts['next'])}", soft_wrap=True, highlight=False)
+    is_command = facts["next"].startswith("mansard ")  # which stays whole, so that it can be copied
+    out.print(f"next: {escape(facts['next'])}", soft_wrap=is_command, highlight=False)
 
 
 def interval_bar(result: SuiteResult, cells: int = BAR_CELLS) -> str:
