@@ -35,11 +35,15 @@ def status(args: argparse.Namespace) -> int:
     names = [site.model_named(args.model)] if args.model else list(site.models)
     models = {name: oncall.status(site, name) for name in names}
     host, trouble = _host_status(site)
+    card = _card_warning(site)
     if args.json:
-        print(json.dumps({"format": 1, "models": models, "host": host, "processes": _processes(site)}))
+        facts = {"format": 1, "models": models, "host": host, "card": card or None, "processes": _processes(site)}
+        print(json.dumps(facts))
         return 0
     for found in models.values():
         show(status_text(found, columns()))
+    if card:
+        show(f"warning: {card}")
     show(trouble if host is None else _engines_text(host))
     return 0
 
@@ -52,6 +56,15 @@ def _host_status(site: Site) -> tuple[dict[str, Any] | None, str]:
         return None, "host: down (mansard up starts it); rollback works without it"
     except MansardError as error:  # it hangs, or has no journal to read
         return None, f"host: runs, but cannot answer: {error}; rollback works without it"
+
+
+def _card_warning(site: Site) -> str:
+    """Engines that do not fit the GPU together: one line, where the site states their memory."""
+    if site.engine.gpu_memory_gib is None:
+        return ""
+    from mansard.serving.engine.card_memory import card_warning  # starts nvidia-smi
+
+    return card_warning(site)
 
 
 def _processes(site: Site) -> list[dict[str, Any]]:

@@ -63,7 +63,7 @@ def later_warnings(site: Site, version: int, artifact: str) -> list[str]:
     looking.join(LATER_SECONDS)
     if looking.is_alive():
         trouble = [f"{site.store_url}: no answer in {LATER_SECONDS:g} s, so its artifact was not checked"]
-    return [f"version {version}: {what}" for what in trouble]
+    return [f"version {version}: {problem}" for problem in trouble]
 
 
 def _look(site: Site, artifact: str, trouble: list[str]) -> None:

@@ -158,6 +158,7 @@ def write_specs(folder: Path) -> None:
                          "new_blocks": None}  # fmt: skip
     harmful["expand"] = {"blocks": 2, "positions": "importance", "probe": {"rows": 4, "tokens": 128, "seed": 0}}
     harmful["fuse"] = {"method": "average", "weight": 0.5}
+    harmful["quantize"] = {"scheme": "none"}
     weigh(harmful, code=0.9)
     customize = yaml.safe_load((ROOT / "configs/customize/demo.yaml").read_text())
     customize["capture"] |= {"tokens": 60_000, "held_out_rows": 8}

@@ -70,7 +70,7 @@ class Fingerprints:
             change = f"it could not be compared: {error}"
         engine.warnings[self._name_of(model, version)] = f"fingerprint: {change}" if change else ""
         if change:
-            log.warning("%s version %d: fingerprint changed: %s", model, version, change)
+            log.warning("%s version %d: fingerprint: %s", model, version, change)
 
     def _recorded(self, registration: Registration) -> Recorded:
         key = (registration.fingerprint, tuple(registration.stages))

@@ -95,10 +95,7 @@ class Outages:
 
     def intervals(self, model: str) -> list[Interval]:
         """When stable's engine was down since the boot, the outage that goes on included, on the monotonic clock."""
-        standing, outage = self._standings.get(model), self._outages.get(model)
-        down = [] if standing is None else list(standing.intervals)
-        if outage is not None:
-            down.append((outage.since.seconds, math.inf if outage.end is None else outage.end[1].seconds))
+        down = down_intervals(self._standings.get(model), self._outages.get(model), uptime_now().boot)
         shift = time.monotonic() - time.clock_gettime(time.CLOCK_BOOTTIME)
         return [(begin + shift, end + shift) for begin, end in down]
 
@@ -217,16 +214,16 @@ class Outages:
                 return
             try:
                 change = await self._find_fingerprint_change(model, outage.version, engine, ANSWERS_SECONDS)
+                why = f"its engine is up again, but its fingerprint is not the recorded one: {change}" if change else ""
             except (MansardError, OSError) as error:
-                change = f"it could not be compared: {error}"
+                why = f"its engine is up again, but its fingerprint could not be compared: {error}"
             if self.find(model) is not outage or engine.state != "ready":
                 return
-            if not change:
+            if not why:
                 self._end(model, "its engine is up again and answers as evaluation recorded")
                 self._write(model)
                 return
-            why = f"its engine is up again, but its fingerprint is not the recorded one: {change}"
-            if not outage.why.startswith(why[:60]):
+            if outage.why.partition(":")[0] != why.partition(":")[0]:  # another entry where it says another thing
                 outage.why = why
                 self._write(model)
             await asyncio.sleep(COMPARE_AGAIN_SECONDS)
@@ -296,6 +293,15 @@ class Outages:
             del self._comparisons[model]
         if not ended.cancelled() and ended.exception() is not None:
             log.error("%s: %s", model, ended.exception())
+
+
+def down_intervals(standing: Standing | None, outage: StableOutage | None, boot: str) -> list[Interval]:
+    """In seconds since the boot. What the host knows before the journal does is of this boot; the journal has the rest.
+    """
+    down = [] if standing is None else list(standing.intervals)
+    if outage is not None and outage.since.boot == boot:
+        down.append((outage.since.seconds, math.inf if outage.end is None else outage.end[1].seconds))
+    return down
 
 
 def _current_task() -> "asyncio.Task[None] | None":

@@ -1,5 +1,6 @@
 """The rules of an outage of stable: who may serve its users, what the journal takes, what a person reads."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from mansard.release.events import Entry, Pointers, Uptime
 from mansard.release.journal import Journal
 from mansard.release.outage import next_command, open_outage, outage_intervals, stand_ins
 from mansard.serving import split as splits
+from mansard.serving.host.outages import StableOutage, Standing, down_intervals
 from mansard.site import Site
 
 POINTERS = Pointers(stable=3, canary=None, previous=2, term=9)
@@ -69,6 +71,20 @@ def test_intervals_are_of_this_boot_and_of_this_version() -> None:
         entry(7, "stable_up", 2, **at("now", 31.0)), entry(8, "stable_down", 3, to=2, **at("now", 40.0)),
     ]  # fmt: skip
     assert outage_intervals(entries, "demo", 3, "now") == [(10.0, 20.0), (40.0, float("inf"))]
+
+
+def test_an_outage_that_began_before_this_boot_lasts_from_the_beginning_until_it_ended() -> None:
+    def at(boot: str, seconds: float) -> dict[str, Any]:
+        return {"since": {"boot": boot, "seconds": seconds}}
+
+    down = entry(1, "stable_down", 3, to=2, **at("old", 90_000.0))
+    assert outage_intervals([down], "demo", 3, "now") == [(-math.inf, math.inf)]
+    up = entry(2, "stable_up", 3, **at("now", 20.0))
+    assert outage_intervals([down, up], "demo", 3, "now") == [(-math.inf, 20.0)]
+    standing = Standing(POINTERS, (2,), ((-math.inf, math.inf),))
+    outage = StableOutage(3, "its engine ended", since=Uptime("old", 90_000.0))
+    assert down_intervals(standing, outage, "now") == [(-math.inf, math.inf)]
+    assert down_intervals(standing, outage, "old") == [(-math.inf, math.inf), (90_000.0, math.inf)]
 
 
 def test_the_command_names_the_version_that_is_left_and_where_nothing_is_left_the_host() -> None:

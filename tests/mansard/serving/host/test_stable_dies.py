@@ -235,6 +235,22 @@ def test_a_stable_that_comes_back_with_another_fingerprint_waits_until_it_is_rig
     place.wait_for("version 2", lambda: place.ask() == (200, "2"))
 
 
+def test_a_fingerprint_that_cannot_be_read_is_not_told_as_another_one(place: Any) -> None:
+    in_service(place)
+    with Journal.open(place.site.journal) as journal:
+        manifest = place.store.root / "manifests" / journal.registration("demo", 2).fingerprint
+    hidden = manifest.with_suffix(".hidden")
+    manifest.rename(hidden)
+    kill_engine(place, 2)
+    let_start(place)
+    place.wait_for("the reason", lambda: "could not be compared: " in mansard(place, "status"))
+    assert "is not the recorded one" not in mansard(place, "history")
+    assert place.ask() == (200, "1")
+    hidden.rename(manifest)
+    place.wait_for("stable's return", lambda: entries(place)[-1] == ("stable_up", None))
+    place.wait_for("version 2", lambda: place.ask() == (200, "2"))
+
+
 def test_a_canary_beside_a_dead_stable_keeps_its_users_and_walks_its_step_again(place: Any, traffic: Any) -> None:
     in_service(place)
     third = place.register(SLOW_STEP, voice="v3")
