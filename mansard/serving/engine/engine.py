@@ -12,7 +12,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -102,26 +102,28 @@ class Engine:
         }
 
     async def start(
-        self, tree: Path, taken_ports: Collection[int], prepared: PreparedEngine | None = None
+        self, tree: Path, taken_ports: Callable[[], Collection[int]], prepared: PreparedEngine | None = None
     ) -> None:
         """Start vLLM on `tree` and wait until it serves; MansardError with the log's last lines when it does not, or
         before anything is started where the card has too little memory.
 
-        A `prepared` process becomes the engine if it can; where that one does not come up, the next is started plainly.
+        `taken_ports` is asked when a port is chosen: engines that start together must see each other's, because vLLM
+        binds early and listens late, and until then a second bind of the same port succeeds. A `prepared` process
+        becomes the engine if it can; where that one does not come up, the next is started plainly.
         """
-        avoid = set(taken_ports)
+        lost: set[int] = set()
         memory = await asyncio.to_thread(engine_memory, self._site, self.identity.serve.tensor_parallel)
         self.begun_at = time.time()
         deadline = self.begun_at + self._site.engine.start_timeout_seconds
         for _ in range(PORT_ATTEMPTS):
-            self.port = free_port(self._site.ports.engines_from, avoid)
+            self.port = free_port(self._site.ports.engines_from, lost.union(taken_ports()))
             was_prepared, prepared = self._spawn(tree, memory, prepared), None
             if await self._is_ready_by(deadline):
                 return
             lost_port = "address already in use" in tail(self.log, 40).lower()
             if not (lost_port or was_prepared) or self.state != "failed" or time.time() > deadline:
                 break
-            avoid.add(self.port)  # somebody took it between our look and vLLM's bind
+            lost.add(self.port)  # somebody took it between our look and vLLM's bind
         raise StageFailed(self.problem)
 
     @staticmethod

@@ -204,7 +204,10 @@ class Engines:
         what is idle and in nobody's service ends first."""
         is_on_card = self._site.engine.gpu_memory_gib is not None
         async with self._card if is_on_card else contextlib.nullcontext():
-            ports = [e.port for e in self._engines.values() if e is not engine]
+
+            def ports() -> list[int]:
+                return [e.port for e in self._engines.values() if e is not engine]
+
             prepared = None if slots_of(tree) else self._take_prepared()
             try:
                 await engine.start(tree, ports, prepared)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from mansard.errors import BadInput, MansardError
+from mansard.release.journal import Journal
 from mansard.serving.engine.command import EngineIdentity, command, variables
 from mansard.serving.engine.log import last_words
 from mansard.serving.process import identify
@@ -200,3 +201,29 @@ def test_on_a_card_an_engine_gets_its_share_and_one_without_room_is_not_started(
     with pytest.raises(MansardError, match=r"may take 10 GiB, card 0 has 5.0 GiB free of 40.0"):
         place.start_engine(place.artifact(voice="b"))
     assert place.status()["engines"] == []  # the first one was idle and in nobody's service: it made room in vain
+
+
+def test_engines_that_start_together_have_ports_of_their_own(place: Any) -> None:
+    """As after `mansard up`: stable and previous at once. vLLM binds early and listens late; two on one port answer
+    for each other."""
+    place.start_host()
+    place.start_router()
+    for voice in ("one", "two"):
+        mark = place.home / f"slow-{voice}"
+        version = place.register(voice=voice, slow_once=str(mark), start_seconds=1.0)
+        with Journal.open(place.site.journal) as journal:
+            journal.start_rollout("demo", version, "ada", "", journal.pointers("demo"))
+            journal.promote("demo", version, "host", "", journal.pointers("demo"))
+        wait_for(place, f"version {version}", lambda version=version: place.ask() == (200, str(version)))
+    place.end_host(signal.SIGTERM)
+    logs = place.site.logs / "engines"
+    before = set(logs.iterdir())
+    place.start_host()
+    ready = wait_for(
+        place,
+        "both engines",
+        lambda: [e["state"] for e in place.status()["engines"]] == ["ready"] * 2 and place.status()["engines"],
+    )
+    assert len({e["endpoint"] for e in ready}) == 2
+    ports = sorted(file.stem.rpartition("-")[2] for file in set(logs.iterdir()) - before)
+    assert len(ports) == len(set(ports)) == 2, "the first choice of each was its own"
