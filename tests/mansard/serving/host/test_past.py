@@ -6,7 +6,7 @@ import pytest
 
 from mansard.release.analysis import Finding, Limits, judge, overall
 from mansard.release.rollout import LATENCIES
-from mansard.serving.host.past import PAST_SECONDS, Past
+from mansard.serving.host.past import PAST_SECONDS, Past, add_tables
 from mansard.serving.host.sticky_keys import Record, Table, add_records, make_sample
 from mansard.serving.host.windows import Windows
 from mansard.serving.split import key_digest
@@ -98,3 +98,17 @@ def test_records_of_one_rollout_are_folded_so_that_a_long_one_needs_little_memor
         past.fold(NOW + start + 60, [])
     assert sum(len(rows) for rows in past.slices.values()) <= 3 * NUM_USERS
     assert sum(row[0] for row in past.table([]).values()) == 360 * NUM_USERS
+
+
+def test_a_rollout_that_the_next_host_takes_up_counts_no_record_twice(tmp_path: Path) -> None:
+    before, since = normal(200, NOW), normal(100, NOW + 300)
+    first = windows(tmp_path, [])
+    first.take(before)
+    first.begin_step({})
+    first.take(since)
+    following = windows(tmp_path, [])
+    following.take(before + since)  # a worker tells the next host all that it remembers
+    following.begin_step({})
+    totals = [add_tables(each.past or {}, each.beside.table([])) for each in (first, following)]
+    assert {key: row[0] for key, row in totals[1].items()} == {key: row[0] for key, row in totals[0].items()}
+    assert totals[1][before[0].key][0] == 30
