@@ -52,10 +52,13 @@ class PreparedEngine:
         try:
             with self._child.stdin as stdin:
                 stdin.write(json.dumps(message).encode() + b"\n")
-        except OSError:
-            self.end()
-            return None
-        return self._child if self.is_waiting() else None
+        except OSError:  # it has ended, or ends
+            pass
+        else:
+            if self.is_waiting():
+                return self._child
+        self.end()
+        return None
 
     def end(self) -> None:
         """It was not needed."""
