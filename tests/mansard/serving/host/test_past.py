@@ -6,7 +6,7 @@ import pytest
 
 from mansard.release.analysis import Finding, Limits, judge, overall
 from mansard.release.rollout import LATENCIES
-from mansard.serving.host.past import PAST_SECONDS, Past
+from mansard.serving.host.past import PAST_SECONDS, Past, add_tables
 from mansard.serving.host.sticky_keys import Record, Table, add_records, make_sample
 from mansard.serving.host.windows import Windows
 from mansard.serving.split import key_digest
@@ -111,3 +111,17 @@ def test_records_of_one_rollout_are_folded_so_that_a_long_one_needs_little_memor
     past.add([record(0, NOW + 3 * PAST_SECONDS, False)])
     past.fold(NOW + 3 * PAST_SECONDS, [])
     assert len(past.shares) <= 3
+
+
+def test_a_rollout_that_the_next_host_takes_up_counts_no_record_twice(tmp_path: Path) -> None:
+    before, since = normal(200, NOW), normal(100, NOW + 300)
+    first = windows(tmp_path, [])
+    first.take(before)
+    first.begin_step({})
+    first.take(since)
+    following = windows(tmp_path, [])
+    following.take(before + since)  # a worker tells the next host all that it remembers
+    following.begin_step({})
+    totals = [add_tables(each.past or {}, each.beside.table([])) for each in (first, following)]
+    assert {key: row[0] for key, row in totals[1].items()} == {key: row[0] for key, row in totals[0].items()}
+    assert totals[1][before[0].key][0] == 30

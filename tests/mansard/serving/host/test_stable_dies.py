@@ -290,4 +290,4 @@ def test_the_next_version_stands_in_when_the_first_one_dies_too(place: Any) -> N
     place.wait_for("version 2's engine again", lambda: place.split().versions[2].endpoint is not None)
     place.status()  # the host's look, which wrote that, is over
     assert place.split().stable == 1, "users stay with the version that stands in while it answers"
-    assert entries(place) == [("stable_down", 2), ("stable_down", 1)]
+    place.wait_for("both entries", lambda: entries(place) == [("stable_down", 2), ("stable_down", 1)])
