@@ -1,6 +1,7 @@
 """Where a rollback goes back to is asked of a real bucket after the move."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -23,6 +24,7 @@ def test_a_bucket_that_answers_warns_of_damage_alone(
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_look_that_fails_in_an_unforeseen_way_is_not_taken_for_a_whole_artifact(site: Site, bucket_url: str) -> None:
-    """Here: an id that no file system takes."""
-    (warning,) = later_warnings(replace(site, store_url=bucket_url), 2, "0\0")
+    """Here: a journal's entry whose artifact is no text."""
+    artifact: Any = 7
+    (warning,) = later_warnings(replace(site, store_url=bucket_url), 2, artifact)
     assert "so its artifact was not checked" in warning
