@@ -5,7 +5,6 @@ The other verbs, without a stack: tests/mansard/release/test_hanging_bucket.py. 
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ import yaml
 from mansard.release.journal import Journal
 from mansard.site import Site, load_site
 from tests.flows.finished_site import finished_site
+from tests.free_ports import free_port
 from tests.mansard.hanging_server import hanging_server
 from tests.mansard.s3_server import environment
 
@@ -48,11 +48,6 @@ class Stack:
             cwd=self.site.path.parents[2], env=self._variables, capture_output=True, text=True,
             timeout=DEADLINE_SECONDS,
         )  # fmt: skip
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 @pytest.fixture
