@@ -112,7 +112,7 @@ async def answered(
         engine = Engine(EngineIdentity(artifact, "qwen", SERVE), site, session)
         with store.using(artifact) as tree:
             try:
-                await engine.start(tree, ())
+                await engine.start(tree, tuple)
                 assert vllm_processes(engine.pid) == ["VLLM::EngineCor"], "it computes beside the API server, no other"
                 where = {"endpoint": engine.endpoint, "served_name": "qwen"}
                 slices = {
