@@ -4,7 +4,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 from mansard.errors import MansardError
 from mansard.serving.haproxy.runtime import Runtime
 from mansard.serving.split import NUM_BUCKETS, Split, renewed, with_canary, with_stable, without_canary, write_split
+from tests.free_ports import free_port
 
 HAPROXY = shutil.which("haproxy") or shutil.which("haproxy", path="/usr/sbin")
 pytestmark = [
@@ -28,9 +28,7 @@ def haproxy(make_rig: Callable[..., Any]) -> Callable[..., contextlib.AbstractCo
     """haproxy("--argument") is a rig whose worker is the driver."""
 
     def make(*arguments: str) -> contextlib.AbstractContextManager[Any]:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
+        port = free_port()
         lines = "router: {plane: haproxy}\n"
         return ended_with(make_rig(*arguments, site_lines=lines, module="haproxy.driver", port=port))
 
