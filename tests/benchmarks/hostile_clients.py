@@ -95,11 +95,11 @@ class Attack:
 
     async def bodies(self) -> None:
         """Row 2: 96 bodies of 8 MiB whose last byte does not come."""
-        await self.many(96, lambda: self._held_back(8 * MEGABYTE), 0.5)
+        await self.many(96, lambda: self._held_back(8 * MEGABYTE), 1.0)
 
     async def small_bodies(self) -> None:
         """Row 2's kin: 4,000 bodies of 64 KB whose last byte does not come."""
-        await self.many(4_000, lambda: self._held_back(65_536), 1.0)
+        await self.many(4_000, lambda: self._held_back(65_536), 5.0)
 
     async def _unread(self, request: bytes) -> None:
         client = socket.socket()
@@ -116,11 +116,11 @@ class Attack:
 
     async def answers(self) -> None:
         """Row 3: whole answers of 16 MB that 100 clients ask for and do not read."""
-        await self.many(100, lambda: self._unread(whole(self.key, prompt("large", is_streamed=False))))
+        await self.many(100, lambda: self._unread(whole(self.key, prompt("large", is_streamed=False))), 5.0)
 
     async def streams(self) -> None:
         """Row 4: 1,500 streams that nobody reads."""
-        await self.many(1_500, lambda: self._unread(whole(self.key, prompt("endless"))), 0.2)
+        await self.many(1_500, lambda: self._unread(whole(self.key, prompt("endless"))), 5.0)
 
     async def _read(self, name: str) -> None:
         reader, writer = await self.connect()
@@ -131,7 +131,7 @@ class Attack:
 
     async def places(self) -> None:
         """Row 5: 1,300 long streams, read as they come."""
-        await self.many(1_300, lambda: self._read("slow"), 1.0)
+        await self.many(1_300, lambda: self._read("slow"), 5.0)
 
     async def idle(self) -> None:
         """Row 6: 17,500 connections that say nothing."""
@@ -165,7 +165,7 @@ class Attack:
     async def stalls(self) -> None:
         """Row 8: 1,300 requests whose engine stalls in four ways."""
         names = ("silent", "head-only", "two-tokens", "drip")
-        await asyncio.gather(*(self.many(325, lambda name=name: self._read(name), 0.5) for name in names))  # type: ignore[misc]
+        await asyncio.gather(*(self.many(325, lambda name=name: self._read(name), 5.0) for name in names))  # type: ignore[misc]
 
     async def leavers(self) -> None:
         """Row 9: clients that leave in the middle of an answer."""

@@ -176,19 +176,22 @@ class Router:
         if (request.content_length or 0) > limit:
             raise Refused(413, "invalid_request_error", f"{request.content_length} bytes; at most {limit} are taken")
         held = visit.body = self._bodies.body(visit.owner(request), content.set_exception)
-        parts = []
-        # A small body has come with its head: no timer for that.
-        async with contextlib.nullcontext() if content.is_eof() else self._body_timer(visit) as timer:
-            while data := await content.readany():
-                parts.append(data)
-                visit.body_bytes += len(data)
-                if visit.body_bytes > limit:
-                    raise Refused(413, "invalid_request_error", f"more than {limit} bytes; that is the most taken")
-                held.add(len(data))
-                if timer is not None:
-                    self._renew(timer, visit)
-        held.is_whole = True
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        parts: list[bytes] = []
+        try:
+            # A small body has come with its head: no timer for that.
+            async with contextlib.nullcontext() if content.is_eof() else self._body_timer(visit) as timer:
+                while data := await content.readany():
+                    parts.append(data)
+                    visit.body_bytes += len(data)
+                    if visit.body_bytes > limit:
+                        raise Refused(413, "invalid_request_error", f"more than {limit} bytes; that is the most taken")
+                    held.add(len(data))
+                    if timer is not None:
+                        self._renew(timer, visit)
+            held.is_whole = True
+            return parts[0] if len(parts) == 1 else b"".join(parts)
+        finally:
+            parts.clear()  # a refusal's traceback, which the stream keeps, would keep them while the connection lingers
 
     @contextlib.asynccontextmanager
     async def _body_timer(self, visit: _Visit) -> AsyncIterator[asyncio.Timeout]:
