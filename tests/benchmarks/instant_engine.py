@@ -184,8 +184,9 @@ class Connection(asyncio.Protocol):
         if prompt == b'"/two-tokens"':
             self.transport.write(self.engine.event(0) + self.engine.event(1))
         elif prompt == b'"/endless"':
-            self.transport.write(self.engine.event(1) * BURST_EVENTS)
-            self.repeat(self.engine.event(1) * BLOCK_EVENTS, 0.2)
+            event = self.engine.event(1).split(b"\r\n")[1]
+            self.transport.write(_chunk(event * BURST_EVENTS))
+            self.repeat(_chunk(event * BLOCK_EVENTS), 0.2)
         elif prompt == b'"/slow"':
             self.repeat(self.engine.event(1), 0.1)
         elif prompt == b'"/drip"':

@@ -110,14 +110,17 @@ class Connection(web.RequestHandler):
             super().data_received(data)
             self._count(len(data))
             return
-        for begin in range(0, len(data), PIECE_BYTES):
-            piece = data[begin : begin + PIECE_BYTES]
+        begin = 0
+        while begin < len(data):
+            end = begin + max(PIECE_BYTES, self._plain_bytes())
+            piece = data[begin:end]
             super().data_received(piece)
             self._count(len(piece))
+            begin = end
             if self._is_discarding or self._close or self._force_close:
                 return
             if self._reading_paused:  # until somebody has read of the body; aiohttp then calls this with nothing
-                self._unparsed = data[begin + PIECE_BYTES :]
+                self._unparsed = data[begin:]
                 return
 
     def _plain_bytes(self) -> int:

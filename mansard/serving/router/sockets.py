@@ -13,7 +13,7 @@ from mansard.errors import BadInput, Conflict
 
 BACKLOG = 4096
 """The kernel cuts it at net.core.somaxconn (4,096 by default)."""
-SEND_BYTES = 256 * 1024
+SEND_BYTES = 128 * 1024
 """What the kernel takes of an answer that its client does not read (twice that, with its own accounts)."""
 
 
