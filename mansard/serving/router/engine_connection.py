@@ -21,8 +21,8 @@ import httptools
 from mansard.errors import MansardError
 from mansard.serving.router.policy import HOP_BY_HOP
 
-HIGH_WATER_BYTES = 64 * 1024
-RECEIVE_BYTES = 64 * 1024
+HIGH_WATER_BYTES = 32 * 1024
+RECEIVE_BYTES = 32 * 1024
 """What the kernel holds of an answer that is not read (twice that, with its own accounts)."""
 MAX_HEAD_BYTES = 64 * 1024
 _NOT_PASSED_ON = HOP_BY_HOP | {b"content-length", b"date", b"server"}

@@ -54,7 +54,7 @@ class Limits:
     body_bytes: int = 8 * 1024 * 1024
     body_seconds: float = 60.0
     body_silent_seconds: float = 10.0
-    held_bytes: int = 128 * 1024 * 1024
+    held_bytes: int = 96 * 1024 * 1024
     running: int = 512
     waiting: int = 512
     wait_seconds: float = 20.0
