@@ -130,7 +130,7 @@ class Driver:
         for one in found:
             start = now - one.age_seconds
             if one.canary or start > self._stable_since:
-                told += [(one.canary or model.stable, one.key, start, one.has_begun)] * one.number
+                told += [(one.canary or model.stable, one.key, start, one.has_begun, one.tenant)] * one.number
         self._observations.set_in_flight(model.name, told)
 
     async def keep(self) -> None:

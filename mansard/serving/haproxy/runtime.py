@@ -52,13 +52,14 @@ class Carried:
 @dataclass(frozen=True, slots=True)
 class InFlight:
     """`number` requests of one sticky key, the newest `age_seconds` old: none of them is younger. `canary` is 0 for
-    those that went to stable; `has_begun`: the newest one's answer."""
+    those that went to stable; `has_begun`: the newest one's answer. `tenant` is the newest one's, too."""
 
     key: int
     number: int
     age_seconds: float
     canary: int
     has_begun: bool
+    tenant: int
 
 
 def wanted(model: ModelSplit) -> Carried:
@@ -165,7 +166,7 @@ class Runtime:
                 age = ((now - int(values["gpt0"])) % CLOCK_MILLISECONDS) / 1000
                 age = age if age < MAX_AGE_SECONDS else 0.0
                 number, canary, has_begun = int(values["conn_cur"]), int(values["gpt1"]), values["gpt2"] != "0"
-                found.append(InFlight(int(values["key"]), number, age, canary, has_begun))
+                found.append(InFlight(int(values["key"]), number, age, canary, has_begun, int(values["gpt3"])))
         return found
 
     def renew(self, lease_seconds: float) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from mansard.canonical import canonical_json, sha256_json, write_atomically
 from mansard.release.analysis import Sample
 from mansard.release.events import uptime_now
+from mansard.release.tenants import tenants_of
 from mansard.serving.host.observations import (
     Reports,
     consecutive_failures_since,
@@ -30,6 +31,7 @@ from mansard.serving.host.sticky_keys import (
     add_records,
     checked_table,
     make_sample,
+    tenant_numbers,
     with_in_flight,
 )
 from mansard.site import Site
@@ -100,7 +102,9 @@ class Windows:
             name: counts_since(self.at_step, reports, self.model, version)
             for name, version in (("canary", self.version), ("stable", self.stable))
         }
-        return counts, consecutive_failures_since(self.at_start, reports, self.model, self.version)
+        return counts, consecutive_failures_since(
+            self.at_start, reports, self.model, self.version, self._num_tenants()
+        )
 
     def waiting(self, reports: Reports) -> dict[str, int]:
         """How many requests wait for their first byte at both sides now."""
@@ -115,6 +119,12 @@ class Windows:
             return make_sample(canary, {}, past, weight_percent)
         control = with_in_flight(self.control, self.tail.in_flight, self.stable)
         return make_sample(canary, control, self.past or {}, weight_percent)
+
+    def _num_tenants(self) -> int:
+        """Who asked before the rollout and in this step; one where the others are next to nobody."""
+        users = {user for table in (self.past or {}, self.control, self.canary) for user in table}
+        tenants = tenants_of(tenant_numbers(users), len(users))
+        return tenants.number if tenants.sole is None else 1
 
     def _file(self) -> Path:
         return self.site.run / "rollouts" / f"{sha256_json(self.model)[:16]}.json"

@@ -27,13 +27,15 @@ _ERROR_EVENT = b'data: {"error"'
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is asked of whom. `key` is the sticky key's digest, `payload` the request as an engine gets it.
+    """What is asked of whom. `key` is the sticky key's digest, `tenant` that of whose it is, `payload` the request as
+    an engine gets it.
 
     `attempts` are the versions' parts in it, as they begin.
     """
 
     model: str
     key: int
+    tenant: int
     pinned: int | None
     payload: bytes
     attempts: list[Attempt] = field(default_factory=list)
@@ -72,7 +74,7 @@ class Forwarder:
         version, tried = self._first_choice(question), set[int]()
         while True:
             tried.add(version)
-            with self._observations.attempt(question.model, version, question.key) as attempt:
+            with self._observations.attempt(question.model, version, question.key, question.tenant) as attempt:
                 question.attempts.append(attempt)
                 answer = await self._ask(question, version)
                 if isinstance(answer, Answer):

@@ -28,6 +28,7 @@ from mansard.serving.router.policy import (
     model_named,
     pinned_version,
     sticky_key,
+    tenant_key,
 )
 from mansard.serving.router.queue import RETRY_AFTER_SECONDS, Places
 from mansard.serving.router.rates import Rates
@@ -132,10 +133,11 @@ class Router:
         model = model_named(self._watch.split.models, body)
         if holder is not None:
             holder.check_model(model)
-        tenant = None if holder is None else holder.name
+        tenant, address = None if holder is None else holder.name, request.remote or ""
         question = visit.question = Question(
             model=model,
-            key=key_digest(model, sticky_key(tenant, headers, body, request.remote or "")),
+            key=key_digest(model, sticky_key(tenant, headers, body, address)),
+            tenant=key_digest(model, tenant_key(tenant, address)),
             pinned=pinned_version(headers),
             payload=engine_request(path, request.method, request.raw_headers, body),
         )
