@@ -59,10 +59,15 @@ class TrainingSite:
 
 @dataclass(frozen=True, slots=True)
 class RouterSite:
-    """`plane` is `workers` (Mansard's own, so many processes on one socket) or `haproxy`."""
+    """`plane` is `workers` (Mansard's own, so many processes on one socket) or `haproxy`.
+
+    `show_version`: to whom answers name their version, and who may pin one, while a canary runs: `operators` (who send
+    one of the site's operator_tokens) or `always`.
+    """
 
     plane: str = "workers"
     workers: int = 2
+    show_version: str = "operators"
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ import numpy as np
 from mansard.errors import MansardError
 from mansard.release.analysis import METRICS, Bools, Floats, Ints, Sample
 from mansard.serving.client import HostClient, HostDown, router_sockets
-from mansard.serving.split import BUCKETS_PER_PERCENT, NUM_BUCKETS
+from mansard.serving.split import BUCKETS_PER_PERCENT, bucket_of
 from mansard.site import Site
 
 WORKER_TIMEOUT_SECONDS = 5.0
@@ -167,17 +167,17 @@ def tenant_numbers(users: Iterable[str]) -> Ints:
     return np.array([int(tenant_of(user), 16) >> 1 for user in users], dtype=np.int64)
 
 
-def is_canary_user(user: str, weight_percent: int) -> bool:
+def is_canary_user(user: str, weight_percent: int, salt: str) -> bool:
     """The side on which the router's hash puts a user (mansard/serving/split.py, `choose`)."""
-    return int(user.partition(".")[0], 16) % NUM_BUCKETS < weight_percent * BUCKETS_PER_PERCENT
+    return bucket_of(int(user.partition(".")[0], 16), salt) < weight_percent * BUCKETS_PER_PERCENT
 
 
-def make_sample(canary: Table, stable: Table, past: Table, weight_percent: int) -> Sample:
+def make_sample(canary: Table, stable: Table, past: Table, weight_percent: int, salt: str) -> Sample:
     """Canary against stable; at 100 % each of the canary's keys against its own past."""
     if weight_percent == 100:
         return _sample(list(canary), list(canary.values()), past, None)
-    ours = [user for user in canary if is_canary_user(user, weight_percent)]
-    theirs = [user for user in stable if not is_canary_user(user, weight_percent)]
+    ours = [user for user in canary if is_canary_user(user, weight_percent, salt)]
+    theirs = [user for user in stable if not is_canary_user(user, weight_percent, salt)]
     now = [canary[user] for user in ours] + [stable[user] for user in theirs]
     return _sample(ours + theirs, now, past, np.arange(len(now)) < len(ours))
 

@@ -21,6 +21,8 @@ ALLOWED = {
 }
 
 VERSION_HEADER = "x-mansard-version"
+OPERATOR_HEADER = "x-mansard-operator"
+"""One of the site's operator_tokens: while a canary runs only its holders are told versions, and pin one."""
 MODEL_HEADER = "x-mansard-model"
 SERVED_NAME_HEADER = "x-mansard-served-name"
 """To an engine with slots: which branch to ask, whatever model the body names (infra/vllm-plugin). A client's own is

@@ -39,7 +39,7 @@ def canary_table(error_share: float) -> Table:
 
 
 def findings(past: Table, error_share: float) -> tuple[Finding, ...]:
-    return judge(make_sample(canary_table(error_share), {}, past, 100), LIMITS, 0.01, seed=1)
+    return judge(make_sample(canary_table(error_share), {}, past, 100, ""), LIMITS, 0.01, seed=1)
 
 
 @pytest.mark.parametrize("num_normal", [5, 20])
