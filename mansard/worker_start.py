@@ -106,7 +106,7 @@ class ForkServer:
         our_end, server_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control = our_end
         log.parent.mkdir(parents=True, exist_ok=True)
-        with server_end, log.open("wb") as log_file, contextlib.suppress(OSError):  # no interpreter: workers say so
+        with server_end, log.open("ab") as log_file, contextlib.suppress(OSError):  # no interpreter: workers say so
             our_end.send(json.dumps({"variables": dict(variables)}).encode())
             self._process = subprocess.Popen(
                 [str(environment.python), "-m", "mansard.fork_server", str(server_end.fileno()), ROOM],

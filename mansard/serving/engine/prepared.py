@@ -30,7 +30,7 @@ class PreparedEngine:
         folder = site.run / "engines"
         folder.mkdir(parents=True, exist_ok=True)
         python = str(site.environments[site.engine.environment].python)
-        with self.log.open("wb") as log_file:
+        with self.log.open("ab") as log_file:
             environment = {**os.environ, **variables(site, "")}
             command = [python, "-m", MODULE, architecture]
             self._child = spawn(command, log_file, environment, folder, stdin=subprocess.PIPE)
@@ -52,10 +52,13 @@ class PreparedEngine:
         try:
             with self._child.stdin as stdin:
                 stdin.write(json.dumps(message).encode() + b"\n")
-        except OSError:
-            self.end()
-            return None
-        return self._child if self.is_waiting() else None
+        except OSError:  # it has ended, or ends
+            pass
+        else:
+            if self.is_waiting():
+                return self._child
+        self.end()
+        return None
 
     def end(self) -> None:
         """It was not needed."""

@@ -41,6 +41,7 @@ from mansard.serving.host.residents import Residents
 from mansard.serving.host.rollback import Rollback
 from mansard.serving.host.rollouts import Rollouts
 from mansard.serving.host.traffic import Traffic
+from mansard.serving.log_rotation import keep_rotating
 from mansard.site import Site, find_site, load_site
 from mansard.store.store import Store
 
@@ -200,9 +201,13 @@ def _set_both(first: asyncio.Event, second: asyncio.Event) -> None:
 async def _run_until(stop: asyncio.Event, host: Host) -> None:
     """Keep the residents until `stop` is set, or raise what ended that."""
     async with asyncio.TaskGroup() as group:
-        keeper = group.create_task(host.residents.run(), name="residents")
+        keepers = [
+            group.create_task(host.residents.run(), name="residents"),
+            group.create_task(keep_rotating(host.site.logs), name="logs"),
+        ]
         await stop.wait()
-        keeper.cancel()
+        for keeper in keepers:
+            keeper.cancel()
 
 
 @contextlib.asynccontextmanager

@@ -190,6 +190,7 @@ class Outages:
             outage.to = to
 
     def _choose(self, model: str, outage: StableOutage) -> int | None:
+        """Whoever stands in already while it answers: users are moved no more often than they must be."""
         if self._site.when_stable_is_dead == "wait":
             return None
         able = [v for v in self._standings[model].stand_ins if self._residents.endpoint(model, v) is not None]

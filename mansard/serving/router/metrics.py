@@ -197,6 +197,8 @@ class Observations:
         self.refused: Counter[int] = Counter()
         """The router's own answers by status: bad keys, unknown paths, too large, too many, no version."""
         self.in_flight = 0
+        self.clients_left = 0
+        """Clients that went away before their answer's end."""
 
     def counts(self, model: str, version: int) -> VersionCounts:
         counts = self.versions.get((model, version))
@@ -259,6 +261,7 @@ class Observations:
             "uptime_seconds": now - self._started,
             "in_flight": self.in_flight,
             "refused": {str(status): count for status, count in sorted(self.refused.items())},
+            "clients_left": self.clients_left,
             "split_problem": problem,
             "bounds_seconds": list(BOUNDS_SECONDS),
             "models": models,

@@ -12,6 +12,8 @@ from mansard.release.journal import Journal
 from mansard.release.outage import next_command, open_outage, outage_intervals, stand_ins
 from mansard.serving import split as splits
 from mansard.serving.host.outages import StableOutage, Standing, down_intervals
+from mansard.serving.host.traffic import Traffic
+from mansard.serving.host.when_down import follow_pointers
 from mansard.site import Site
 
 POINTERS = Pointers(stable=3, canary=None, previous=2, term=9)
@@ -110,3 +112,21 @@ def test_a_split_remembers_who_stands_in_for_whom_and_goes_back(tmp_path: Path) 
     splits.write_split(path, back)
     assert splits.read_split(path).models["demo"].versions == split.models["demo"].versions
     assert splits.read_split(path).models["demo"].stands_in_for is None
+
+
+@pytest.mark.parametrize("has_host", [True, False])
+def test_an_abort_leaves_users_with_the_version_that_stands_in(three: Site, has_host: bool) -> None:
+    """Also where the host is down: stable has no engine then either."""
+    split = splits.with_canary(splits.read_split(three.split_file), "demo", 4, "http://127.0.0.1:8104", "demo", 25, 10)
+    split = splits.with_endpoint(split, "demo", 3, None, "demo")
+    splits.write_split(three.split_file, splits.with_stand_in(split, "demo", 2, "http://127.0.0.1:8102", "demo"))
+    aborted = Pointers(stable=3, canary=None, previous=2, term=11)
+    for _ in range(2):
+        if has_host:
+            Traffic(three, lambda model, version: model).follow_pointers("demo", aborted, None, 11)
+        else:
+            follow_pointers(three, "demo", aborted, 11)
+        after = splits.read_split(three.split_file)
+        model = after.models["demo"]
+        assert (after.term, model.stable, model.stands_in_for, model.canary) == (11, 2, 3, None)
+        assert (model.versions[2].weight_percent, model.versions[2].endpoint) == (100, "http://127.0.0.1:8102")

@@ -1,12 +1,13 @@
 """While a canary runs nobody but an operator can tell from an answer which side gave it; on both data planes."""
 
 import hashlib
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.free_ports import free_port
 
 pytestmark = pytest.mark.slow
 
@@ -20,10 +21,7 @@ def hiding(request: pytest.FixtureRequest, tmp_path: Path, make_rig: Callable[..
     plane, module = request.param
     (tmp_path / "tokens.yaml").write_text(f'ada: "{hashlib.sha256(TOKEN.encode()).hexdigest()}"\n')
     lines = f"router: {{plane: {plane}}}\noperator_tokens: tokens.yaml\n"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    with make_rig(site_lines=lines, module=module, port=port) as rig:
+    with make_rig(site_lines=lines, module=module, port=free_port()) as rig:
         yield rig
         rig.worker.terminate()  # HAProxy outlives a driver that is killed
         rig.worker.wait(60)
