@@ -298,4 +298,5 @@ def test_an_abort_by_a_person_does_not_undo_a_promotion() -> None:
 
 def test_findings_without_data_read_as_sentences() -> None:
     text = Finding("errors", "inconclusive", 3, 40, math.nan, (-math.inf, math.inf), 0.01, math.nan).text()
-    assert text == "errors: inconclusive, 3 and 40 users; 30 on each side are needed"
+    expected = "errors: inconclusive, 3 and 40 users of one tenant, whose users nobody else confirms; 30 on each side"
+    assert text == f"{expected} are needed"
