@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mansard.errors import Corrupt, JournalDamaged, JournalDown
+from mansard.page_password import login_text
 from mansard.release import emergency
 from mansard.release.chain import link_of
 from mansard.release.direct_rollback import known_state
@@ -140,6 +141,7 @@ def _status(
             "prefect": f"http://127.0.0.1:{site.ports.prefect}",
             "mlflow": f"http://127.0.0.1:{site.ports.mlflow}",
         },
+        "login": login_text(site),
         "next": outage["next"] if outage is not None else _next(versions, pointers, site.approval.approvals),
     }
 
