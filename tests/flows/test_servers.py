@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -100,7 +101,19 @@ def ask(url: str, site: Site, body: dict[str, Any] | None = None, method: str | 
         headers.update({"Prefect-Csrf-Token": token, "Prefect-Csrf-Client": "test"})
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, headers, method=method)
-    text = urllib.request.urlopen(request, timeout=60).read()
+    text = b""
+
+    def is_answered() -> bool:
+        nonlocal text
+        try:
+            text = urllib.request.urlopen(request, timeout=60).read()
+        except urllib.error.HTTPError as error:
+            if error.code == 503:  # SQLite is locked for a moment; Prefect's own client asks again, too
+                return False
+            raise
+        return True
+
+    wait_for(is_answered, url, deadline_seconds=60)
     return json.loads(text) if text else None
 
 
@@ -178,10 +191,9 @@ def test_edited_deployment_runs_the_site_s_flow_and_nothing_else(site: Site, tmp
         path = f"/flow_runs/{run['id']}"
         wait_for(lambda p=path: prefect(site, p)["state"]["type"] in ENDED, f"the run {name} ends")  # type: ignore[misc]
         states[name] = prefect(site, path)["state"]
-    assert "COMPLETED" not in {state["type"] for state in states.values()}
+    assert {name: state["type"] for name, state in states.items()} == {"plain": "FAILED", "with parameters": "CRASHED"}
     # The site's own upgrade ran, and has no base to start from; the other run never reached it.
     assert "nothing is stable" in states["plain"]["message"] or str(site.data) in states["plain"]["message"], states
-    assert "as_person" in states["with parameters"]["message"], states
     assert not mark.exists()
 
 
