@@ -1,8 +1,11 @@
-"""`python -m flows.serve --site FILE`: the process that serves the deployments, so that Prefect can run the flows.
+"""`python -m flows.serve --site FILE`: the process that runs the site's schedules when Prefect asks for them.
 
-Each verb is the deployment VERB/on-demand; each schedule of the site is upgrade/NAME with its cron line, signed by the
-schedule's author. Flows are found by module, never by file. `run/deployments.json` is its sign of life. Stopping it
-ends the flow runs that it started; what their stages made so far is not lost.
+Each schedule of the site is the deployment upgrade-NAME/NAME with its cron line, signed by the schedule's author.
+Guarantees: a deployment has no parameters, and what runs is the flow that this process built from the site file, handed
+to the run's own process: whatever a deployment's entrypoint, pull steps, path or job variables say in Prefect, nobody
+reads them. Verbs that speak for a person (release, rollback) are no deployments: `mansard` asks who types them.
+`run/deployments.json` is its sign of life. Stopping it ends the flow runs that it started; what their stages made so
+far is not lost.
 """
 
 import argparse
@@ -13,66 +16,69 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from prefect import Flow
+from prefect import Flow, flow, get_client
+from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterTags
 from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
-from prefect.deployments.runner import RunnerDeployment
 from prefect.runner import Runner
 from prefect.types.entrypoint import EntrypointType
 
-from flows.adopt import adopt
-from flows.gate import gate
-from flows.release import release
-from flows.rollback import rollback
 from flows.upgrade import upgrade
 from mansard.canonical import write_atomically
 from mansard.site import Site, load_site
+from mansard.site_sections import Schedule
 from tasks.policy import TAG
 
 SIGN_OF_LIFE_SECONDS = 10.0
+ENTRYPOINT = "flows.serve.scheduled_upgrade"
+"""What Prefect shows; nothing loads it."""
 MAX_RUNS = 4
-"""Flow runs at once in this process; a rollback must not wait for an upgrade."""
+"""Flow runs at once in this process."""
 
 
-def deployments(site: Site) -> list[RunnerDeployment]:
-    """What Prefect may run, as data; nothing is registered yet."""
-    here = {"site_path": str(site.path)}
-    verbs: list[Flow[..., Any]] = [adopt, upgrade, gate, release, rollback]
-    made = [_deployment(verb, "on-demand", here) for verb in verbs]
-    for each in site.schedules:
-        parameters = {**here, "spec_path": str(each.spec), "as_person": each.author}
-        made.append(_deployment(upgrade, each.name, parameters, cron=each.cron))
-    return made
+def scheduled_flow(site_path: str, schedule: Schedule) -> Flow[[], None]:
+    """The schedule's upgrade as a flow without parameters: site, spec and author are those of the site file."""
+    spec_path, author = str(schedule.spec), schedule.author
+
+    def scheduled_upgrade() -> None:
+        upgrade(spec_path, site_path, as_person=author)
+
+    return flow(name=f"upgrade-{schedule.name}", persist_result=False)(scheduled_upgrade)
 
 
 def serve(site: Site) -> None:
     """Register the deployments and run what Prefect asks for, until SIGTERM."""
+    asyncio.run(_serve(site))
+
+
+async def _serve(site: Site) -> None:
     runner = Runner(name="mansard", limit=MAX_RUNS, pause_on_shutdown=True)
-    names = []
-    for deployment in deployments(site):
-        runner.add_deployment(deployment)
-        names.append(f"{deployment.flow_name}/{deployment.name}")
+    await _delete_other_deployments([each.name for each in site.schedules])
+    for each in site.schedules:
+        await runner.aadd_flow(
+            scheduled_flow(str(site.path), each),
+            each.name,
+            cron=each.cron,
+            paused=False,  # stopping this process paused it
+            # A scheduled run that comes while the one before still works is cancelled: they would do the same.
+            concurrency_limit=ConcurrencyLimitConfig(
+                limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW
+            ),
+            entrypoint_type=EntrypointType.MODULE_PATH,
+            tags=[TAG],
+        )
+    names = [f"upgrade-{each.name}/{each.name}" for each in site.schedules]
     threading.Thread(target=_show_life, args=(site, names), daemon=True).start()
-    asyncio.run(runner.start())
+    await runner.start()
 
 
-def _deployment(
-    verb: Flow[..., Any], name: str, parameters: dict[str, str], cron: str | None = None
-) -> RunnerDeployment:
-    # A scheduled run that comes while the one before still works is cancelled: they would do the same.
-    alone = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW)
-    made = verb.to_deployment(
-        name,
-        parameters=parameters,
-        cron=cron,
-        paused=False,  # stopping this process paused it
-        concurrency_limit=alone if cron else None,
-        entrypoint_type=EntrypointType.MODULE_PATH,
-        tags=[TAG],
-    )
-    assert isinstance(made, RunnerDeployment)  # a coroutine only inside an event loop
-    return made
+async def _delete_other_deployments(names: Sequence[str]) -> None:
+    """Deployments of schedules that the site no longer has, and of verbs that earlier releases offered."""
+    async with get_client() as client:
+        ours = DeploymentFilter(tags=DeploymentFilterTags(all_=[TAG]))
+        for each in await client.read_deployments(deployment_filter=ours):
+            if (each.name, each.entrypoint) not in {(name, ENTRYPOINT) for name in names}:
+                await client.delete_deployment(each.id)
 
 
 def _show_life(site: Site, names: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from subprocess import run
@@ -22,6 +23,14 @@ from flows import stack_process
 from flows.stack_process import Program
 from mansard.canonical import sha256_json
 from mansard.errors import BadInput, MansardError
+from mansard.page_password import (
+    USER,
+    create_password,
+    fingerprint,
+    login_text,
+    password_file,
+    read_password,
+)
 from mansard.serving.client import HostClient
 from mansard.site import Site
 from tasks.standard_streams import say as say_line
@@ -29,6 +38,9 @@ from tasks.standard_streams import say as say_line
 LOOPBACK = "127.0.0.1"
 FRESH_SECONDS = 60.0
 """The mirror and the deployments server write a sign of life at least this often."""
+
+LOGGED_IN = ("prefect", "mlflow", "mirror", "deployments")
+"""Programs that ask for the pages' password, or log in with it."""
 
 Say = Callable[[str], None]
 
@@ -44,11 +56,12 @@ def up(site: Site, say: Say | None = None) -> dict[str, str]:
     check_card(site)
     tell = say or say_line
     with _stack_lock(site, tell):
-        waves = _programs(site)
-        for program in waves[-1]:
-            if program.name == "deployments" and stack_process.is_outdated(program):
-                tell("deployments: the site's schedules changed")
-                stack_process.stop(program)
+        if site.authentication == "none":
+            tell(login_text(site))
+        elif create_password(site):
+            tell(f"authentication: made a password for Prefect and MLflow ({password_file(site)})")
+        waves = tuple(tuple(_with_login(site, p) for p in wave) for wave in _programs(site))
+        _stop_outdated(waves, tell)
         missing = [p for wave in waves for p in wave if stack_process.running_pid(p) is None]
         for program in missing:
             _make_way(site, program)
@@ -57,6 +70,25 @@ def up(site: Site, say: Say | None = None) -> dict[str, str]:
         for wave in waves:
             _start_wave(site, [p for p in wave if p in missing], wave, tell)
     return urls(site)
+
+
+def _with_login(site: Site, program: Program) -> Program:
+    """The program as it starts: with the password, where it needs one. `down` works without it."""
+    if program.name not in LOGGED_IN:
+        return program
+    variables = {**program.variables, **client_login(site)}
+    return replace(program, variables=variables, login_fingerprint=fingerprint(site))
+
+
+def _stop_outdated(waves: tuple[tuple[Program, ...], ...], tell: Say) -> None:
+    """End what runs with other schedules or with another password of the pages than the site has now."""
+    for program in [p for wave in reversed(waves) for p in wave]:
+        if stack_process.has_other_login(program):
+            tell(f"{program.name}: the password of the pages changed")
+            stack_process.stop(program)
+        elif program.name == "deployments" and stack_process.is_outdated(program):
+            tell("deployments: the site's schedules changed")
+            stack_process.stop(program)
 
 
 def down(site: Site, say: Say | None = None) -> None:
@@ -119,12 +151,24 @@ def client_variables(site: Site) -> dict[str, str]:
     }
 
 
+def client_login(site: Site) -> dict[str, str]:
+    """The environment in which prefect and mlflow log in to this site's servers; empty without authentication."""
+    password = read_password(site)
+    if password is None:
+        return {}
+    return {
+        "PREFECT_API_AUTH_STRING": f"{USER}:{password}",
+        "MLFLOW_TRACKING_USERNAME": USER,
+        "MLFLOW_TRACKING_PASSWORD": password,
+    }
+
+
 def use_servers(site: Site) -> None:
     """Set them in this process. Call it before prefect or mlflow is imported: both read them once.
 
     Prefect's own log then goes to its page only: a person at a terminal sees our progress, and one line of an error.
     """
-    os.environ.update(client_variables(site))
+    os.environ.update({**client_variables(site), **client_login(site)})
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
 
 
@@ -139,7 +183,7 @@ def _prefect(site: Site) -> Program:
     return _program(
         site,
         "prefect",
-        ("-m", "prefect", "server", "start", "--host", LOOPBACK, "--port", str(port), "--analytics-off"),
+        ("-m", "flows.entrance", "prefect", "--site", str(site.path)),
         lambda: stack_process.http_answers(port, "/api/health"),
         variables={"PREFECT_LOGGING_TO_API_ENABLED": "false"},
         port=port,
@@ -150,15 +194,10 @@ def _prefect(site: Site) -> Program:
 
 def _mlflow(site: Site) -> Program:
     port = site.ports.mlflow
-    artifacts = site.home / "mlflow" / "artifacts"
     return _program(
         site,
         "mlflow",
-        (
-            *("-m", "mlflow", "server", "--host", LOOPBACK, "--port", str(port), "--workers", "1"),
-            *("--backend-store-uri", _mlflow_database(site), "--serve-artifacts"),
-            *("--artifacts-destination", artifacts.as_uri()),
-        ),
+        ("-m", "flows.entrance", "mlflow", "--site", str(site.path)),
         lambda: stack_process.http_answers(port, "/health"),
         # Its job runner would be a second program beside it; nothing here hands it jobs.
         variables={"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},

@@ -44,6 +44,7 @@ class Program:
     port: int | None = None
     port_key: str = ""
     url: str = ""
+    login_fingerprint: str = ""
     start_seconds: float = 900.0
     stop_seconds: float = 20.0
 
@@ -65,6 +66,14 @@ def is_outdated(program: Program) -> bool:
     return bool(json.loads(program.pid_file.read_text())["command"] != list(program.command))
 
 
+def has_other_login(program: Program) -> bool:
+    """Whether it runs, but was started with another password of the pages than it would be now."""
+    if running_pid(program) is None:
+        return False
+    record = json.loads(program.pid_file.read_text())
+    return bool(record.get("login_fingerprint", "") != program.login_fingerprint)
+
+
 def start(program: Program, folder: Path) -> None:
     """Start it in `folder`, detached from this terminal; its output goes to its log."""
     program.log.parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +87,13 @@ def start(program: Program, folder: Path) -> None:
             cwd=folder,
             start_new_session=True,
         )
-    record = {"format": 1, "pid": process.pid, "start_ticks": _start_ticks(process.pid), "command": program.command}
+    record = {
+        "format": 1,
+        "pid": process.pid,
+        "start_ticks": _start_ticks(process.pid),
+        "command": program.command,
+        "login_fingerprint": program.login_fingerprint,
+    }
     write_atomically(program.pid_file, json.dumps(record).encode())
     process.returncode = 0  # detached on purpose: `stop` waits for it, perhaps from another process
 

@@ -5,6 +5,7 @@ import json
 
 from flows import stack
 from flows.screen import show
+from mansard.page_password import login_text
 from mansard.site import find_site, load_site
 
 
@@ -17,6 +18,7 @@ def up(args: argparse.Namespace) -> int:
         return 0
     for name, url in urls.items():
         show(f"{name:8} {url}")
+    show(f"pages: {login_text(site)}")
     show("next: mansard status")
     return 0
 

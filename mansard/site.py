@@ -47,6 +47,7 @@ class Site:
     approval: ApprovalPolicy = field(default_factory=ApprovalPolicy)
     api_keys: Path | None = None
     operator_tokens: Path | None = None
+    authentication: str = "password"
     rollback_window: int = 2
     when_stable_is_dead: str = "previous"
     stage_timeout_seconds: int = 14400

@@ -14,6 +14,7 @@ SHOW_VERSION = ("operators", "always")
 NODE_KINDS = ("pooling", "serving")
 NODE_QUANTIZATIONS = ("awq", "compressed-tensors", "fp8", "none")
 WHEN_STABLE_IS_DEAD = ("wait", "previous")
+AUTHENTICATION = ("password", "none")
 ROLES = ("author", "reviewer", "operator")
 LEAST_GPU_GIB = 3
 """Half of it is the CUDA context and captured graphs."""
@@ -39,6 +40,9 @@ def check(site: "Site") -> None:
     if site.when_stable_is_dead not in WHEN_STABLE_IS_DEAD:
         raise BadInput(f"{site.path}: when_stable_is_dead: {site.when_stable_is_dead!r} is not one of "
                        f"{', '.join(WHEN_STABLE_IS_DEAD)}")  # fmt: skip
+    if site.authentication not in AUTHENTICATION:
+        raise BadInput(f"{site.path}: authentication: {site.authentication!r} is not one of "
+                       f"{', '.join(AUTHENTICATION)}")  # fmt: skip
     if site.router.plane not in ROUTER_PLANES:
         raise BadInput(f"{site.path}: router.plane: {site.router.plane!r} is not one of {', '.join(ROUTER_PLANES)}")
     if site.router.show_version not in SHOW_VERSION:

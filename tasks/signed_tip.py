@@ -7,6 +7,7 @@ import http.client
 import json
 import urllib.parse
 
+from mansard.page_password import authorization
 from mansard.release.tip import Tip, parse_tip
 from mansard.site import Site
 
@@ -21,18 +22,18 @@ def published_tips(site: Site) -> dict[str, Tip]:
     """
     found = {}
     for model in site.models:
-        text = _tag(site.ports.mlflow, model)
+        text = _tag(site, model)
         if text is not None:
             where = f"MLflow's model {model}"
             found[where] = parse_tip(text.encode(), where)
     return found
 
 
-def _tag(port: int, model: str) -> str | None:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_SECONDS)
+def _tag(site: Site, model: str) -> str | None:
+    connection = http.client.HTTPConnection("127.0.0.1", site.ports.mlflow, timeout=TIMEOUT_SECONDS)
     try:
         name = urllib.parse.quote(model, safe="")
-        connection.request("GET", f"/api/2.0/mlflow/registered-models/get?name={name}")
+        connection.request("GET", f"/api/2.0/mlflow/registered-models/get?name={name}", headers=authorization(site))
         answer = connection.getresponse()
         body = answer.read()
     finally:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mansard.errors import Corrupt, JournalDamaged, JournalDown
+from mansard.page_password import login_text
 from mansard.release import emergency
 from mansard.release.advice import next_of_model
 from mansard.release.chain import link_of
@@ -142,6 +143,7 @@ def _status(
             "prefect": f"http://127.0.0.1:{site.ports.prefect}",
             "mlflow": f"http://127.0.0.1:{site.ports.mlflow}",
         },
+        "login": login_text(site),
         "next": following if outage is None else outage["next"],
     }
 

@@ -49,7 +49,8 @@ def status_text(status: dict[str, Any], columns: int | None = None) -> str:
         lines += ["", table(header, [_version_cells(v) for v in status["versions"]], columns)]
     else:
         lines.append("nothing is registered yet")
-    lines += ["", *(f"{name}: {url}" for name, url in status["urls"].items()), f"next: {status['next']}"]
+    lines += ["", *(f"{name}: {url}" for name, url in status["urls"].items())]
+    lines += [f"pages: {status['login']}", f"next: {status['next']}"]
     return fold("\n".join(lines), columns)
 
 

@@ -21,6 +21,7 @@ import pytest
 import yaml
 
 from flows.demo_traffic import USERS
+from flows.stack import client_login, client_variables
 from mansard.launch import Request, derive
 from mansard.models.storeys import read_expansion
 from mansard.release.journal import Journal
@@ -260,7 +261,8 @@ print(json.dumps({
 def test_mlflow_leads_from_the_version_to_the_base(story: Story) -> None:
     def walked() -> dict[str, Any] | None:
         url = f"http://127.0.0.1:{story.site.ports.mlflow}"
-        done = subprocess.run([sys.executable, "-c", WALK, url], capture_output=True, text=True)
+        variables = {**os.environ, **client_login(story.site)}
+        done = subprocess.run([sys.executable, "-c", WALK, url], capture_output=True, text=True, env=variables)
         assert done.returncode == 0, done.stderr
         found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return found if found["stable"].get("mansard_version") == "1" else None
@@ -353,19 +355,21 @@ def commands_under(heading: str) -> list[list[str]]:
 def test_scheduled_upgrade_runs_by_cron_and_finds_everything_made(story: Story) -> None:
     registered = [e["version"] for e in story.json("history") if e["kind"] == "registered"]
     schedule_every_minute(story, "nightly", "../upgrade/test.yaml")
-    code = f"""
-import json, urllib.request
+    code = """
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import DeploymentFilter, FlowRunFilter
+
 # The next hundred runs are scheduled already, more than one answer holds: only those that ended are asked for.
-only = {{"state": {{"type": {{"any_": ["COMPLETED"]}}}}}}
-body = json.dumps({{"deployments": {{"name": {{"any_": ["nightly"]}}}}, "flow_runs": only, "limit": 50}}).encode()
-url = "http://127.0.0.1:{story.site.ports.prefect}/api/flow_runs/filter"
-request = urllib.request.Request(url, body, {{"Content-Type": "application/json"}})
-runs = json.load(urllib.request.urlopen(request))
-print(sum(r["state_type"] == "COMPLETED" and r["auto_scheduled"] for r in runs))
+only = FlowRunFilter.model_validate({"state": {"type": {"any_": ["COMPLETED"]}}})
+named = DeploymentFilter.model_validate({"name": {"any_": ["nightly"]}})
+with get_client(sync_client=True) as client:
+    runs = client.read_flow_runs(deployment_filter=named, flow_run_filter=only, limit=50)
+print(sum(r.auto_scheduled for r in runs))
 """
+    variables = {**os.environ, **client_variables(story.site), **client_login(story.site)}
 
     def completed() -> bool:
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=variables)
         return int(done.stdout) > 0
 
     wait_for(completed, "a scheduled run completed")

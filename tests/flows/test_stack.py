@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from flows import stack, stack_process
 from flows.stack_process import Program
 from mansard.errors import BadInput, MansardError
+from mansard.page_password import create_password, password_file
 from mansard.site import Site, load_site
 from tests.free_ports import free_port
 
@@ -182,3 +184,19 @@ def test_what_a_killed_leader_left_is_asked_to_end_before_it_is_killed(tmp_path:
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
     stack_process.end_leftovers(server)
     assert mark.exists()
+
+
+def test_up_without_authentication_says_so_each_time_and_with_an_open_file_refuses(site: Site) -> None:
+    off = replace(site, authentication="none")
+    with socket.create_server(("127.0.0.1", site.ports.mlflow)):
+        for _ in range(2):
+            lines: list[str] = []
+            with pytest.raises(BadInput, match="is taken"):
+                stack.up(off, lines.append)
+            assert [line for line in lines if line.startswith("authentication: off")] == lines[:1]
+    create_password(site)
+    password_file(site).chmod(0o644)
+    with pytest.raises(BadInput, match="not private"):
+        stack.up(site, lambda line: None)
+    stack.down(site, lambda line: None)  # works without it
+    assert {r["state"] for r in stack.status_of_processes(site)} == {"stopped"}
