@@ -42,13 +42,17 @@ class _Collected(Collector):
         lease = GaugeMetricFamily("mansard_canary_lease", "1 while the canary may serve", labels=["worker", "model"])
         refused = CounterMetricFamily("mansard_router_refused", "The router's own 4xx", labels=["worker", "status"])
         term = GaugeMetricFamily("mansard_split_term", "Term of the traffic split in force", labels=["worker"])
+        problem = GaugeMetricFamily(
+            "mansard_split_problem_seconds", "How long the newest split has not been taken", labels=["worker"]
+        )
         for worker, tree in self._trees.items():
             term.add_metric([worker], tree["term"])
+            problem.add_metric([worker], tree["split_problem_seconds"])
             for status, count in tree["refused"].items():
                 refused.add_metric([worker, status], count)
             for model, known in tree["models"].items():
                 lease.add_metric([worker, model], 1 if known["has_lease"] else 0)
-        yield from (lease, refused, term)
+        yield from (lease, refused, term, problem)
 
     def _of_versions(self) -> Iterator[Any]:
         requests = CounterMetricFamily(

@@ -84,12 +84,16 @@ class Keeper:
 
     async def _run_once(self) -> int:
         inherited = self._inherited
-        self.process = await asyncio.create_subprocess_exec(
-            *inherited.command(self.index),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            pass_fds=(inherited.listener.fileno(), inherited.rates),
-        )
+        try:
+            self.process = await asyncio.create_subprocess_exec(
+                *inherited.command(self.index),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                pass_fds=(inherited.listener.fileno(), inherited.rates),
+            )
+        except OSError as error:  # no descriptor, process or memory is free
+            log.error("worker %d cannot be started: %s", self.index, error)
+            return 1
         if self._is_ending:
             self.process.terminate()
         assert self.process.stdout is not None

@@ -130,6 +130,7 @@ def _take_news(folder: FolderWatch, watch: SplitWatch, pool: EnginePool) -> None
 
 async def _watch(watch: SplitWatch, pool: EnginePool, key_files: list[KeyFile], access_log: AccessLog) -> None:
     looked, loop = 0.0, asyncio.get_running_loop()
+    problems = dict.fromkeys(key_files, "")
     while True:
         await asyncio.sleep(FLUSH_SECONDS)
         access_log.flush()
@@ -140,8 +141,12 @@ async def _watch(watch: SplitWatch, pool: EnginePool, key_files: list[KeyFile], 
         for file in key_files:
             try:
                 file.read()
+                problem = ""
             except BadInput as error:  # the keys read before stay in force
-                log.warning("%s", error)
+                problem = str(error)
+            if problem not in ("", problems[file]):
+                log.warning("%s", problem)
+            problems[file] = problem
 
 
 async def drain(admin: RouterAdmin, public: web.Server, deadline_seconds: float) -> None:
