@@ -22,6 +22,7 @@ from flows import stack_process
 from flows.stack_process import Program
 from mansard.canonical import sha256_json
 from mansard.errors import BadInput, MansardError
+from mansard.private_files import close_home
 from mansard.serving.client import HostClient
 from mansard.site import Site
 from tasks.standard_streams import say as say_line
@@ -44,6 +45,8 @@ def up(site: Site, say: Say | None = None) -> dict[str, str]:
     check_card(site)
     tell = say or say_line
     with _stack_lock(site, tell):
+        for line in close_home(site):
+            tell(line)
         waves = _programs(site)
         for program in waves[-1]:
             if program.name == "deployments" and stack_process.is_outdated(program):

@@ -26,6 +26,7 @@ from aiohttp import web
 
 from mansard.canonical import write_atomically
 from mansard.errors import BadInput, MansardError
+from mansard.private_files import use_private_umask
 from mansard.serving.folder_watch import FolderWatch
 from mansard.serving.haproxy.config import config_text, log_socket, routes_file, runtime_socket
 from mansard.serving.haproxy.log import take_line
@@ -240,6 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--drain-seconds", type=float, default=DRAIN_SECONDS)
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr)
+    use_private_umask()
     try:
         asyncio.run(serve(load_site(given.site), given.lease_seconds, given.drain_seconds))
     except MansardError as error:

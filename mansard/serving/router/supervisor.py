@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mansard.errors import MansardError
+from mansard.private_files import use_private_umask
 from mansard.serving.router.rates import shared_memory
 from mansard.serving.router.sockets import listen
 from mansard.serving.router.worker import add_worker_arguments
@@ -164,6 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = tuple(sys.argv[1:] if arguments is None else arguments)
     given = parser.parse_args(words)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr)
+    use_private_umask()
     try:
         asyncio.run(supervise(load_site(given.site), words, given.drain_seconds))
     except MansardError as error:

@@ -25,6 +25,7 @@ import uvloop
 from aiohttp import web
 
 from mansard.errors import BadInput, MansardError
+from mansard.private_files import use_private_umask
 from mansard.serving.folder_watch import FolderWatch
 from mansard.serving.router.access_log import FLUSH_SECONDS, AccessLog
 from mansard.serving.router.admin import RouterAdmin
@@ -210,6 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s router-%(name)s %(message)s", stream=sys.stderr)
     _allow_many_files()
+    use_private_umask()
     try:
         site = load_site(given.site)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
