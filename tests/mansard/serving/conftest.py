@@ -4,6 +4,7 @@ Only the engine is a stand-in (fake_vllm, found through the site's environment v
 same command line as vLLM and talks to it over the same API.
 """
 
+import contextlib
 import http.client
 import itertools
 import json
@@ -69,6 +70,28 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+ENGINE_PATHS = (
+    *("/v1/models", "/metrics", "/health", "/version", "/openapi.json", "/docs", "/nothing"),
+    *("/pooling", "/v1/load_lora_adapter"),
+)
+
+
+def engine_statuses(port: int, user: int, **headers: str) -> set[int]:
+    """What an engine answers on every path to a client of that user."""
+    answered = set()
+    for path in ENGINE_PATHS:
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as client:
+            os.seteuid(user)
+            try:
+                client.connect()
+            finally:
+                os.seteuid(os.getuid())
+            method, body = ("POST", b"{}") if "p" in path[:3] or "adapter" in path else ("GET", None)
+            client.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
+            answered.add(client.getresponse().status)
+    return answered
 
 
 @dataclass
