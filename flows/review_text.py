@@ -66,10 +66,8 @@ def show(out: Console, facts: Mapping[str, Any], judgement: Judgement, registrat
         told = f"{decision['kind']} by {decision['who']} at {decision['at']}: {decision['why']}"
         out.print(escape(told))
     out.print(f"page:   {facts['page']}\nchart:  {facts['chart']}", soft_wrap=True, highlight=False)
-    if registration.verdict in ("pass", "baseline"):
-        out.print(f'next: mansard approve {facts["version"]} --as NAME --reason "..."', soft_wrap=True)
-    else:
-        out.print("next: mend the upgrade; a version that did not pass cannot be approved")
+    is_command = facts["next"].startswith("mansard ")  # which stays whole, so that it can be copied
+    out.print(f"next: {escape(facts['next'])}", soft_wrap=is_command, highlight=False)
 
 
 def interval_bar(result: SuiteResult, cells: int = BAR_CELLS) -> str:

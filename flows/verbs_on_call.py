@@ -35,15 +35,22 @@ def status(args: argparse.Namespace) -> int:
     """Pointers, versions and traffic; with --json also the engines and every process of the stack."""
     site = load_site(find_site(args.site))
     names = [site.model_named(args.model)] if args.model else list(site.models)
-    models = {name: oncall.status(site, name) for name in names}
+    models: dict[str, Any] = {}
+    problem = ""  # of the journal: it is waited for once
+    for name in names:
+        models[name] = oncall.remembered_status(site, name, problem) if problem else oncall.status(site, name)
+        problem = models[name]["journal"].get("problem", "")
     host, trouble = _host_status(site)
+    card = _card_warning(site)
     workers, lag = lag_lines(site, WORKER_SECONDS)
     if args.json:
-        tree = {"format": 1, "models": models, "host": host, "processes": _processes(site), "workers": workers}
-        print(json.dumps(tree))
+        facts = {"format": 1, "models": models, "host": host, "card": card or None, "processes": _processes(site)}
+        print(json.dumps({**facts, "workers": workers}))
         return 0
     for found in models.values():
         show(status_text(found, columns()))
+    if card:
+        show(f"warning: {card}")
     show(trouble if host is None else _engines_text(host))
     for line in lag:
         show(f"warning: {line}")
@@ -58,6 +65,24 @@ def _host_status(site: Site) -> tuple[dict[str, Any] | None, str]:
         return None, "host: down (mansard up starts it); rollback works without it"
     except MansardError as error:  # it hangs, or has no journal to read
         return None, f"host: runs, but cannot answer: {error}; rollback works without it"
+
+
+def _card_warning(site: Site) -> str:
+    """Engines that do not fit the GPU together: one line, where the site states their memory."""
+    if site.engine.gpu_memory_gib is None:
+        return ""
+    from mansard.serving.engine.card_memory import card_warning  # starts nvidia-smi
+
+    return card_warning(site)
+
+
+def _is_host_alive(site: Site) -> bool:
+    """Whether it answers at all, whatever its journal does."""
+    try:
+        HostClient(site.host_socket).call("GET", "/alive", timeout_seconds=HOST_TIMEOUT_SECONDS)
+    except MansardError:
+        return False
+    return True
 
 
 def _processes(site: Site) -> list[dict[str, Any]]:
@@ -106,10 +131,10 @@ def rollback(args: argparse.Namespace) -> int:
         "who": who,
         "why": args.reason,
     }
-    if _host_status(site)[0] is None:
-        done = _without_host(site, model, args, who)
-    else:
+    if _is_host_alive(site):
         done = _through_host(site, model, args, who, body)
+    else:
+        done = _without_host(site, model, args, who)
     if args.json:
         print(json.dumps(done))
         return 0

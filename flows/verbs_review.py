@@ -10,6 +10,8 @@ from typing import Any
 from flows.person import person
 from flows.screen import show
 from mansard.release import approval, keys
+from mansard.release.advice import next_of_version
+from mansard.release.events import DECISIONS
 from mansard.release.journal import Journal
 from mansard.release.pointer import approvals_in_force
 from mansard.site import find_site, load_site
@@ -25,8 +27,8 @@ def review(args: argparse.Namespace) -> int:
     store = Store.of(site)
     with Journal.open(site.journal) as journal:
         registration = journal.registration(model, args.version)
-        entries = journal.entries(model, kinds=("approved", "rejected"))
-    decisions = [e for e in entries if e.version == args.version]
+        entries, pointers = journal.entries(model), journal.pointers(model)
+    decisions = [e for e in entries if e.kind in DECISIONS and e.version == args.version]
     verdict: dict[str, Any] = json.loads(store.read_file(registration.verdict_record, "verdict.json"))
     report = write_report(store, registration, args.version, site.reports)
     facts = {
@@ -40,6 +42,7 @@ def review(args: argparse.Namespace) -> int:
         "page": str(report / "report.html"),
         "chart": str(report / "chart.png"),
         "decisions": [{"kind": e.kind, "who": e.who, "at": e.at, "why": e.why} for e in decisions],
+        "next": next_of_version(registration, args.version, entries, pointers, site.approval.approvals),
     }
     if args.json:
         print(json.dumps(facts))

@@ -8,6 +8,7 @@ It ends when its caller does; workers live by their own pipes.
 """
 
 import array
+import contextlib
 import ctypes
 import functools
 import gc
@@ -97,16 +98,11 @@ class Workers:
         return True
 
     def _reap(self, pid: int) -> None:
-        """Tell how it ended where it could not: a signal."""
+        """Tell how it ended: whatever ended it, a signal or a library's own exit, it may not have said so itself."""
         pidfd, status = self._running.pop(pid)
         self._selector.unregister(pidfd)
         os.close(pidfd)
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        try:
-            if code < 0:
-                os.write(status, f"exit {code}\n".encode())
-        except BrokenPipeError:
-            pass  # nobody waits for it any more
+        _tell_end(status, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
         os.close(status)
 
 
@@ -152,8 +148,14 @@ def _become_worker(request: Mapping[str, Any], descriptors: Sequence[int], began
     except BaseException:  # noqa: BLE001 - the last frame of a process: what Python would do
         traceback.print_exc()
     sys.stderr.flush()
-    os.write(status, f"exit {code}\n".encode())
+    _tell_end(status, code)  # the server says it too, if it lives
     os._exit(code)
+
+
+def _tell_end(status: int, code: int) -> None:
+    """The first of these lines counts."""
+    with contextlib.suppress(BrokenPipeError):  # nobody waits for it any more
+        os.write(status, f"exit {code}\n".encode())
 
 
 def _take_variables(variables: Mapping[str, str], began_with: Mapping[str, str]) -> None:
@@ -190,15 +192,15 @@ def _check_devices(visible: Mapping[str, str], began_with: Mapping[str, str]) ->
     os._exit(code)
 
 
-def _show_command(words: Sequence[str]) -> None:
+def _show_command(command: Sequence[str]) -> None:
     """Write the process's command line anew, so that people and tools see which stage it runs. As far as there is room:
     the server was started with a long argument."""
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     begin, end = int(fields[45]), int(fields[46])  # arg_start and arg_end, 48 and 49 of proc(5)
-    text = b"\0".join(word.encode() for word in words) + b"\0"
+    text = b"\0".join(word.encode() for word in command) + b"\0"
     if len(text) < end - begin:
         ctypes.memmove(begin, text.ljust(end - begin, b"\0"), end - begin)
-    sys.argv = list(words[2:])
+    sys.argv = list(command[2:])
 
 
 if __name__ == "__main__":

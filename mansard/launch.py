@@ -132,7 +132,7 @@ def _run_worker(
     request_file = log.with_suffix(".request.json")
     request_file.write_text(json.dumps(message, indent=1))
     worker = WorkerRequest(stage, request_file, site.home, worker_variables(environment))
-    with log.open("wb") as log_file:
+    with log.open("ab") as log_file:
         process = start_worker(environment, worker, log_file)
     try:
         if progress is not None:  # its imports take long enough for a person to wonder

@@ -66,6 +66,8 @@ def main(request_file: str) -> int:
     try:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # Only DeepSpeed's inference calls it; compiling it takes a minute, and one killed leaves a lock all wait for.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(
             "nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(seconds=2 * asked["hang_seconds"])
         )

@@ -59,10 +59,16 @@ class TrainingSite:
 
 @dataclass(frozen=True, slots=True)
 class RouterSite:
-    """`plane` is `workers` (Mansard's own, so many processes on one socket) or `haproxy`."""
+    """`plane` is `workers` (Mansard's own, so many processes on one socket) or `haproxy`.
+
+    An engine that gives no first byte for `first_byte_seconds`, or after it makes no progress for `silent_seconds`, has
+    failed; an answer that is not streamed has its first byte when all of it is generated.
+    """
 
     plane: str = "workers"
     workers: int = 2
+    first_byte_seconds: int = 300
+    silent_seconds: int = 60
 
 
 @dataclass(frozen=True, slots=True)

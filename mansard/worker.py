@@ -52,7 +52,7 @@ class Messages(Protocol):
 
 
 class Channel:
-    """JSON lines to the parent, from any thread."""
+    """JSON lines to the parent, from any thread. A number of NumPy or torch is sent as Python's."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -60,8 +60,14 @@ class Channel:
 
     def send(self, message: dict[str, Any]) -> None:
         with self._lock:
-            self._stream.write(json.dumps(message) + "\n")
+            self._stream.write(json.dumps(message, default=_plain) + "\n")
             self._stream.flush()
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401 - json asks for what it does not know
+    if not hasattr(value, "item"):
+        raise TypeError(f"a stage's message holds a {type(value).__name__} ({value!r:.80}); send numbers and text")
+    return value.item()
 
 
 def main(stage: str, request_file: str) -> int:

@@ -103,19 +103,19 @@ class ForkServer:
         self._lock = threading.Lock()
         self._is_ready = False
         self._process: subprocess.Popen[bytes] | None = None
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._control = ours
+        our_end, server_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._control = our_end
         log.parent.mkdir(parents=True, exist_ok=True)
-        with theirs, log.open("wb") as log_file, contextlib.suppress(OSError):  # no interpreter: workers say so
-            ours.send(json.dumps({"variables": dict(variables)}).encode())
+        with server_end, log.open("ab") as log_file, contextlib.suppress(OSError):  # no interpreter: workers say so
+            our_end.send(json.dumps({"variables": dict(variables)}).encode())
             self._process = subprocess.Popen(
-                [str(environment.python), "-m", "mansard.fork_server", str(theirs.fileno()), ROOM],
+                [str(environment.python), "-m", "mansard.fork_server", str(server_end.fileno()), ROOM],
                 stdin=subprocess.DEVNULL,
                 stdout=log_file,
                 stderr=subprocess.STDOUT,
                 env={**variables, **HIDING},
                 cwd=str(folder),
-                pass_fds=[theirs.fileno()],
+                pass_fds=[server_end.fileno()],
                 start_new_session=True,
             )
 

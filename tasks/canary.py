@@ -91,7 +91,7 @@ class _Watch:
         away_since: float | None = None
         while True:
             try:
-                return rollout_state(self.site, self.model_name)
+                return _checked(rollout_state(self.site, self.model_name))
             except HostDown:
                 if away_since is None:
                     away_since = self.clock()
@@ -99,6 +99,20 @@ class _Watch:
                 if self.clock() - away_since > policy.HOST_AWAY_SECONDS:
                     raise
                 time.sleep(policy.ROLLOUT_POLL_SECONDS)
+
+
+def _checked(answer: dict[str, Any]) -> dict[str, Any]:
+    """The host's answer; MansardError for one of another form, as of a host of another release."""
+    numbers = dict.fromkeys(("step", "steps", "weight_percent"), int)
+    kinds = {"state": str, **numbers, "reason": str, "version": int | None}
+    wrong = [key for key, kind in kinds.items() if not isinstance(answer.get(key, ...), kind)]
+    if wrong:
+        what = f"{wrong[0]} {answer[wrong[0]]!r:.40}" if wrong[0] in answer else f"no {wrong[0]}"
+        raise MansardError(
+            f"the host's answer on its rollout: {what}; is it of another release? mansard down, mansard up; "
+            "the rollout goes on meanwhile"
+        )
+    return answer
 
 
 def _words(now: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ A narrow terminal shows a percentage instead of counts, then fewer things; colou
 """
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -49,11 +50,12 @@ class Row:
     ended_at: float | None = None
 
     def remaining_seconds(self, at: float) -> float | None:
-        """Until the end, at the pace so far; None where that is not known."""
+        """Until the end, at the pace so far; None where that is not known, or no number."""
         gain = self.now.completed - self.first_completed
         if self.now.total is None or gain <= 0 or self.now.completed >= self.now.total:
             return None
-        return (at - self.first_at) * (self.now.total - self.now.completed) / gain
+        seconds = (at - self.first_at) * ((self.now.total - self.now.completed) / gain)
+        return seconds if math.isfinite(seconds) else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,6 @@ from itertools import chain, repeat
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import t as student_t
 
 from mansard.errors import MansardError, StageFailed
 from mansard.evaluation.engine_api import stream_events
@@ -135,6 +134,8 @@ def high_ratios(candidate: Sequence[Sequence[Reply]], baseline: Sequence[Sequenc
     """Upper bounds of the ratios of median latencies, from the rounds (in one order for both); empty for one round."""
     if len(candidate) < 2:
         return {}
+    from scipy.stats import t as student_t  # here, because it takes seconds that no verb needs
+
     found = {}
     rounds = [(_latencies(c), _latencies(b)) for c, b in zip(candidate, baseline, strict=True)]
     for name in rounds[0][0]:

@@ -25,6 +25,8 @@ from mansard.release.pointer import RollbackPlan, plan_rollback
 from mansard.release.target_check import artifact_warnings, later_warnings, target_warnings
 from mansard.site import Site
 
+JOURNAL_SECONDS = 0.6
+"""A database that gives no answer in this time is down for a rollback: users are moved within a second."""
 ATTEMPTS = 5
 """So often a rollback decides anew when somebody else moved the pointer between reading and writing."""
 
@@ -136,7 +138,7 @@ def known_state(site: Site, model: str) -> tuple[Remembered, Memory, list[emerge
 
 
 def _in_journal(site: Site, request: Request, answers: Answers, write_split: WriteSplit) -> Moved:
-    with Journal.open(site.journal) as journal:
+    with Journal.open(site.journal, limit_seconds=JOURNAL_SECONDS) as journal:
         emergency.import_waiting(site, journal)
         plan, warnings, artifact = _move(site, journal, request, answers)
         after = _write(site, journal, request.model, write_split)

@@ -158,6 +158,7 @@ def import_waiting(site: Site, journal: Journal) -> list[Entry]:
     if not site.emergency_file.exists():
         return []
     conflicts: list[Entry] = []
+    journal.tip()  # a server that gives no answer is waited for here: an operator waits for the lock
     with locked(site):
         records = waiting(site)
         begun = [n for n, made in enumerate(records) if _imported(journal, made)]

@@ -60,12 +60,18 @@ class Journal:
         self._guard = guard
 
     @staticmethod
-    def open(place: Path | str, clock: Callable[[], datetime] = utc_now, guard: Guard | None = None) -> "Journal":
+    def open(
+        place: Path | str,
+        clock: Callable[[], datetime] = utc_now,
+        guard: Guard | None = None,
+        limit_seconds: float | None = None,
+    ) -> "Journal":
         """Open the journal of a site: a path is SQLite's, a postgresql:// URL that server's. Made where there is none.
 
-        Raises JournalDown where nobody answers, MansardError for a newer format.
+        Raises JournalDown where nobody answers, MansardError for a newer format. `limit_seconds`: no answer of a server
+        is waited for longer; its own limits are for people who can wait (postgres_database.py).
         """
-        return Journal(Ledger(_database(place), clock), guard)
+        return Journal(Ledger(_database(place, limit_seconds), clock), guard)
 
     @property
     def name(self) -> str:
@@ -359,12 +365,12 @@ def _as_json(pointers: Pointers) -> dict[str, int | None]:
     }
 
 
-def _database(place: Path | str) -> Database:
+def _database(place: Path | str, limit_seconds: float | None) -> Database:
     if isinstance(place, Path):
         return SqliteDatabase.open(place)
     from mansard.release.postgres_database import PostgresDatabase  # psycopg takes a while to load
 
-    return PostgresDatabase.open(place)
+    return PostgresDatabase.open(place, limit_seconds)
 
 
 def _but_cost(registration: Registration) -> tuple[tuple[str, str, str], ...]:

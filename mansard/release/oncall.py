@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mansard.errors import Corrupt, JournalDamaged, JournalDown
 from mansard.release import emergency
+from mansard.release.advice import next_of_model
 from mansard.release.chain import link_of
 from mansard.release.direct_rollback import known_state
 from mansard.release.events import (
@@ -121,6 +122,7 @@ def _status(
     sequence = 0 if tip is None else tip.sequence
     split = _split(site, model, pointers)
     outage = _outage(entries, model, pointers, split)
+    following = next_of_model(versions, entries, pointers, site.approval.approvals)
     return {
         "format": 1,
         "model": model,
@@ -140,7 +142,7 @@ def _status(
             "prefect": f"http://127.0.0.1:{site.ports.prefect}",
             "mlflow": f"http://127.0.0.1:{site.ports.mlflow}",
         },
-        "next": outage["next"] if outage is not None else _next(versions, pointers, site.approval.approvals),
+        "next": following if outage is None else outage["next"],
     }
 
 
@@ -257,20 +259,6 @@ def _mirror(site: Site, sequence: int) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         return {"sequence": None, "at": None, "lag": None, "trouble": f"{site.run / 'mirror.json'}: damaged: {error}"}
-
-
-def _next(versions: list[dict[str, Any]], pointers: Pointers, num_approvals: int) -> str:
-    """The command that a person most likely needs now."""
-    if pointers.canary is not None:
-        return "mansard rollback   (aborts the rollout)"
-    waiting = [v for v in versions if v["baseline_version"] == pointers.stable and v["version"] != pointers.stable]
-    waiting = [v for v in waiting if v["verdict"] in ("pass", "baseline")]
-    if not waiting:
-        return "mansard upgrade SPEC" if versions else "mansard adopt SPEC"
-    newest = waiting[-1]
-    if len(newest["approvals"]) >= num_approvals:
-        return f"mansard release {newest['version']}"
-    return f"mansard review {newest['version']}"
 
 
 def _brief(entry: Entry | None) -> dict[str, Any] | None:

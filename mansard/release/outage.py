@@ -6,6 +6,7 @@ that makes another version stable. No pointer moves, so neither takes a term: th
 stands in, and its lease counter orders the two.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -91,7 +92,8 @@ def next_command(version: int, to: int | None, target: int | None) -> str:
 def outage_intervals(entries: Iterable[Entry], model: str, version: int, boot: str) -> list[tuple[float, float]]:
     """When `version` was down as stable: seconds since the boot, from and to; an open one ends at infinity.
 
-    Outages of another boot are left out: no clock of this one tells when they were.
+    One that began before this boot lasts from the beginning of time; one that ended before it is left out, because no
+    clock of this boot tells when that was.
     """
     intervals: list[tuple[float, float]] = []
     begin: float | None = None
@@ -100,11 +102,13 @@ def outage_intervals(entries: Iterable[Entry], model: str, version: int, boot: s
             continue
         moment = _seconds(entry, boot)
         if entry.kind == STABLE_DOWN:
-            begin = moment if begin is None and entry.version == version else begin
+            if begin is None and entry.version == version:
+                begin = -math.inf if moment is None else moment
         elif begin is not None:
-            intervals.append((begin, moment if moment is not None else begin))
+            if moment is not None:
+                intervals.append((begin, moment))
             begin = None
-    return [*intervals, (begin, float("inf"))] if begin is not None else intervals
+    return [*intervals, (begin, math.inf)] if begin is not None else intervals
 
 
 def _seconds(entry: Entry, boot: str) -> float | None:

@@ -2,24 +2,41 @@
 
 The URL holds no password (the site refuses one): libpq takes it from PGPASSWORD or its password file. A connection
 that the server ended is made anew before the next transaction or read, so a server that restarts is noticed only by the
-transaction it interrupted. Imported only for such a URL, because psycopg takes a while to load.
+transaction it interrupted. No wait lasts longer than its limit: a server that is stopped, or a network that swallows
+what is sent, gives no answer and no error, and libpq alone would wait for ever. Imported only for such a URL, because
+psycopg takes a while to load.
 """
 
 import contextlib
+import threading
+import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from concurrent.futures import Future, InvalidStateError
+from typing import Any, TypeVar
 
 import psycopg
+import psycopg.abc
 
 from mansard.errors import JournalDamaged, JournalDown, MansardError
-from mansard.release.schema import APPEND_ONLY, BUSY_SECONDS, Row, check_format, make_tables
+from mansard.release.schema import APPEND_ONLY, Row, check_format, make_tables
 
 CONNECT_SECONDS = 5
 """At night nobody waits longer for a server that does not answer."""
+STALLED_SECONDS = 5
+"""The server ends a transaction whose client says nothing for so long, as where the network swallows: others wait for
+its lock."""
+LOCK_SECONDS = 6
+STATEMENT_SECONDS = 7
+ANSWER_SECONDS = 8.0
+"""Above the limits that an answering server keeps itself, and a command ends within 10 s."""
+SILENT_SECONDS = 2.0
+"""So long a server that gave no answer is not asked again: what is queued behind that question fails at once."""
 _MAKING = 0x6D616E73617264  # one advisory lock for whoever makes the tables: "mansard" in ASCII
 _SETTINGS = (  # a server that answers before a commit is on its disk breaks the journal's promise
-    f"SELECT set_config('lock_timeout', '{BUSY_SECONDS}s', false), "
-    f"set_config('statement_timeout', '{2 * BUSY_SECONDS}s', false), CASE current_setting('synchronous_commit') "
+    f"SELECT set_config('lock_timeout', '{LOCK_SECONDS}s', false), "
+    f"set_config('statement_timeout', '{STATEMENT_SECONDS}s', false), "
+    f"set_config('idle_in_transaction_session_timeout', '{STALLED_SECONDS}s', false), "
+    "CASE current_setting('synchronous_commit') "
     "WHEN 'off' THEN set_config('synchronous_commit', 'on', false) END"
 )
 _TRIGGERS = (
@@ -32,19 +49,46 @@ _TRIGGERS = (
     ),
 )
 
+T = TypeVar("T")
+
+
+class _NoAnswer(psycopg.OperationalError):
+    """The limit of a wait has passed."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"no answer in {seconds:g} s")
+        self.seconds = seconds
+
+
+class _Connection(psycopg.Connection[Row]):
+    """psycopg's, with a limit on each of its waits; after that it is closed, because an answer may still come."""
+
+    answer_seconds = ANSWER_SECONDS
+
+    def wait(self, gen: psycopg.abc.PQGen[T], interval: float = 0.1, timeout: float | None = None) -> T:
+        seconds = self.answer_seconds if timeout is None else timeout
+        try:
+            return super().wait(gen, interval, seconds)
+        except psycopg.errors._WaitTimeout as error:
+            self.pgconn.finish()
+            raise _NoAnswer(seconds) from error
+
 
 class PostgresDatabase:
-    """One connection; the caller keeps two threads from using it at once."""
+    """One connection; the caller keeps two threads from using it at once. `limit_seconds` shortens every wait."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, limit_seconds: float | None = None) -> None:
         self.name = url
-        self._connection: psycopg.Connection[Row] | None = None
+        self._connect_seconds = min(CONNECT_SECONDS, limit_seconds or CONNECT_SECONDS)
+        self._answer_seconds = min(ANSWER_SECONDS, limit_seconds or ANSWER_SECONDS)
+        self._connection: _Connection | None = None
         self._is_inside = False
+        self._silent_until, self._silence = 0.0, _NoAnswer(0.0)
 
     @staticmethod
-    def open(url: str) -> "PostgresDatabase":
+    def open(url: str, limit_seconds: float | None = None) -> "PostgresDatabase":
         """Connect, and make what is missing. Refuses a newer format; JournalDown where nobody answers."""
-        database = PostgresDatabase(url)
+        database = PostgresDatabase(url, limit_seconds)
         try:
             if database.rows("SELECT to_regclass('meta')") == [(None,)]:
                 with database._making():  # looking again here may find an old answer in the server's catalog cache
@@ -99,23 +143,59 @@ class PostgresDatabase:
 
     def _execute(self, statement: str, values: Sequence[Any]) -> "psycopg.Cursor[Row]":
         marked = statement.replace("?", "%s") if values else statement
-        with _errors_named(self.name):
+        with _errors_named(self.name), self._silence_noted():
             connection = self._connected()
             try:
                 return connection.execute(marked, values or None)
-            except psycopg.OperationalError:
-                if self._is_inside or not connection.closed:
+            except psycopg.OperationalError as error:
+                if self._is_inside or not connection.closed or isinstance(error, _NoAnswer):
                     raise
             return self._connected().execute(marked, values or None)  # the server had ended an idle connection
 
-    def _connected(self) -> "psycopg.Connection[Row]":
+    @contextlib.contextmanager
+    def _silence_noted(self) -> Iterator[None]:
+        if time.monotonic() < self._silent_until:
+            raise _NoAnswer(self._silence.seconds)
+        try:
+            yield
+        except _NoAnswer as error:
+            self._silent_until, self._silence = time.monotonic() + SILENT_SECONDS, error
+            raise
+
+    def _connected(self) -> _Connection:
         if self._connection is not None and (self._is_inside or not self._connection.closed):
             return self._connection
-        self._connection = psycopg.connect(
-            self.name, autocommit=True, connect_timeout=CONNECT_SECONDS, prepare_threshold=None
-        )
+        self._connection = _connect(self.name, self._connect_seconds)
+        self._connection.answer_seconds = self._answer_seconds
         self._connection.execute(_SETTINGS)
         return self._connection
+
+
+def _connect(url: str, seconds: float) -> _Connection:
+    """In a thread, because libpq's limit is for each address of the server, and name servers have none."""
+    answer: Future[_Connection] = Future()
+
+    def connect() -> None:
+        try:
+            connection = _Connection.connect(
+                url, autocommit=True, connect_timeout=2 * CONNECT_SECONDS, prepare_threshold=None
+            )
+        except psycopg.Error as error:  # raised where it is waited for
+            with contextlib.suppress(InvalidStateError):
+                answer.set_exception(error)
+            return
+        try:
+            answer.set_result(connection)
+        except InvalidStateError:  # nobody waits for it any more
+            connection.close()
+
+    threading.Thread(target=connect, name="connect to the journal", daemon=True).start()
+    try:
+        return answer.result(seconds)
+    except TimeoutError as error:
+        if answer.cancel():
+            raise _NoAnswer(seconds) from error
+        return answer.result()
 
 
 @contextlib.contextmanager

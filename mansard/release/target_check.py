@@ -57,20 +57,21 @@ def later_warnings(site: Site, version: int, artifact: str) -> list[str]:
     """After the move: what a bucket says, or that it said nothing in time. A store in a folder was asked before."""
     if site.store_url is None:
         return []
-    trouble: list[str] = []
-    looking = threading.Thread(target=_look, args=(site, artifact, trouble), daemon=True)
+    answers: list[str] = []
+    looking = threading.Thread(target=_look, args=(site, artifact, answers), daemon=True)
     looking.start()
     looking.join(LATER_SECONDS)
-    if looking.is_alive():
-        trouble = [f"{site.store_url}: no answer in {LATER_SECONDS:g} s, so its artifact was not checked"]
-    return [f"version {version}: {what}" for what in trouble]
+    silence = f"{site.store_url}: no answer in {LATER_SECONDS:g} s, so its artifact was not checked"
+    return [f"version {version}: {problem}" for problem in (answers or [silence]) if problem]
 
 
-def _look(site: Site, artifact: str, trouble: list[str]) -> None:
+def _look(site: Site, artifact: str, answers: list[str]) -> None:
+    """Adds what is wrong with it, or nothing; a look that failed in another way adds no answer."""
     try:
         _check_whole(site, artifact)
+        answers.append("")
     except MansardError as error:
-        trouble.append(str(error))
+        answers.append(str(error))
 
 
 def _check_whole(site: Site, artifact: str) -> None:

@@ -111,7 +111,7 @@ def with_canary(
 ) -> Split:
     """`version` is the canary at `weight_percent`, stable has the rest. BadInput without a stable, or for stable."""
     known = _model(split, model)
-    if version == known.stable:
+    if version in (known.stable, known.stands_in_for):
         raise BadInput(f"{model} version {version} is stable; a canary is another version")
     if not 0 <= weight_percent <= 100:
         raise BadInput(f"weight_percent {weight_percent} of {model} version {version}: 0 to 100 is expected")

@@ -14,12 +14,12 @@ import os
 import shutil
 import signal
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from busy_users import Users
 from serving_place import place_class
 
 from mansard.release.journal import Journal
@@ -32,47 +32,34 @@ PAUSE_SECONDS = 0.02
 KEYS_PER_USER = 10
 
 
-class Users:
-    """Each asks one request after the other; `answers` are (begin, end, status, version)."""
+Answer = tuple[float, float, int, str]
+"""Begin, end, status, version."""
 
-    def __init__(self, port: int, num_users: int, model: str = "demo") -> None:
-        self.answers: list[tuple[float, float, int, str]] = []
-        self._port = port
-        self._model = model
-        self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._run, args=(n,)) for n in range(num_users)]
 
-    def start(self) -> None:
-        for thread in self._threads:
-            thread.start()
+def users_of(port: int, num_users: int, model: str = "demo") -> Users[Answer]:
+    """Each has sticky keys of its own and asks on a new connection."""
+    body = json.dumps({"model": model, "prompt": "x", "max_tokens": 4}).encode()
 
-    def stop(self) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
+    def ask(user: int, turn: int) -> Answer:
+        begin = time.monotonic()
+        status, version = _ask(port, body, f"user-{user}-{turn % KEYS_PER_USER}")
+        return begin, time.monotonic(), status, version
 
-    def _run(self, number: int) -> None:
-        turn = 0
-        while not self._stop.is_set():
-            turn += 1
-            begin = time.monotonic()
-            status, version = self._ask(f"user-{number}-{turn % KEYS_PER_USER}")
-            self.answers.append((begin, time.monotonic(), status, version))
-            self._stop.wait(PAUSE_SECONDS)
+    return Users(ask, num_users, PAUSE_SECONDS)
 
-    def _ask(self, key: str) -> tuple[int, str]:
-        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=60)
-        body = json.dumps({"model": self._model, "prompt": "x", "max_tokens": 4}).encode()
-        try:
-            headers = {"content-type": "application/json", "x-mansard-session": key}
-            connection.request("POST", "/v1/completions", body, headers)
-            answer = connection.getresponse()
-            answer.read()
-            return answer.status, answer.getheader("x-mansard-version") or ""
-        except (OSError, http.client.HTTPException):
-            return 599, ""
-        finally:
-            connection.close()
+
+def _ask(port: int, body: bytes, key: str) -> tuple[int, str]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    try:
+        headers = {"content-type": "application/json", "x-mansard-session": key}
+        connection.request("POST", "/v1/completions", body, headers)
+        answer = connection.getresponse()
+        answer.read()
+        return answer.status, answer.getheader("x-mansard-version") or ""
+    except (OSError, http.client.HTTPException):
+        return 599, ""
+    finally:
+        connection.close()
 
 
 def serve_two(place: Any, restart_seconds: float) -> None:
@@ -91,7 +78,7 @@ def measure(policy: str, num_users: int, restart_seconds: float) -> dict[str, An
     """Kill stable's engine under load; until it serves again."""
     home = Path(tempfile.mkdtemp(prefix="mansard-"))
     place = place_class()(home)
-    users = Users(place.site.ports.router, num_users)
+    users = users_of(place.site.ports.router, num_users)
     try:
         place.site.path.write_text(
             json.dumps({**json.loads(place.site.path.read_text()), "when_stable_is_dead": policy})
@@ -124,7 +111,7 @@ def measure_running(site: Site, model: str, num_users: int, deadline_seconds: fl
     if len(pids) != 1:
         raise SystemExit(f"outage: stable of {model!r} has {len(pids)} engines; needs one that serves")
     returns = _num_returns(site, model)
-    users = Users(site.ports.router, num_users, model)
+    users = users_of(site.ports.router, num_users, model)
     users.start()
     try:
         _wait(lambda: len(users.answers) > 20 * num_users, deadline_seconds)
@@ -152,7 +139,7 @@ def _num_returns(site: Site, model: str) -> int:
         return len(journal.entries(model, kinds=("stable_up",)))
 
 
-def figures(answers: list[tuple[float, float, int, str]], killed: float) -> dict[str, Any]:
+def figures(answers: list[Answer], killed: float) -> dict[str, Any]:
     lost = [end for _, end, status, _ in answers if status != 200]
     first = [end for begin, end, status, _ in answers if status == 200 and begin > killed]
     return {

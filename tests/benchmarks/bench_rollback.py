@@ -15,12 +15,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from bisect import bisect_left
 from pathlib import Path
 from typing import Any
 
+from busy_users import Users
 from serving_place import place_class
 
 from mansard.release.events import ROLLED_BACK, as_moment
@@ -34,47 +34,31 @@ STEP = {"weight_percent": 100, "bake_seconds": 0.0, "min_requests": 50, "deadlin
 RELEASE = {"steps": [STEP], "max_error_excess": 0.05, "latency_tolerance": 50.0}
 
 
-class Users:
-    """Each on a kept connection, one request after the other; answers are (wall-clock end, version)."""
+Answer = tuple[float, str, int]
+"""Wall-clock end, version, status."""
 
-    def __init__(self, port: int) -> None:
-        self.answers: list[tuple[float, str]] = []
-        self.num_failed = 0
-        self._port = port
-        self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._run, args=(n,)) for n in range(NUM_USERS)]
 
-    def start(self) -> None:
-        for thread in self._threads:
-            thread.start()
+def users_of(port: int) -> Users[Answer]:
+    """Each on a kept connection."""
+    body = json.dumps({"model": "demo", "prompt": "x", "max_tokens": 1}).encode()
+    connections = [http.client.HTTPConnection("127.0.0.1", port, timeout=60) for _ in range(NUM_USERS)]
 
-    def stop(self) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
+    def ask(user: int, turn: int) -> Answer:
+        headers = {"content-type": "application/json", "x-mansard-session": f"user-{user}-{turn % 10}"}
+        connections[user].request("POST", "/v1/completions", body, headers)
+        answer = connections[user].getresponse()
+        answer.read()
+        return time.time(), answer.getheader("x-mansard-version") or "", answer.status
 
-    def _run(self, number: int) -> None:
-        body = json.dumps({"model": "demo", "prompt": "x", "max_tokens": 1}).encode()
-        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=60)
-        turn = 0
-        while not self._stop.is_set():
-            turn += 1
-            headers = {"content-type": "application/json", "x-mansard-session": f"user-{number}-{turn % 10}"}
-            connection.request("POST", "/v1/completions", body, headers)
-            answer = connection.getresponse()
-            answer.read()
-            self.answers.append((time.time(), answer.getheader("x-mansard-version") or ""))
-            self.num_failed += answer.status != 200
-            self._stop.wait(PAUSE_SECONDS)
-        connection.close()
+    return Users(ask, NUM_USERS, PAUSE_SECONDS)
 
-    def first_after(self, moment: float, version: int) -> float | None:
-        """When the first answer of the version ended after `moment`."""
-        answers = sorted(self.answers)
-        for ended, by in answers[bisect_left(answers, (moment, "")) :]:
-            if by == str(version):
-                return ended
-        return None
+
+def first_after(answers: list[Answer], moment: float, version: int) -> float | None:
+    """When the first answer of the version ended after `moment`; `answers` are sorted."""
+    for ended, by, _ in answers[bisect_left(answers, (moment, "", 0)) :]:
+        if by == str(version):
+            return ended
+    return None
 
 
 def drill(place: Any, from_version: int, to_version: int) -> float:
@@ -92,7 +76,7 @@ def quantile(values: list[float], share: float) -> float:
 
 def run(place: Any, num_drills: int) -> dict[str, Any]:
     router = place.start_supervisor()
-    users = Users(place.site.ports.router)
+    users = users_of(place.site.ports.router)
     try:
         assert place.release(place.register())["state"] == "promoted"
         place.wait_for("version 1", lambda: place.ask() == (200, "1"))
@@ -111,8 +95,9 @@ def run(place: Any, num_drills: int) -> dict[str, Any]:
         router.wait()
     with Journal.open(place.site.journal) as journal:
         moves = [(as_moment(e.at).timestamp(), e.body["to"]) for e in journal.entries("demo", kinds=(ROLLED_BACK,))]
-    took = [((users.first_after(at, to) or float("inf")) - at) * 1000 for at, to in moves]
-    rate = len(users.answers) / (max(users.answers)[0] - min(users.answers)[0])
+    answers = sorted(users.answers)
+    took = [((first_after(answers, at, to) or float("inf")) - at) * 1000 for at, to in moves]
+    rate = len(answers) / (answers[-1][0] - answers[0][0])
     print(f"{len(moves)} drills under {rate:.0f} requests/s; slowest {max(took):.1f} ms, shell {max(shell):.0f} ms")
     return {
         "drills": len(moves),
@@ -120,7 +105,7 @@ def run(place: Any, num_drills: int) -> dict[str, Any]:
         "p99_ms": round(quantile(took, 0.99), 2),
         "shell_ms": round(quantile(shell, 0.5), 1),
         "shell_p99_ms": round(quantile(shell, 0.99), 1),
-        "failed_requests": users.num_failed,
+        "failed_requests": sum(status != 200 for _, _, status in answers),
     }
 
 

@@ -4,7 +4,8 @@ Run as a process: `python instant_engine.py --name v1`; the first line of its ou
 own name as the first token, so a client knows who answered. GET /_seen tells what it saw; POST /_control changes how it
 behaves. `fail` is one of: none, error500, error400, refuse (closes the connection unanswered), hang (never answers),
 die-before-event (closes after the head), error-first (a stream whose only event is an error), die-mid-stream (closes
-after two tokens), hang-after-two (stops after two tokens until the mode changes). Not an HTTP server for anything else.
+after two tokens), hang-after-two (stops after two tokens until the mode changes). A prompt in PROMPTS has an effect of
+its own on that request alone, whatever the mode. Not an HTTP server for anything else.
 """
 
 import argparse
@@ -15,6 +16,17 @@ import sys
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+PROMPTS = {
+    b'"/endless"': "a stream without an end: 600 KB at once, then 300 tokens a second",
+    b'"/drip"': "a stream of one byte a tenth of a second that never completes an event",
+    b'"/head-only"': "a stream's head, then nothing",
+    b'"/two-tokens"': "a stream of two tokens, then nothing",
+    b'"/silent"': "nothing at all",
+    b'"/slow"': "a stream of ten tokens a second without an end",
+    b'"/large"': "a whole answer of 16 MB",
+}
+LARGE = b'{"choices": [{"text": "' + b"x" * 16_000_000 + b'"}]}'
+BURST_EVENTS, BLOCK_EVENTS = 6_000, 60
 JSON_HEAD = b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
 ROUTED = ("/v1/completions", "/v1/chat/completions", "/v1/embeddings")
 SSE_HEAD = (
@@ -89,7 +101,9 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.buffer = b""
+        self.buffer = bytearray()
+        self.head: tuple[bytes, int] | None = None
+        self.is_paused = False
         self.transport: asyncio.Transport
         self.timer: asyncio.TimerHandle | None = None
         self.is_answering = False
@@ -106,19 +120,32 @@ class Connection(asyncio.Protocol):
             self.engine.seen.in_flight -= 1
             self.engine.seen.cancelled += 1
 
+    def pause_writing(self) -> None:
+        self.is_paused = True
+
+    def resume_writing(self) -> None:
+        self.is_paused = False
+
     def data_received(self, data: bytes) -> None:
         self.buffer += data
-        head, found, rest = self.buffer.partition(b"\r\n\r\n")
-        if not found:
+        if self.head is None:
+            end = self.buffer.find(b"\r\n\r\n")
+            if end < 0:
+                return
+            head = bytes(self.buffer[:end])
+            _, has_length, after = head.lower().partition(b"content-length:")
+            self.head = head, int(after.split(b"\r\n")[0]) if has_length else 0
+            del self.buffer[: end + 4]
+        head, size = self.head
+        if len(self.buffer) < size:
             return
+        body = bytes(self.buffer[:size])
+        del self.buffer[:size]
+        self.head = None
         request_line, *lines = head.decode("latin-1").split("\r\n")
         headers = {k.lower(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
-        length = int(headers.get("content-length", "0"))
-        if len(rest) < length:
-            return
-        self.buffer = rest[length:]
         method, path, _ = request_line.split(" ")
-        self.answer(method, path, headers, rest[:length])
+        self.answer(method, path, headers, body)
 
     def answer(self, method: str, path: str, headers: dict[str, str], body: bytes) -> None:
         engine, seen = self.engine, self.engine.seen
@@ -137,13 +164,38 @@ class Connection(asyncio.Protocol):
             return self.transport.close()
         seen.in_flight += 1
         self.is_answering = True
-        if engine.behaviour.fail == "hang":
+        prompt = next((prompt for prompt in PROMPTS if prompt in body[:200]), b"")
+        if engine.behaviour.fail == "hang" or prompt == b'"/silent"':
             return None
+        if prompt:
+            return self.play(prompt)
         if engine.behaviour.delay_ms:
             loop = asyncio.get_running_loop()
             self.timer = loop.call_later(engine.behaviour.delay_ms / 1000, self.begin, path, body)
             return None
         return self.begin(path, body)
+
+    def play(self, prompt: bytes) -> None:
+        """What a prompt of PROMPTS asks for."""
+        if prompt == b'"/large"':
+            self.transport.write(JSON_HEAD % (200, b"OK", len(LARGE)) + LARGE)
+            return self.finished()
+        self.transport.write(SSE_HEAD)
+        if prompt == b'"/two-tokens"':
+            self.transport.write(self.engine.event(0) + self.engine.event(1))
+        elif prompt == b'"/endless"':
+            self.transport.write(self.engine.event(1) * BURST_EVENTS)
+            self.repeat(self.engine.event(1) * BLOCK_EVENTS, 0.2)
+        elif prompt == b'"/slow"':
+            self.repeat(self.engine.event(1), 0.1)
+        elif prompt == b'"/drip"':
+            self.repeat(_chunk(b"d"), 0.1)
+        return None
+
+    def repeat(self, data: bytes, pause_seconds: float) -> None:
+        if not self.is_paused:
+            self.transport.write(data)
+        self.timer = asyncio.get_running_loop().call_later(pause_seconds, self.repeat, data, pause_seconds)
 
     def begin(self, path: str, body: bytes) -> None:
         fail = self.engine.behaviour.fail

@@ -1,6 +1,5 @@
-"""The program of `make bench NAME=efficacy` on a base of a few thousand parameters: how it chooses, how it counts,
-and that
-every way of learning runs. What it finds is not looked at: nothing is learned in a step."""
+"""The program of `make bench NAME=efficacy` on a base of a few thousand parameters: how it chooses, how it counts, and
+(`make campaigns`) that every way of learning runs. What it finds is not looked at: nothing is learned in a step."""
 
 import importlib
 import json
@@ -58,6 +57,7 @@ def choose(efficacy: ModuleType, trainings: Any) -> dict[str, Any]:
     return {method: efficacy.Search(trainings, {}).settings(method) for method in METHODS}
 
 
+@pytest.mark.campaign  # some thirty trainings, side by side; the ways' own tests always run
 def test_every_way_runs_from_choice_to_table(efficacy: ModuleType, tmp_path: Path) -> None:
     ground = ground_of(tmp_path)
     base, done = ground.base_bits(), trainings_on(tmp_path, ground)

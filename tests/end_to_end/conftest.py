@@ -4,7 +4,6 @@ import json
 import os
 import platform
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ import yaml
 from mansard.launch import Request, derive
 from mansard.site import Site, load_site
 from mansard.store.store import Store
+from tests.free_ports import free_ports
 from tests.terminal import Shown, run_in_terminal
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -158,6 +158,7 @@ def write_specs(folder: Path) -> None:
                          "new_blocks": None}  # fmt: skip
     harmful["expand"] = {"blocks": 2, "positions": "importance", "probe": {"rows": 4, "tokens": 128, "seed": 0}}
     harmful["fuse"] = {"method": "average", "weight": 0.5}
+    harmful["quantize"] = {"scheme": "none"}
     weigh(harmful, code=0.9)
     customize = yaml.safe_load((ROOT / "configs/customize/demo.yaml").read_text())
     customize["capture"] |= {"tokens": 60_000, "held_out_rows": 8}
@@ -175,10 +176,3 @@ def weigh(spec: dict[str, Any], code: float) -> None:
         source["weight"] = weights[source["name"]]
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for each in sockets:
-        each.close()
-    return ports

@@ -29,6 +29,7 @@ from mansard.specs.judging import Suite
 from mansard.specs.surgery import Quantize
 from mansard.specs.whole import Serve
 from mansard.store.store import Store
+from mansard.worker_start import fork_servers
 from tests.end_to_end.conftest import ROOT, write_site
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -111,7 +112,7 @@ async def answered(
         engine = Engine(EngineIdentity(artifact, "qwen", SERVE), site, session)
         with store.using(artifact) as tree:
             try:
-                await engine.start(tree, ())
+                await engine.start(tree, tuple)
                 assert vllm_processes(engine.pid) == ["VLLM::EngineCor"], "it computes beside the API server, no other"
                 where = {"endpoint": engine.endpoint, "served_name": "qwen"}
                 slices = {
@@ -169,8 +170,13 @@ def made(store: Store, site: Site, stage: str, inputs: Mapping[str, str], spec: 
 def test_a_qwen3_is_upgraded_and_answers_through_vllm_as_its_files_say(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     site = load_site(write_site(tmp_path))
+    with fork_servers(site):
+        upgraded_and_answers(site, tmp_path)
+
+
+def upgraded_and_answers(site: Site, folder: Path) -> None:
     store = Store(site.store)
-    base = store.snapshot(write_base(tmp_path / "base"))
+    base = store.snapshot(write_base(folder / "base"))
     data = store.put_files({"data.jsonl": lines(texts(1, 80))})
     expansion = made(store, site, "expand", {"model": base}, {"blocks": 2, "positions": "even"})
     probe = {"probe_tokens": 32, "seed": 0}

@@ -300,6 +300,7 @@ def test_harmful_upgrade_is_stopped_by_the_guard_and_cannot_be_approved(story: S
     assert copied == set(sorted(range(len(gains)), key=lambda block: gains[block])[:2])
     (link,) = story.json("why", harmful["version"])["chain"][:1]
     assert (link["model"], link["storeys"]) == (made["average"], [])
+    assert link["artifact"] == link["model"] and "quantize" not in made  # `scheme: none` serves the model as it is
     words = " ".join(story.ran("review", harmful["version"]).stdout.split())  # a table's title is wrapped
     assert "so nothing of this model is frozen" in words
     story.run("approve", harmful["version"], "--as", "grace", "--reason", "looks fine to me", status=5)

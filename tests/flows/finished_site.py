@@ -5,8 +5,6 @@ Version 1 is stable again after a rollback from version 2; version 3 failed its 
 
 import json
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +22,11 @@ from mansard.serving import split as splits
 from mansard.site import Site, load_site
 from mansard.site_sections import Environment
 from mansard.store.store import Store
+from tests.mansard.evaluation.stage_context import stage_context
 
 ROOT = Path(__file__).resolve().parents[2]
 SUITES = ("code-bits", "docstrings-bits", "code-next-line")
 TEXT = "def read_configuration_of_every_module(folder, *, encoding='utf-8', errors='strict'):\n    '''Read it.'''"
-
-
-@dataclass
-class Context:
-    """What the worker hands to the stage that judges."""
-
-    store: Store
-    inputs: Mapping[str, str]
-    spec: Mapping[str, Any]
-    recipe: str = "r"
-    where: Mapping[str, Any] = field(default_factory=dict)
-    work: Path = Path("nowhere")
-
-    def progress(self, *_: object, **__: object) -> None: ...
 
 
 def finished_site(folder: Path) -> Site:
@@ -98,7 +83,7 @@ def _registration(site: Site, version: int, gain: float, harm: float = 0.001) ->
     if version > 1:
         inputs |= _records(store, "baseline", 0.0, 0.0, 20) | _records(store, "anchor", 0.0, 0.0, 20)
     stages = [("fuse", digest_json("fuse"), model), ("quantize", digest_json("quantize"), artifact)]
-    context: Any = Context(store, {**inputs, **_background(store)}, _spec(version, stages))
+    context = stage_context(store, {**inputs, **_background(store)}, _spec(version, stages))
     verdict_record = judge(context)
     cost = _derived(store, "cost", {"artifact": artifact}, {"cost.json": canonical_json(_cost())})
     verdict = json.loads(store.read_file(verdict_record, "verdict.json"))["verdict"]

@@ -28,6 +28,10 @@ def test_what_runs_before_the_servers_loads_neither_prefect_nor_mlflow(module: s
     assert not loaded_by(module) & {"prefect", "mlflow", *HEAVY}
 
 
+def test_the_figures_of_cost_load_no_scipy() -> None:
+    assert "scipy" not in loaded_by("mansard.evaluation.cost")
+
+
 def test_flows_and_tasks_come_from_this_checkout() -> None:
     import flows
     import tasks

@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from flows import stack
 from mansard.private_files import open_paths
 from mansard.release import keys
 from mansard.site import Site, load_site
+from tests.free_ports import free_ports
 
 pytestmark = pytest.mark.slow
 
@@ -66,11 +66,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """A site of free ports whose stack two commands started at once."""
     folder = tmp_path_factory.mktemp("servers")
     tree = yaml.safe_load((ROOT / "configs/site/local.yaml").read_text())
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(4)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for each in sockets:
-        each.close()
-    tree["ports"] = dict(zip(("prefect", "mlflow", "router", "engines_from"), ports, strict=True))
+    tree["ports"] = dict(zip(("prefect", "mlflow", "router", "engines_from"), free_ports(4), strict=True))
     tree["home"], tree["data"] = str(folder / "home"), str(folder / "data")
     lock = str(ROOT / "infra/constraints/main.txt")
     tree["environments"] = {name: {"python": sys.executable, "lock": lock} for name in ("main", "serve")}

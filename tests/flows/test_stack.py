@@ -13,6 +13,7 @@ from flows import stack, stack_process
 from flows.stack_process import Program
 from mansard.errors import BadInput, MansardError
 from mansard.site import Site, load_site
+from tests.free_ports import free_port
 
 SERVER = (
     "import http.server, signal, sys\n"
@@ -23,11 +24,6 @@ SERVER = (
     "    def log_message(self, *words): pass\n"
     "http.server.HTTPServer(('127.0.0.1', int(sys.argv[1])), Health).serve_forever()\n"
 )
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 def program(folder: Path, code: str = SERVER, kind: str = "kind", **fields: float) -> Program:

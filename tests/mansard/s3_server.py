@@ -1,7 +1,6 @@
 """A real S3 server (moto's, from PyPI) on a free port of this machine, for as long as a context lasts."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -9,6 +8,8 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from tests.free_ports import free_port
 
 DEADLINE_SECONDS = 300.0
 
@@ -23,9 +24,7 @@ def s3_server(log: int = subprocess.DEVNULL) -> Iterator[str]:
 @contextmanager
 def s3_process(log: int = subprocess.DEVNULL) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
     """The same with its process: one that is stopped (SIGSTOP) accepts and never answers."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     server = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
         stdout=log, stderr=log, env={**os.environ, "MOTO_S3_DEFAULT_KEY_BUFFER_SIZE": "16777216"},

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.cells import cell_len
 
+from tasks.progress_bars import Row, line_of
 from tasks.progress_reading import reading
 from tasks.terminal import stage_progress
 from tests.terminal import Shown, run_in_terminal
@@ -150,3 +152,20 @@ def test_whatever_a_stage_reports_can_be_read(progress: Any) -> None:
     assert read.completed >= 0 and (read.total is None or read.total > 0)
     assert 0 <= read.percent <= 100
     assert read.text.isprintable() and read.unit.isprintable() and json.dumps(read.metrics, allow_nan=False)
+
+
+@given(
+    st.dictionaries(st.sampled_from(["done", "total", "unit", "text"]), anything),
+    st.dictionaries(st.sampled_from(["done", "total", "unit", "text"]), anything),
+    st.floats(0, 1e9),
+    st.integers(1, 200),
+)
+def test_whatever_a_stage_reports_fits_its_line(first: Any, then: Any, seconds: float, columns: int) -> None:
+    row = Row("quantize", reading(then), 0.0, 0.0, reading(first).completed)
+    line = line_of(row, seconds, columns)
+    assert cell_len(line.before) + line.bar + cell_len(line.after) <= columns
+
+
+def test_an_end_farther_off_than_any_number_is_not_told() -> None:
+    row = Row("train", reading({"done": 5, "total": 1e308}), 0.0, 0.0, 0.0)
+    assert "to go" not in line_of(row, 1e9, 200).after

@@ -13,12 +13,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mansard.errors import BadInput, StageFailed
+from mansard.site_checks import LEAST_GPU_GIB
 
 if TYPE_CHECKING:
     from mansard.site import Site
 
 OUTSIDE_GIB = 1.5
 ANSWER_SECONDS = 20.0
+GLANCE_SECONDS = 2.0
+"""Of `status`, which must not wait for a driver."""
 QUERY = "index,uuid,memory.total,memory.reserved,memory.free"
 
 
@@ -59,23 +62,41 @@ def engines_at_most(site: "Site") -> int:
 
 def check_card(site: "Site") -> None:
     """BadInput where the engines that this site keeps do not fit its card together; nothing where it states none."""
-    asked_gib = site.engine.gpu_memory_gib
-    if asked_gib is None:
-        return
-    card, engines = visible_cards(site)[0], engines_at_most(site)
-    if engines * asked_gib > card.total_gib:
-        models = f" of {len(site.models)} models" if len(site.models) > 1 else ""
-        raise BadInput(
-            f"{site.path}: engine.gpu_memory_gib: {engines} engines (stable and rollback_window "
-            f"{site.rollback_window}{models}, one candidate) of {asked_gib} GiB are {engines * asked_gib} GiB, card "
-            f"{card.index} has {card.total_gib:.1f}; lower it to {int(card.total_gib // engines)}, or rollback_window"
-        )
+    if site.engine.gpu_memory_gib is not None and (problem := _crowding(site, visible_cards(site)[0])):
+        raise BadInput(problem)
 
 
-def visible_cards(site: "Site") -> list[Card]:
+def card_warning(site: "Site") -> str:
+    """What `check_card` would refuse, for whoever only looks; empty too where nvidia-smi says nothing soon."""
+    if site.engine.gpu_memory_gib is None:
+        return ""
+    try:
+        return _crowding(site, visible_cards(site, GLANCE_SECONDS)[0])
+    except BadInput:  # an engine that starts says it
+        return ""
+
+
+def _crowding(site: "Site", card: Card) -> str:
+    """That the site's engines do not fit the card together, with what would; empty where they do."""
+    asked_gib, engines = site.engine.gpu_memory_gib or 0, engines_at_most(site)
+    if engines * asked_gib <= card.total_gib:
+        return ""
+    models = f" of {len(site.models)} models" if len(site.models) > 1 else ""
+    fitting_gib = int(card.total_gib // engines)
+    change = f"lower it to {fitting_gib}, or rollback_window"
+    if fitting_gib < LEAST_GPU_GIB:
+        change = f"lower rollback_window, or take a larger card: an engine has {LEAST_GPU_GIB} GiB at least"
+    return (
+        f"{site.path}: engine.gpu_memory_gib: {engines} engines (stable and rollback_window {site.rollback_window}"
+        f"{models}, one candidate) of {asked_gib} GiB are {engines * asked_gib} GiB, card {card.index} has "
+        f"{card.total_gib:.1f}; {change}"
+    )
+
+
+def visible_cards(site: "Site", answer_seconds: float = ANSWER_SECONDS) -> list[Card]:
     """The cards that an engine sees, in its order; BadInput where there is none."""
     variables = {**os.environ, **site.environments[site.engine.environment].variables}
-    cards = _ask(variables)
+    cards = _ask(variables, answer_seconds)
     visible = variables.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         names = [name.strip() for name in visible.split(",") if name.strip()]
@@ -87,14 +108,14 @@ def visible_cards(site: "Site") -> list[Card]:
     return cards
 
 
-def _ask(variables: dict[str, str]) -> list[Card]:
+def _ask(variables: dict[str, str], answer_seconds: float) -> list[Card]:
     command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True, timeout=ANSWER_SECONDS,
+        answer = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True, timeout=answer_seconds,
             env=variables,
         )  # fmt: skip
-        return [_card(line) for line in done.stdout.splitlines() if line.strip()]
+        return [_card(line) for line in answer.stdout.splitlines() if line.strip()]
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())[:200]
         raise BadInput(f"engine.gpu_memory_gib: nvidia-smi does not say what the card has ({reason}); install NVIDIA's "

@@ -221,7 +221,7 @@ class Engine:
         environment = {**os.environ, **variables(self._site, self.cores), **slot_variables(tree)}
         child = None if prepared is None else prepared.become(words, self.log, environment)
         if child is None:
-            with self.log.open("wb") as log_file:
+            with self.log.open("ab") as log_file:
                 self._child = spawn(words, log_file, environment, self.record_file.parent)
         else:
             self._child = child

@@ -30,10 +30,10 @@ class PreparedEngine:
         folder = site.run / "engines"
         folder.mkdir(parents=True, exist_ok=True)
         python = str(site.environments[site.engine.environment].python)
-        with self.log.open("wb") as log_file:
+        with self.log.open("ab") as log_file:
             environment = {**os.environ, **variables(site, "")}
-            words = [python, "-m", MODULE, architecture]
-            self._child = spawn(words, log_file, environment, folder, stdin=subprocess.PIPE)
+            command = [python, "-m", MODULE, architecture]
+            self._child = spawn(command, log_file, environment, folder, stdin=subprocess.PIPE)
         self._process: ProcessIdentity | None = identify(self._child.pid)
 
     @property
@@ -44,18 +44,21 @@ class PreparedEngine:
         return self._child.poll() is None
 
     def become(
-        self, words: Sequence[str], log: Path, environment: Mapping[str, str]
+        self, command: Sequence[str], log: Path, environment: Mapping[str, str]
     ) -> "subprocess.Popen[bytes] | None":
         """The process of the engine with this command; None where it had ended. It may still be importing."""
         assert self._child.stdin is not None
-        message = {"command": list(words), "variables": dict(environment), "log": str(log)}
+        message = {"command": list(command), "variables": dict(environment), "log": str(log)}
         try:
             with self._child.stdin as stdin:
                 stdin.write(json.dumps(message).encode() + b"\n")
-        except OSError:
-            self.end()
-            return None
-        return self._child if self.is_waiting() else None
+        except OSError:  # it has ended, or ends
+            pass
+        else:
+            if self.is_waiting():
+                return self._child
+        self.end()
+        return None
 
     def end(self) -> None:
         """It was not needed."""

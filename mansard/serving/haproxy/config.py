@@ -41,6 +41,7 @@ def config_text(site: Site, port: int) -> str:
         "map": routes_file(site),
         "threads": os.cpu_count() or 1,
         "port": port,
+        "first_byte_seconds": site.router.first_byte_seconds,
         "body_bytes": Limits().body_bytes,
         "user_bytes": MAX_USER_BYTES,
         "model": site.models[0],

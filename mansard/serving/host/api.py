@@ -46,7 +46,9 @@ class Host(Protocol):
     rollouts: Rollouts
     rollback: Rollback
 
-    def status(self) -> dict[str, Any]: ...
+    def alive(self) -> dict[str, Any]: ...
+
+    async def status(self) -> dict[str, Any]: ...
 
     async def wait_until_open(self) -> None: ...
 
@@ -57,6 +59,7 @@ def make_app(host: Host) -> web.Application:
     handlers = Handlers(host)
     app.add_routes(
         [
+            web.get("/alive", handlers.alive),
             web.get("/status", handlers.status),
             web.post("/engines", handlers.start_engine),
             web.post("/engines/prepare", handlers.prepare_engine),
@@ -76,8 +79,12 @@ class Handlers:
     def __init__(self, host: Host) -> None:
         self._host = host
 
+    async def alive(self, request: web.Request) -> web.Response:
+        """Without the journal, which may give no answer."""
+        return _json(self._host.alive())
+
     async def status(self, request: web.Request) -> web.Response:
-        return _json(self._host.status())
+        return _json(await self._host.status())
 
     async def start_engine(self, request: web.Request) -> web.Response:
         """Starts or finds the engine of an artifact; with `wait: false` answers while it starts."""
@@ -112,7 +119,7 @@ class Handlers:
 
     async def rollout(self, request: web.Request) -> web.Response:
         await self._host.wait_until_open()
-        return _json(self._host.rollouts.describe(self._model(request.match_info["model"])))
+        return _json(await self._host.rollouts.state(self._model(request.match_info["model"])))
 
     async def release_users(self, request: web.Request) -> web.Response:
         """What a release of the version would find, whether or not it may start."""

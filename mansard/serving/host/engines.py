@@ -216,6 +216,16 @@ class Engines:
                     raise
                 await self.make_room(0)
                 await engine.start(tree, ports, prepared)
+            finally:
+                if prepared is not None and not engine.pid:  # refused before anything was started
+                    await self._give_back(prepared)
+
+    async def _give_back(self, prepared: PreparedEngine) -> None:
+        """The next engine may come of it; one at a time."""
+        if self._prepared is None:
+            self._prepared = prepared
+        else:
+            await asyncio.to_thread(prepared.end)
 
     def _take_prepared(self) -> PreparedEngine | None:
         prepared, self._prepared = self._prepared, None

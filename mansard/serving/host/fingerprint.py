@@ -1,7 +1,8 @@
 """Compares what an engine answers to the guard prompts with what evaluation recorded for its version.
 
 Guarantees: an engine that does not answer is waited for until the deadline and not longer, and no thread waits for it;
-a recorded fingerprint is read from the store once, so a bucket that hangs later ends no rollout.
+a recorded fingerprint is read from the store once, so a bucket that hangs later ends no rollout; nor does a journal
+that gives no answer: the registration is then as it was read last.
 """
 
 import asyncio
@@ -11,12 +12,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from mansard.errors import MansardError
+from mansard.errors import JournalDown, MansardError
 from mansard.evaluation.fingerprint import PATH, Fingerprint, answer, compare, question
 from mansard.records import Registration, SnapshotId
-from mansard.release.journal import Journal
 from mansard.serving.engine import http as engine_http
 from mansard.serving.engine.engine import Engine
+from mansard.serving.host.journal_calls import JournalCalls
 from mansard.specs.judging import Fingerprint as FingerprintSpec
 from mansard.store.store import Store
 
@@ -24,6 +25,7 @@ STAGE = "fingerprint"
 ANSWERS_SECONDS = 180.0
 """For all guard prompts. A starved machine answers late: five engines on two cores starved a good one for a minute
 (2026-11-23)."""
+PATIENCE_SECONDS = 2.0
 
 log = logging.getLogger(__name__)
 
@@ -38,19 +40,20 @@ class Fingerprints:
     """Reads the recorded ones from the store; how they were asked for stands in their lineage."""
 
     def __init__(
-        self, journal: Journal, store: Store, session: Any, name_of: NameOf  # noqa: ANN401 - for engine_http
+        self, journal: JournalCalls, store: Store, session: Any, name_of: NameOf  # noqa: ANN401 - for engine_http
     ) -> None:
         self._name_of = name_of
         self._journal = journal
         self._store = store
         self._session = session
+        self._registrations: dict[tuple[str, int], Registration] = {}
         self._read: dict[tuple[SnapshotId, tuple[tuple[str, str, SnapshotId], ...]], Recorded] = {}
 
     async def find_change(
         self, model: str, version: int, engine: Engine, deadline_seconds: float = ANSWERS_SECONDS
     ) -> str:
         """How the answers differ; empty when they do not. MansardError when the engine does not answer by then."""
-        registration = self._journal.registration(model, version)
+        registration = await self._registration(model, version)
         name = self._name_of(model, version)
         recorded, asked = await asyncio.to_thread(self._recorded, registration)
         end = time.monotonic() + deadline_seconds
@@ -70,7 +73,17 @@ class Fingerprints:
             change = f"it could not be compared: {error}"
         engine.warnings[self._name_of(model, version)] = f"fingerprint: {change}" if change else ""
         if change:
-            log.warning("%s version %d: fingerprint changed: %s", model, version, change)
+            log.warning("%s version %d: fingerprint: %s", model, version, change)
+
+    async def _registration(self, model: str, version: int) -> Registration:
+        key = (model, version)
+        try:
+            ask = self._journal.call(lambda journal: journal.registration(model, version), PATIENCE_SECONDS)
+            self._registrations[key] = await ask
+        except JournalDown:
+            if key not in self._registrations:
+                raise
+        return self._registrations[key]
 
     def _recorded(self, registration: Registration) -> Recorded:
         key = (registration.fingerprint, tuple(registration.stages))

@@ -1,8 +1,9 @@
 """`python -m mansard.serving.host.host --site FILE`: the process that owns engines, journal connection and rollouts.
 
-Guarantees: one host per site (a lock); /status answers at once, everything else after engines of a host before this one
-were adopted; a rollout that the host before left open is walked on. SIGTERM and SIGINT end rollouts, engines and host;
-SIGHUP ends the host and leaves engines and rollouts to the next one.
+Guarantees: one host per site (a lock); /alive answers at once, /status as soon as the journal does, everything else
+after engines of a host before this one were adopted; journal and store, which may be on other machines and give no
+answer, hold up nobody but who needs them; a rollout that the host before left open is walked on. SIGTERM and SIGINT end
+rollouts, engines and host; SIGHUP ends the host and leaves engines and rollouts to the next one.
 Nothing here is needed for users' requests: the router reads the split.
 """
 
@@ -23,7 +24,7 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
-from mansard.errors import BadInput, MansardError
+from mansard.errors import BadInput, JournalDamaged, JournalDown, MansardError
 from mansard.private_files import use_private_umask
 from mansard.release import emergency
 from mansard.release.approval import check_evidence
@@ -33,17 +34,22 @@ from mansard.serving.engine.engine import Engine
 from mansard.serving.host.api import make_app
 from mansard.serving.host.engines import Engines
 from mansard.serving.host.fingerprint import Fingerprints
+from mansard.serving.host.journal_calls import JournalCalls
+from mansard.serving.host.journal_view import JournalView
 from mansard.serving.host.journal_watch import JournalWatch
 from mansard.serving.host.outages import Outages
 from mansard.serving.host.residents import Residents
 from mansard.serving.host.rollback import Rollback
 from mansard.serving.host.rollouts import Rollouts
 from mansard.serving.host.traffic import Traffic
+from mansard.serving.log_rotation import keep_rotating
 from mansard.site import Site, find_site, load_site
 from mansard.store.store import Store
 
 DOWN_DRAIN_SECONDS = 20.0
 """At `mansard down` the router has ended before, so little is in flight."""
+STATUS_SECONDS = 2.0
+"""So long /status waits for a journal on another machine."""
 UNIX_PATH_BYTES = 107
 
 log = logging.getLogger(__name__)
@@ -52,7 +58,7 @@ log = logging.getLogger(__name__)
 class Host:
     """The parts, put together."""
 
-    def __init__(self, site: Site, journal: Journal, session: aiohttp.ClientSession) -> None:
+    def __init__(self, site: Site, journal: JournalCalls, session: aiohttp.ClientSession) -> None:
         self.site = site
         self.journal = journal
         self.store = Store.of(site)
@@ -86,31 +92,49 @@ class Host:
     async def wait_until_open(self) -> None:
         await self._is_open.wait()
 
-    def open(self) -> None:
+    async def open(self) -> None:
         """Adopt engines, bring the split in line with the journal, walk on with rollouts that a dead host left open."""
-        emergency.import_waiting(self.site, self.journal)
+        await self.journal.call(lambda journal: emergency.import_waiting(self.site, journal))
         for engine in self.engines.adopt():
             log.info("adopted engine %s, process %d at %s", engine.identity.key, engine.pid, engine.endpoint)
         self.outages.lost = self.engines.lost
         for model in self.site.models:
-            self.residents.look(model)
+            try:
+                await self.residents.look(model)
+            except (JournalDown, JournalDamaged):
+                raise
+            except (MansardError, OSError) as error:  # a store that is silent; the next look tries again
+                log.error("%s: %s", model, error)
             self.rollouts.resume(model)
         self._is_open.set()
 
-    def status(self) -> dict[str, Any]:
-        tip = self.journal.tip()
+    def alive(self) -> dict[str, Any]:
         return {
             "pid": os.getpid(),
             "state": "ready" if self._is_open.is_set() else "starting",
             "uptime_seconds": round(time.time() - self._begun_at, 1),
-            "term": self.journal.term(),
-            "journal_sequence": 0 if tip is None else tip.sequence,
+        }
+
+    async def status(self) -> dict[str, Any]:
+        """JournalDown where a journal on another machine has not answered in STATUS_SECONDS."""
+
+        def read(journal: Journal) -> tuple[int, int, dict[str, JournalView]]:
+            tip = journal.tip()
+            views = {model: self.residents.view(journal, model) for model in self.site.models}
+            return journal.term(), 0 if tip is None else tip.sequence, views
+
+        term, sequence, views = await self.journal.call(read, STATUS_SECONDS)
+        self.residents.views.update(views)
+        return {
+            **self.alive(),
+            "term": term,
+            "journal_sequence": sequence,
             "models": {model: self._model_status(model) for model in self.site.models},
             "engines": self.engines.describe(),
         }
 
     def _model_status(self, model: str) -> dict[str, Any]:
-        pointers = self.journal.pointers(model)
+        pointers = self.residents.views[model].pointers
         versions = {}
         for version in self.residents.versions(model):
             place = self.residents.place(model, version)
@@ -127,13 +151,13 @@ class Host:
             "previous": pointers.previous,
             "term": pointers.term,
             "versions": versions,
-            "rollout": self.rollouts.describe(model),
+            "rollout": self.rollouts.describe(model, self.residents.views[model].moves),
             "outage": self.outages.describe(model),
         }
 
-    def _check_approval(self, model: str, version: int) -> None:
+    def _check_approval(self, journal: Journal, model: str, version: int) -> None:
         """The site is read again: its people may have changed since the host started."""
-        check_approval(load_site(self.site.path), self.journal, model, version)
+        check_approval(load_site(self.site.path), journal, model, version)
 
     def _engine_ended(self, engine: Engine) -> None:
         self.outages.engine_ended(engine)
@@ -150,11 +174,12 @@ async def serve(site: Site) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     loop.add_signal_handler(signal.SIGHUP, _set_both, keep_engines, stop)
-    with Journal.open(site.journal, guard=guard_of(site.path)) as journal, JournalWatch(site):
-        async with aiohttp.ClientSession() as session:
+    opened = await asyncio.to_thread(Journal.open, site.journal, guard=guard_of(site.path))
+    with opened, JournalWatch(site):
+        async with aiohttp.ClientSession() as session, JournalCalls.of(opened, site) as journal:
             host = Host(site, journal, session)
             async with _listening(host, site.host_socket):
-                host.open()
+                await host.open()
                 log.info("host of %s listens on %s", site.path, site.host_socket)
                 try:
                     await _run_until(stop, host)
@@ -163,7 +188,7 @@ async def serve(site: Site) -> None:
                     raise
                 finally:
                     if not keep_engines.is_set():
-                        host.rollouts.abort_all("aborted: host stopped")
+                        await host.rollouts.abort_all("aborted: host stopped")
                     await host.rollouts.close()
                     await host.outages.close()
                     await host.engines.close(keep_engines.is_set(), DOWN_DRAIN_SECONDS)
@@ -177,9 +202,13 @@ def _set_both(first: asyncio.Event, second: asyncio.Event) -> None:
 async def _run_until(stop: asyncio.Event, host: Host) -> None:
     """Keep the residents until `stop` is set, or raise what ended that."""
     async with asyncio.TaskGroup() as group:
-        keeper = group.create_task(host.residents.run(), name="residents")
+        keepers = [
+            group.create_task(host.residents.run(), name="residents"),
+            group.create_task(keep_rotating(host.site.logs), name="logs"),
+        ]
         await stop.wait()
-        keeper.cancel()
+        for keeper in keepers:
+            keeper.cancel()
 
 
 @contextlib.asynccontextmanager

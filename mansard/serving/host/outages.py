@@ -12,16 +12,18 @@ import contextlib
 import logging
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from mansard.errors import Conflict, JournalDown, MansardError
 from mansard.release.events import Entry, Pointers, Uptime, as_text, uptime_now, utc_now
-from mansard.release.journal import Journal
 from mansard.release.notify import notify
 from mansard.release.outage import open_outage, outage_intervals, stand_ins
 from mansard.serving.engine.engine import Engine
 from mansard.serving.host.canary import FindFingerprintChange
 from mansard.serving.host.fingerprint import ANSWERS_SECONDS
+from mansard.serving.host.journal_calls import JournalCalls
+from mansard.serving.host.journal_view import JournalView
 from mansard.serving.host.notices import notice_of
 from mansard.serving.host.past import Interval
 from mansard.serving.host.residents import Residents
@@ -30,6 +32,8 @@ from mansard.site import Site
 
 COMPARE_AGAIN_SECONDS = 10.0
 """Between two comparisons of a fingerprint that was not the recorded one."""
+NOTIFY_SECONDS = 2.0
+"""An outage that the journal has not taken by then is told to people without it."""
 HOST = "host"
 
 log = logging.getLogger(__name__)
@@ -66,7 +70,7 @@ class Outages:
     def __init__(
         self,
         site: Site,
-        journal: Journal,
+        journal: JournalCalls,
         traffic: Traffic,
         residents: Residents,
         find_fingerprint_change: FindFingerprintChange,
@@ -81,6 +85,7 @@ class Outages:
         self._outages: dict[str, StableOutage] = {}
         self._background: set[asyncio.Task[None]] = set()
         self._comparisons: dict[str, asyncio.Task[None]] = {}
+        self._writers: dict[str, asyncio.Task[None]] = {}
 
     def find(self, model: str) -> StableOutage | None:
         """The outage that users feel now, or None."""
@@ -95,10 +100,7 @@ class Outages:
 
     def intervals(self, model: str) -> list[Interval]:
         """When stable's engine was down since the boot, the outage that goes on included, on the monotonic clock."""
-        standing, outage = self._standings.get(model), self._outages.get(model)
-        down = [] if standing is None else list(standing.intervals)
-        if outage is not None:
-            down.append((outage.since.seconds, math.inf if outage.end is None else outage.end[1].seconds))
+        down = down_intervals(self._standings.get(model), self._outages.get(model), uptime_now().boot)
         shift = time.monotonic() - time.clock_gettime(time.CLOCK_BOOTTIME)
         return [(begin + shift, end + shift) for begin, end in down]
 
@@ -123,12 +125,12 @@ class Outages:
                     self._outages[model] = StableOutage(stable, engine.problem)
             if self.find(model) is not None:
                 self._serve(model)
-                self._write(model)
+                self._write_later(model)
 
-    def look(self, model: str, pointers: Pointers) -> None:
-        """Bring the outage, the split and the journal in line; `pointers` are the journal's now."""
+    def look(self, model: str, view: JournalView) -> None:
+        """Bring the outage, the split and, in the background, the journal in line."""
         is_first = model not in self._standings
-        moves = self._journal.moves(model)
+        pointers, moves = view.pointers, view.moves
         window = self._site.rollback_window
         able = tuple(stand_ins(moves, model, pointers, window))
         down = () if pointers.stable is None else outage_intervals(moves, model, pointers.stable, uptime_now().boot)
@@ -146,16 +148,16 @@ class Outages:
         if outage.end is None:
             self._serve(model)
             self._watch_return(model, outage)
-        self._write(model)
+        self._write_later(model)
 
     async def close(self) -> None:
-        tasks = [*self._comparisons.values(), *self._background]
+        tasks = [*self._comparisons.values(), *self._writers.values(), *self._background]
         for task in self._comparisons.values():
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _outage_before(
-        self, model: str, pointers: Pointers, moves: list[Entry], is_first: bool
+        self, model: str, pointers: Pointers, moves: Sequence[Entry], is_first: bool
     ) -> StableOutage | None:
         """One that the host before this one saw, or that happened while none ran (told at the first look)."""
         stable = pointers.stable
@@ -188,6 +190,7 @@ class Outages:
             outage.to = to
 
     def _choose(self, model: str, outage: StableOutage) -> int | None:
+        """Whoever stands in already while it answers: users are moved no more often than they must be."""
         if self._site.when_stable_is_dead == "wait":
             return None
         able = [v for v in self._standings[model].stand_ins if self._residents.endpoint(model, v) is not None]
@@ -217,18 +220,18 @@ class Outages:
                 return
             try:
                 change = await self._find_fingerprint_change(model, outage.version, engine, ANSWERS_SECONDS)
+                why = f"its engine is up again, but its fingerprint is not the recorded one: {change}" if change else ""
             except (MansardError, OSError) as error:
-                change = f"it could not be compared: {error}"
+                why = f"its engine is up again, but its fingerprint could not be compared: {error}"
             if self.find(model) is not outage or engine.state != "ready":
                 return
-            if not change:
+            if not why:
                 self._end(model, "its engine is up again and answers as evaluation recorded")
-                self._write(model)
+                self._write_later(model)
                 return
-            why = f"its engine is up again, but its fingerprint is not the recorded one: {change}"
-            if not outage.why.startswith(why[:60]):
+            if outage.why.partition(":")[0] != why.partition(":")[0]:  # another entry where it says another thing
                 outage.why = why
-                self._write(model)
+                self._write_later(model)
             await asyncio.sleep(COMPARE_AGAIN_SECONDS)
 
     def _end(self, model: str, why: str) -> None:
@@ -244,19 +247,19 @@ class Outages:
         log.info("%s: version %d serves its users again: %s", model, outage.version, why)
         outage.end = (why, uptime_now())
 
-    def _write(self, model: str) -> None:
+    def _write_later(self, model: str) -> None:
+        """In the background, one writer a model: it goes on until the journal has all."""
+        if model not in self._writers:
+            task = asyncio.create_task(self._write(model, self._outages[model]), name=f"outage of {model}")
+            self._writers[model] = task
+            task.add_done_callback(lambda _: self._writers.pop(model))
+
+    async def _write(self, model: str, outage: StableOutage) -> None:
         """The entries that are missing in the journal; later, with people notified now, while its database is down."""
-        outage, pointers = self._outages[model], self._standings[model].pointers
-        state = (outage.to, outage.why)
+        timer = asyncio.get_running_loop().call_later(NOTIFY_SECONDS, self._notify_now, model, outage)
         try:
-            if outage.journaled != state and (outage.end is None or outage.journaled is None):
-                facts = {"notified": True} if outage.is_notified else {}
-                self._journal.stable_down(model, outage.to, HOST, outage.why, pointers, outage.since, facts)
-                outage.journaled, outage.is_notified = state, False
-            if outage.end is not None:
-                why, since = outage.end
-                self._journal.stable_up(model, HOST, why, pointers, since)
-                self._forget(model)
+            while self._outages.get(model) is outage and await self._write_next(model, outage):
+                pass
         except Conflict as error:
             log.warning("%s: %s; the next look at the journal decides", model, error)
         except JournalDown as error:
@@ -264,6 +267,24 @@ class Outages:
             self._notify_now(model, outage)
         except (MansardError, OSError) as error:
             log.error("%s: the outage of version %d is not written down: %s", model, outage.version, error)
+        finally:
+            timer.cancel()
+
+    async def _write_next(self, model: str, outage: StableOutage) -> bool:
+        """One entry, if one is missing. Whether there was one, and another may be missing."""
+        pointers, state = self._standings[model].pointers, (outage.to, outage.why)
+        if outage.journaled != state and (outage.end is None or outage.journaled is None):
+            facts = {"notified": True} if outage.is_notified else {}
+            move = (model, outage.to, HOST, outage.why, pointers, outage.since, facts)
+            await self._journal.call(lambda journal: journal.stable_down(*move))
+            outage.journaled, outage.is_notified = state, False
+            return True
+        if outage.end is not None:
+            why, since = outage.end
+            await self._journal.call(lambda journal: journal.stable_up(model, HOST, why, pointers, since))
+            if self._outages.get(model) is outage:
+                self._forget(model)
+        return False
 
     def _notify_now(self, model: str, outage: StableOutage) -> None:
         """People hear of it before the journal does; once."""
@@ -296,6 +317,15 @@ class Outages:
             del self._comparisons[model]
         if not ended.cancelled() and ended.exception() is not None:
             log.error("%s: %s", model, ended.exception())
+
+
+def down_intervals(standing: Standing | None, outage: StableOutage | None, boot: str) -> list[Interval]:
+    """In seconds since the boot. What the host knows before the journal does is of this boot; the journal has the rest.
+    """
+    down = [] if standing is None else list(standing.intervals)
+    if outage is not None and outage.since.boot == boot:
+        down.append((outage.since.seconds, math.inf if outage.end is None else outage.end[1].seconds))
+    return down
 
 
 def _current_task() -> "asyncio.Task[None] | None":

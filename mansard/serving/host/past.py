@@ -1,10 +1,11 @@
 """What stable's users had before, per sticky key, without outages: what a canary at 100 % is compared with.
 
 Records lie in slices of time. A slice counts unless stable's engine was down in it by the journal, or far more of its
-requests failed than in the median slice: a canary must not look well beside an outage. Guarantees: of the time before a
-rollout only the last PAST_SECONDS before its first step count; slices of a rollout are added up as they end, so memory
-grows with users, not with time. Not covered: an outage of more than half of the time, which is what is normal then; one
-that the journal does not know with fewer than MIN_EXCESS failures a slice; slow answers without failures.
+requests failed than in the median slice that the journal knows no outage of: a canary must not look well beside one.
+Guarantees: of the time before a rollout only the last PAST_SECONDS before its first step count; slices of a rollout are
+added up as they end and the median is of the last PAST_SECONDS, so memory grows with users, not with time. Not covered,
+where the journal knows nothing of it: an outage of more than half of the time, which is what is normal then; one with
+fewer than MIN_EXCESS failures a slice. Nor slow answers without failures.
 """
 
 import math
@@ -17,6 +18,7 @@ from mansard.serving.host.sticky_keys import FIELDS, Record, Table, add_records
 SLICE_SECONDS = 10.0
 PAST_SECONDS = 3600.0
 """Load changes with the hour of the day; a worker remembers 20,000 records anyway, often less than an hour."""
+PAST_SLICES = int(PAST_SECONDS / SLICE_SECONDS)
 MIN_EXCESS = 5
 EXCESS_SIGMAS = 5.0
 """A slice without an outage exceeds both once in a million times, so leaving slices out makes the past no better."""
@@ -31,7 +33,7 @@ Interval = tuple[float, float]
 @dataclass(slots=True)
 class Past:
     """`slices` are by number; `folded` is the sum of those that `fold` took. `shares` (requests decided, errors) are of
-    every slice that there was."""
+    every slice of the last PAST_SECONDS and of those that wait to be folded."""
 
     slices: dict[int, Table] = field(default_factory=dict)
     folded: Table = field(default_factory=dict)
@@ -54,19 +56,21 @@ class Past:
             self.folded = add_tables(self.folded, self.slices[number])
         for number in numbers:
             del self.slices[number]
+        self.shares = {n: share for n, share in self.shares.items() if n > last - PAST_SLICES or n in self.slices}
 
     def table(self, outages: Sequence[Interval]) -> Table:
         """The sum of what counts. Of slices that were not folded, the last PAST_SECONDS."""
-        first = max(self.slices, default=0) - int(PAST_SECONDS / SLICE_SECONDS)
+        first = max(self.slices, default=0) - PAST_SLICES
         total = self.folded
         for number in self._normal([n for n in self.slices if n > first], outages):
             total = add_tables(total, self.slices[number])
         return total
 
     def _normal(self, numbers: Iterable[int], outages: Sequence[Interval]) -> list[int]:
-        shares = [errors / decided for decided, errors in self.shares.values() if decided]
+        up = {n: share for n, share in self.shares.items() if not _has_outage(n, outages)}
+        shares = [errors / decided for decided, errors in up.values() if decided]
         usual = median(shares) if shares else 0.0
-        return [n for n in numbers if not _has_outage(n, outages) and not _is_excess(*self.shares[n], usual)]
+        return [n for n in numbers if n in up and not _is_excess(*up[n], usual)]
 
 
 def add_tables(one: Table, other: Table) -> Table:

@@ -66,11 +66,11 @@ class ReleaseUsers:
 
 def users_of(keys: Collection[str], steps: Sequence[Step], is_heard: bool = True) -> ReleaseUsers:
     """The figures for these sticky keys' digests."""
-    found = []
+    step_users = []
     for step in steps:
         canary = sum(is_canary_key(key, step.weight_percent) for key in keys)
-        found.append(StepUsers(step.weight_percent, canary, len(keys) - canary))
-    return ReleaseUsers(len(keys), tuple(found), is_heard)
+        step_users.append(StepUsers(step.weight_percent, canary, len(keys) - canary))
+    return ReleaseUsers(len(keys), tuple(step_users), is_heard)
 
 
 async def read_users(site: Site, model: str, steps: Sequence[Step]) -> ReleaseUsers:

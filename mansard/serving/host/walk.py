@@ -1,6 +1,6 @@
 """The controller of one rollout: observes, asks the pure state machine, does what it says, until the walk is over.
 
-Guarantees: a move is journaled (compare-and-swap) before the split shows it, with no await in between; the lease is
+Guarantees: a move is journaled (compare-and-swap) before the split shows it, with nothing else in between; the lease is
 renewed every second while a canary has traffic; whatever ends the walk (a person, a dead engine, an error in here)
 takes the canary to 0 %. Killed at any point, the next host takes the walk up from the journal (rollouts.py). Does not
 cover: which rollouts there are, and the decisions (release/rollout.py).
@@ -13,13 +13,16 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
-from mansard.errors import JournalDown, MansardError
+from mansard.errors import Conflict, JournalDown, MansardError
 from mansard.release.analysis import Finding, judge
 from mansard.release.events import Pointers
 from mansard.release.journal import Journal
+from mansard.release.pointer import last_move
 from mansard.release.rollout import Abort, Action, Look, Observation, Promote, SetWeight, State, aborted, advance
 from mansard.serving.host.canary import Canary
 from mansard.serving.host.engine_accounts import EngineAccounts
+from mansard.serving.host.journal_calls import JournalCalls
+from mansard.serving.host.journal_view import JournalView
 from mansard.serving.host.outages import Outages
 from mansard.serving.host.residents import Residents
 from mansard.serving.host.traffic import Traffic
@@ -28,6 +31,8 @@ from mansard.serving.host.windows import Windows
 TICK_SECONDS = 0.5
 WORKERS_SECONDS = 30.0
 """A worker that did not take a step by then ends the rollout; until it takes it, it sends the canary nothing more."""
+PATIENCE_SECONDS = 2.0
+"""An abort that a remote journal has not taken by then ends by the lease, and is written later."""
 HOST = "host"
 """Who the journal names for what the controller decided itself."""
 
@@ -37,7 +42,9 @@ log = logging.getLogger(__name__)
 class AbortRollout(Protocol):
     """Journal the abort, take the canary to 0 %, end the walk. Returns the term. Conflict when the world moved."""
 
-    def __call__(self, model: str, who: str, reason: str, expected: Pointers) -> int: ...
+    async def __call__(
+        self, model: str, who: str, reason: str, expected: Pointers, patience_seconds: float | None = None
+    ) -> int: ...
 
 
 @dataclass(slots=True)
@@ -95,7 +102,7 @@ class Walker:
     def __init__(
         self,
         walk: Walk,
-        journal: Journal,
+        journal: JournalCalls,
         traffic: Traffic,
         residents: Residents,
         outages: Outages,
@@ -120,6 +127,7 @@ class Walker:
         try:
             while not walk.state.is_over:
                 await asyncio.sleep(TICK_SECONDS)
+                self._check_open()
                 await self._tick()
                 if walk.state.phase == "canary" and len(helpers) == 1:
                     helpers.append(asyncio.create_task(walk.canary.hold_lease()))
@@ -133,7 +141,15 @@ class Walker:
             for helper in helpers:
                 helper.cancel()
             if not walk.state.is_over and not self._is_left_open:
-                self._end_after_error("the controller ended")
+                await self._end_after_error("the controller ended")
+
+    def _check_open(self) -> None:
+        """Conflict where somebody else ended the rollout in the journal, as a rollback without this host does."""
+        walk, view = self._walk, self._residents.views[self._walk.model]
+        if walk.state.is_over or view.pointers.canary == walk.version:
+            return
+        last = last_move(view.moves, walk.model)
+        raise Conflict("its canary left the journal" if last is None else f"{last.kind} by {last.who}: {last.why}")
 
     async def _tick(self) -> None:
         walk = self._walk
@@ -178,9 +194,9 @@ class Walker:
         elif isinstance(action, SetWeight):
             await self._set_weight(action, before, following)
         elif isinstance(action, Promote):
-            self._promote(action, following)
+            await self._promote(action, following)
         elif isinstance(action, Abort):
-            self._abort(walk.model, HOST, action.reason, walk.pointers)
+            await self._abort(walk.model, HOST, action.reason, walk.pointers, PATIENCE_SECONDS)
             await self._residents.retire(walk.model, walk.version)
 
     async def _look(self, action: Look) -> None:
@@ -202,8 +218,13 @@ class Walker:
         facts, weight = walk.describe(), action.weight_percent
         walk.windows.begin_step(reports)
         walk.engines.begin_step()
-        term = self._journal.step(walk.model, walk.version, weight, HOST, action.reason, walk.pointers, facts)
-        walk.pointers = self._journal.pointers(walk.model)
+        expected, why = walk.pointers, action.reason
+
+        def step(journal: Journal) -> tuple[int, JournalView]:
+            term = journal.step(walk.model, walk.version, weight, HOST, why, expected, facts)
+            return term, self._residents.view(journal, walk.model)
+
+        term = self._moved(await self._journal.call(step))
         walk.state, walk.found = following, ()
         self._traffic.set_canary(walk.model, walk.version, engine.endpoint, weight, term)
         log.info("%s version %d: %s", walk.model, walk.version, following.reason)
@@ -211,22 +232,34 @@ class Walker:
         if behind:
             walk.canary.blame(f"term {term} with {weight} % for the canary was not taken: {'; '.join(behind)}")
 
-    def _promote(self, action: Promote, following: State) -> None:
+    async def _promote(self, action: Promote, following: State) -> None:
         walk, engine = self._walk, self._walk.canary.engine
         assert engine is not None, "a canary has an engine"
-        term = self._journal.promote(walk.model, walk.version, HOST, action.reason, walk.pointers, walk.describe())
+        expected, facts = walk.pointers, walk.describe()
+
+        def promote(journal: Journal) -> tuple[int, JournalView]:
+            term = journal.promote(walk.model, walk.version, HOST, action.reason, expected, facts)
+            return term, self._residents.view(journal, walk.model)
+
+        term = self._moved(await self._journal.call(promote))
         walk.state = following
-        walk.pointers = self._journal.pointers(walk.model)
         self._traffic.set_stable(walk.model, walk.version, engine.endpoint, term)
         self._residents.wake()
         log.info("%s version %d: promoted: %s", walk.model, walk.version, following.reason)
+
+    def _moved(self, move: tuple[int, JournalView]) -> int:
+        """The term of our own move; its view is what counts now."""
+        term, view = move
+        self._residents.views[self._walk.model] = view
+        self._walk.pointers = view.pointers
+        return term
 
     async def _end_when_journaled(self, reason: str) -> None:
         """Without a journal to write to, the lease runs out and takes the canary to 0 %; the abort is written later."""
         what, told = f"{self._walk.model} version {self._walk.version}", False
         while True:
             try:
-                self._end_after_error(reason)
+                await self._end_after_error(reason)
                 return
             except JournalDown as error:
                 if not told:
@@ -234,12 +267,16 @@ class Walker:
                 told = True
                 await asyncio.sleep(TICK_SECONDS)
 
-    def _end_after_error(self, reason: str) -> None:
+    async def _end_after_error(self, reason: str) -> None:
         """The journal decides what is true: abort what it still has open, then show that in the split."""
         walk = self._walk
-        pointers = self._journal.pointers(walk.model)
+        pointers = (await self._residents.read(walk.model)).pointers
         if pointers.canary == walk.version:
-            self._abort(walk.model, HOST, reason, pointers)
-        walk.state = aborted(walk.state, reason)
+            await self._abort(walk.model, HOST, reason, pointers)
+        if pointers.stable is not None:
+            await self._residents.locate(walk.model, pointers.stable)
+        view = await self._residents.read(walk.model)
+        if not walk.state.is_over:
+            walk.state = aborted(walk.state, reason)
         endpoint = None if pointers.stable is None else self._residents.endpoint(walk.model, pointers.stable)
-        self._traffic.follow_pointers(walk.model, self._journal.pointers(walk.model), endpoint, self._journal.term())
+        self._traffic.follow_pointers(walk.model, view.pointers, endpoint, view.term)

@@ -40,8 +40,8 @@ def follow_pointers(site: Site, model: str, pointers: Pointers, term: int) -> No
         return
     split = traffic_split(site)
     known = split.models.get(model)
-    if known is not None and (known.journal_stable, known.canary) == (pointers.stable, None):
-        if split.term >= term:
+    if known is not None and known.journal_stable == pointers.stable:
+        if known.canary is None and split.term >= term:
             return
         if known.stands_in_for is not None:
             write_split(site.split_file, renewed(without_canary(split, model, term), model))

@@ -1,7 +1,8 @@
 """What one rollout has seen: counts and sticky keys since its step began, and what the keys had before it (past.py).
 
 Guarantees: what the keys had before the rollout outlives the host (a file below run/), so a resumed step compares with
-the same past; without the file it compares with what the workers still know. Does not cover: decisions.
+the same past, and no record counts twice; without the file it compares with what the workers still know. Does not
+cover: decisions.
 """
 
 import json
@@ -13,6 +14,7 @@ from typing import Any
 
 from mansard.canonical import canonical_json, sha256_json, write_atomically
 from mansard.release.analysis import Sample
+from mansard.release.events import uptime_now
 from mansard.serving.host.observations import (
     Reports,
     consecutive_failures_since,
@@ -54,7 +56,9 @@ class Windows:
     beside: Past = field(default_factory=Past)
     canary: Table = field(default_factory=dict)
     control: Table = field(default_factory=dict)
+    newest: float = 0.0
     tail: RecordTail = field(init=False)
+    _restored: tuple[Table | None, float] | None = None  # past of the host before, and when its newest record ended
 
     def __post_init__(self) -> None:
         self.tail = RecordTail(self.site, self.model)
@@ -70,7 +74,7 @@ class Windows:
         """Count anew. The first step settles what was before the rollout."""
         if self.past is None:
             self.at_start = reports
-            self.past = self._read_past()
+            self.past = self._past_of_host_before()[0]
             if self.past is None:
                 self.past, self.beside = self.beside.table(self.outages()), Past(shares=self.beside.shares)
                 self._write_past()
@@ -80,7 +84,10 @@ class Windows:
 
     def take(self, records: list[Record]) -> None:
         """New records of all versions join the windows."""
-        self.beside.add(r for r in records if r.version == self.stable)
+        until = self._past_of_host_before()[1]
+        new = [r for r in records if r.version == self.stable and r.ended > until]
+        self.beside.add(new)
+        self.newest = max([self.newest, *(r.ended for r in new)])
         if self.past is not None:
             self.beside.fold(time.monotonic(), self.outages())
             since = [r for r in records if r.ended >= self.step_began]
@@ -112,16 +119,22 @@ class Windows:
     def _file(self) -> Path:
         return self.site.run / "rollouts" / f"{sha256_json(self.model)[:16]}.json"
 
-    def _read_past(self) -> Table | None:
-        """What this very rollout wrote before the host was restarted."""
-        try:
-            tree = json.loads(self._file().read_text())
-            return checked_table(tree["past"]) if tree["started"] == self.started else None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return None
+    def _past_of_host_before(self) -> tuple[Table | None, float]:
+        """What this very rollout wrote before the host was restarted, read once, and the end of its newest record."""
+        if self._restored is None:
+            try:
+                tree = json.loads(self._file().read_text())
+                is_same = tree["started"] == self.started
+                is_same_clock = is_same and tree["boot"] == uptime_now().boot
+                past = checked_table(tree["past"]) if is_same else None
+                self._restored = past, float(tree["until"]) if is_same_clock else 0.0
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                self._restored = None, 0.0
+        return self._restored
 
     def _write_past(self) -> None:
         self._file().parent.mkdir(parents=True, exist_ok=True)
-        tree = {"format": 1, "model": self.model, "started": self.started, "past": self.past}
+        clock = {"until": self.newest, "boot": uptime_now().boot}
+        tree = {"format": 1, "model": self.model, "started": self.started, "past": self.past, **clock}
         write_atomically(self._file(), canonical_json(tree))
 

@@ -1,7 +1,8 @@
 """One HTTP/1.1 connection to an engine: keep-alive, one request at a time, the body handed on as it arrives.
 
 Guarantees: bytes are never held back to fill a buffer; a slow reader stops the engine's connection from being read
-(at most about HIGH_WATER_BYTES wait); aborting closes the connection, which an engine takes as a cancelled request.
+(at most about HIGH_WATER_BYTES wait); aborting closes the connection, which an engine takes as a cancelled request; an
+engine that is waited for longer than `allow` said has failed, though bytes may drip from it.
 Engines are our own processes on loopback, so answers are parsed strictly (llhttp, through httptools) and anything odd
 is a failed engine. Not covered: TLS, HTTP/2, trailers (read and dropped), pipelining.
 
@@ -10,6 +11,7 @@ router's time per request (2 shared cores, 64 paced streams, Python 3.11, aiohtt
 """
 
 import asyncio
+import socket
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +21,9 @@ import httptools
 from mansard.errors import MansardError
 from mansard.serving.router.policy import HOP_BY_HOP
 
-HIGH_WATER_BYTES = 256 * 1024
+HIGH_WATER_BYTES = 64 * 1024
+RECEIVE_BYTES = 64 * 1024
+"""What the kernel holds of an answer that is not read (twice that, with its own accounts)."""
 MAX_HEAD_BYTES = 64 * 1024
 _NOT_PASSED_ON = HOP_BY_HOP | {b"content-length", b"date", b"server"}
 
@@ -59,6 +63,9 @@ class EngineConnection(asyncio.Protocol):
         self._is_complete = True
         self._failure: str | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._allowed_seconds = 0.0
+        self._deadline = 0.0
+        self._timer: asyncio.TimerHandle | None = None
 
     @property
     def is_reusable(self) -> bool:
@@ -92,6 +99,16 @@ class EngineConnection(asyncio.Protocol):
             self._transport.resume_reading()
         return data
 
+    def allow(self, seconds: float) -> None:
+        """From now on the engine may be waited for so long, until this is called again."""
+        loop = asyncio.get_running_loop()
+        self._allowed_seconds, self._deadline = seconds, loop.time() + seconds
+        if self._timer is not None and self._timer.when() > self._deadline:
+            self._timer.cancel()
+            self._timer = None
+        if self._timer is None:
+            self._timer = loop.call_at(self._deadline, self._look_at_deadline)
+
     def abort(self) -> None:
         """Close at once; an engine cancels what it was generating."""
         self._failure = self._failure or "aborted"
@@ -106,6 +123,21 @@ class EngineConnection(asyncio.Protocol):
         finally:
             self._waiter = None
 
+    def _look_at_deadline(self) -> None:
+        """A timer fires where the first deadline was; those after it move only a number."""
+        self._timer = None
+        loop = asyncio.get_running_loop()
+        if self._is_complete or self._failure is not None:
+            return
+        if self._waiter is None:  # it is the client that is slow
+            self._deadline = loop.time() + self._allowed_seconds
+        if loop.time() < self._deadline:
+            self._timer = loop.call_at(self._deadline, self._look_at_deadline)
+            return
+        self._failure = f"the engine stalls: no progress in {self._allowed_seconds:g} s"
+        self._transport.abort()
+        self._wake()
+
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
@@ -118,11 +150,16 @@ class EngineConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
+        client = transport.get_extra_info("socket")
+        if client is not None:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES)
 
     def connection_lost(self, exc: Exception | None) -> None:
         head = self.head
         if head is not None and not self._is_complete and not head.is_chunked and head.length is None and exc is None:
             self._is_complete = True  # a body that ends with the connection
+        if self._timer is not None:
+            self._timer.cancel()
         if self._failure is None:
             self._failure = f"the engine closed the connection{f': {exc}' if exc else ''}"
         self._wake()

@@ -2,8 +2,8 @@
 
 Guarantees: nothing reaches the client before the version that will answer is certain, so a rescue is invisible to it; a
 stream is handed on chunk by chunk; a client that goes away cancels the engine's work; an accepted stream keeps its
-engine whatever the split does; every answer says which version gave it. A request that pins a version is never rescued:
-a tester wants that version's own answer.
+engine whatever the split does; an engine that stalls for `silent_seconds` has failed; every answer says which version
+gave it. A request that pins a version is never rescued: a tester wants that version's own answer.
 """
 
 import asyncio
@@ -20,8 +20,11 @@ from mansard.serving.router.queue import RETRY_AFTER_SECONDS
 from mansard.serving.router.split_watch import SplitWatch
 from mansard.serving.split import choose
 
-WHOLE_ANSWER_BYTES = 16 * 1024 * 1024
-"""Answers with a known length up to this are read whole before anything is sent, so that they too can be rescued."""
+WHOLE_ANSWER_BYTES = 256 * 1024
+"""Answers with a known length up to this are read whole before anything is sent, so that they too can be rescued. Times
+the places it is what a worker may hold of answers that nobody reads."""
+PROGRESS_BYTES = 1024
+"""So much, or a line's end, is progress of an engine; less drips."""
 _ERROR_EVENT = b'data: {"error"'
 
 
@@ -62,7 +65,8 @@ class Failure:
 class Forwarder:
     """Shared by all requests of a worker."""
 
-    def __init__(self, watch: SplitWatch, pool: EnginePool, observations: Observations) -> None:
+    def __init__(self, watch: SplitWatch, pool: EnginePool, observations: Observations, silent_seconds: float) -> None:
+        self._silent_seconds = silent_seconds
         self._watch = watch
         self._pool = pool
         self._observations = observations
@@ -117,6 +121,7 @@ class Forwarder:
         is_whole = not head.is_event_stream and head.length is not None and head.length <= WHOLE_ANSWER_BYTES
         try:
             parts = [await connection.read()]
+            connection.allow(self._silent_seconds)
             while is_whole and parts[-1]:
                 parts.append(await connection.read())
         except EngineFailed as error:
@@ -165,10 +170,14 @@ class Forwarder:
 
     async def _stream(self, response: web.StreamResponse, answer: Answer, attempt: Attempt) -> None:
         """Chunk by chunk. An error event that the engine sends under way passes through and counts against it."""
-        problem, data, connection = b"", answer.first, answer.connection
+        problem, data, connection, num_bytes = b"", answer.first, answer.connection, 0
         while data:
             attempt.streamed(data)
             await response.write(data)
+            num_bytes += len(data)
+            if num_bytes >= PROGRESS_BYTES or b"\n" in data:
+                connection.allow(self._silent_seconds)
+                num_bytes = 0
             data = await connection.read()
             if data.startswith(_ERROR_EVENT):
                 problem = data[:300]

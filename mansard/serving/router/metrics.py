@@ -186,6 +186,8 @@ class Observations:
         self.refused: Counter[int] = Counter()
         """The router's own answers by status: bad keys, unknown paths, too large, too many, no version."""
         self.in_flight = 0
+        self.clients_left = 0
+        """Clients that went away before their answer's end."""
 
     def counts(self, model: str, version: int) -> VersionCounts:
         counts = self.versions.get((model, version))
@@ -245,6 +247,7 @@ class Observations:
             "uptime_seconds": now - self._started,
             "in_flight": self.in_flight,
             "refused": {str(status): count for status, count in sorted(self.refused.items())},
+            "clients_left": self.clients_left,
             "split_problem": problem,
             "bounds_seconds": list(BOUNDS_SECONDS),
             "models": models,
@@ -255,9 +258,7 @@ class Observations:
         now = self.clock()
         attempts = [a for c in self.versions.values() for kept in (c.waiting, c.streaming) for a in kept.values()]
         oldest = sorted(attempts, key=lambda attempt: attempt.start)[:MAX_IN_FLIGHT_TOLD]
-        in_flight = [
-            [a.model, a.version, f"{a.key:016x}", round(now - a.start, 6), a.is_streaming] for a in oldest
-        ]
+        in_flight = [[a.model, a.version, f"{a.key:016x}", round(now - a.start, 6), a.is_streaming] for a in oldest]
         return {
             "format": FORMAT,
             "pid": os.getpid(),

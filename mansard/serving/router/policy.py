@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Mapping
 
 from mansard.errors import MansardError
-from mansard.serving.router.user_field import user_of
+from mansard.serving.router.user_field import model_of, user_of
 
 ALLOWED = {
     "/v1/completions": "POST",
@@ -89,21 +89,29 @@ def pinned_version(headers: Mapping[str, str]) -> int | None:
     return int(text)
 
 
-def model_named(models: Iterable[str], body: bytes) -> str:
+PARSED_BYTES = 64 * 1024
+"""A larger body is not parsed: a megabyte would hold up everybody for 10 ms and more."""
+
+
+async def model_named(models: Iterable[str], body: bytes) -> str:
     """The only model, without a look at the body; of several, the one that the body's `model` names."""
     known = list(models)
     if len(known) == 1:
         return known[0]
     if not known:
         raise Refused(503, "service_unavailable", "no model is released yet", retry_after_seconds=5)
+    name = await model_of(body) if len(body) > PARSED_BYTES else _parsed_model(body)
+    if not isinstance(name, str) or name not in known:
+        raise Refused(404, "not_found_error", f"model {str(name)[:80]!r} does not exist; known: {', '.join(known)}")
+    return name
+
+
+def _parsed_model(body: bytes) -> object:
     try:
         tree = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise Refused(400, "invalid_request_error", f"the body is not JSON: {str(error)[:100]}") from error
-    name = tree.get("model") if isinstance(tree, dict) else None
-    if not isinstance(name, str) or name not in known:
-        raise Refused(404, "not_found_error", f"model {str(name)[:80]!r} does not exist; known: {', '.join(known)}")
-    return name
+    return tree.get("model") if isinstance(tree, dict) else None
 
 
 def asked_by_name(payload: bytes, model: str, served_name: str) -> bytes:

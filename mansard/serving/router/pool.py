@@ -15,9 +15,10 @@ IDLE_SECONDS = 4.0
 
 
 class EnginePool:
-    """Idle connections per endpoint, the latest used first."""
+    """Idle connections per endpoint, the latest used first. An answer's first byte may take `first_byte_seconds`."""
 
-    def __init__(self) -> None:
+    def __init__(self, first_byte_seconds: float) -> None:
+        self._first_byte_seconds = first_byte_seconds
         self._idle: dict[str, list[EngineConnection]] = {}
 
     async def ask(self, endpoint: str, request: bytes) -> tuple[EngineConnection, EngineHead]:
@@ -58,6 +59,7 @@ class EnginePool:
                 connection.abort()
 
     async def _exchange(self, connection: EngineConnection, request: bytes) -> EngineHead:
+        connection.allow(self._first_byte_seconds)
         try:
             return await connection.exchange(request)
         except BaseException:  # also when the client went away: the engine must not go on for nobody

@@ -1,8 +1,10 @@
 """A router worker's public face: the OpenAI API.
 
 Guarantees: what is not on the allow-list never reaches an engine; the router's own refusals are counted against no
-version; requests run in a bounded number of places, a bounded number waits, more get 429 at once; bodies above
-`body_bytes` get 413, and all bodies held at once stay below `held_bytes`. Not covered: TLS.
+version; requests run in a bounded number of places until their answer's last byte is sent, a bounded number waits, more
+get 429 at once (queue.py); bodies above `body_bytes` get 413, those that stop coming 408, and all bodies held at once
+stay below `held_bytes` (held_bytes.py); of both no tenant, or address where nobody needs a key, gets all. A request
+that is refused before its body was read ends its connection. Not covered: TLS.
 
 aiohttp's low-level server reads the public side: its parser is the hardened one. What the router adds is measured by
 tests/benchmarks/bench_router.py.
@@ -12,13 +14,16 @@ import asyncio
 import contextlib
 import json
 import time
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from aiohttp import web
 
 from mansard.serving.router.access_log import AccessLog
 from mansard.serving.router.admin import RouterAdmin
+from mansard.serving.router.connection import Connection, send_last, send_whole
 from mansard.serving.router.forward import Forwarder, Question
+from mansard.serving.router.held_bytes import HeldBody, HeldBytes
 from mansard.serving.router.keys import Holder, KeyFile
 from mansard.serving.router.metrics import Observations
 from mansard.serving.router.policy import (
@@ -29,7 +34,7 @@ from mansard.serving.router.policy import (
     pinned_version,
     sticky_key,
 )
-from mansard.serving.router.queue import RETRY_AFTER_SECONDS, Places
+from mansard.serving.router.queue import Places
 from mansard.serving.router.rates import Rates
 from mansard.serving.router.split_watch import SplitWatch
 from mansard.serving.split import key_digest
@@ -37,15 +42,19 @@ from mansard.serving.split import key_digest
 METRICS_PATH = "/metrics"
 CLIENT_WENT_AWAY = 499
 """In the access log only, as nginx writes it."""
+PROGRESS_BYTES = 4096
+"""So much of a body must come in `body_silent_seconds`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one worker takes on. `body_seconds` is how long a client may take to send its body."""
+    """What one worker takes on. `body_seconds` is how long a client may take to send its body, and it may be silent for
+    `body_silent_seconds`."""
 
     body_bytes: int = 8 * 1024 * 1024
     body_seconds: float = 60.0
-    held_bytes: int = 256 * 1024 * 1024
+    body_silent_seconds: float = 10.0
+    held_bytes: int = 128 * 1024 * 1024
     running: int = 512
     waiting: int = 512
     wait_seconds: float = 20.0
@@ -67,8 +76,15 @@ class _Visit:
     began: float
     holder: Holder | None = None
     question: Question | None = None
+    body: HeldBody | None = None
     body_bytes: int = 0
+    body_bytes_before: int = 0
+    body_began: float = 0.0
     path: str = field(default="")
+
+    def owner(self, request: web.BaseRequest) -> str:
+        """Whose share of places and bytes it takes."""
+        return f"address/{request.remote}" if self.holder is None else f"tenant/{self.holder.name}"
 
 
 class Router:
@@ -92,7 +108,7 @@ class Router:
         self._access_log = access_log
         self._limits = limits
         self._places = Places(limits.running, limits.waiting, limits.wait_seconds)
-        self._held_bytes = 0
+        self._bodies = HeldBytes(limits.held_bytes)
 
     async def public(self, request: web.BaseRequest) -> web.StreamResponse:
         """One public request."""
@@ -107,12 +123,18 @@ class Router:
             observations.refused[refused.status] += 1
             response = _refusal(refused)
             status = refused.status
+        except (ConnectionError, asyncio.CancelledError):
+            observations.clients_left += 1
+            raise
         finally:
             observations.in_flight -= 1
-            self._held_bytes -= visit.body_bytes
+            if visit.body is not None:
+                visit.body.release()
             self._log(request, visit, status)
         if self._admin.is_draining and not response.prepared:
             response.force_close()
+        if not request.content.is_eof():
+            await send_last(request, response)
         return response
 
     async def _answer(self, request: web.BaseRequest, visit: _Visit) -> web.StreamResponse:
@@ -129,7 +151,7 @@ class Router:
         if holder is not None:
             self._guards.rates.check(holder, visit.began)
         body = await self._read_body(request, visit)
-        model = model_named(self._watch.split.models, body)
+        model = await model_named(self._watch.split.models, body)
         if holder is not None:
             holder.check_model(model)
         tenant = None if holder is None else holder.name
@@ -139,31 +161,55 @@ class Router:
             pinned=pinned_version(headers),
             payload=engine_request(path, request.method, request.raw_headers, body),
         )
-        async with self._places:
-            return await self._forwarder.forward(request, question)
+        del body
+        client = request.protocol if isinstance(request.protocol, Connection) else None
+        async with self._places.hold(visit.owner(request), client):
+            response = await self._forwarder.forward(request, question)
+            if self._admin.is_draining and not response.prepared:
+                response.force_close()
+            await send_whole(request, response)
+            return response
 
     async def _read_body(self, request: web.BaseRequest, visit: _Visit) -> bytes:
         """The whole body: it may have to be sent twice, and an engine should not wait for a slow client."""
         limit, content = self._limits.body_bytes, request.content
         if (request.content_length or 0) > limit:
             raise Refused(413, "invalid_request_error", f"{request.content_length} bytes; at most {limit} are taken")
-        parts = []
+        held = visit.body = self._bodies.body(visit.owner(request), content.set_exception)
+        parts: list[bytes] = []
         try:
             # A small body has come with its head: no timer for that.
-            async with asyncio.timeout(self._limits.body_seconds) if not content.is_eof() else contextlib.nullcontext():
+            async with contextlib.nullcontext() if content.is_eof() else self._body_timer(visit) as timer:
                 while data := await content.readany():
                     parts.append(data)
                     visit.body_bytes += len(data)
-                    self._held_bytes += len(data)
                     if visit.body_bytes > limit:
                         raise Refused(413, "invalid_request_error", f"more than {limit} bytes; that is the most taken")
-                    if self._held_bytes > self._limits.held_bytes:
-                        message = f"requests of {self._limits.held_bytes} bytes are in work"
-                        raise Refused(429, "rate_limit_error", message, RETRY_AFTER_SECONDS)
+                    held.add(len(data))
+                    if timer is not None:
+                        self._renew(timer, visit)
+            held.is_whole = True
+            return parts[0] if len(parts) == 1 else b"".join(parts)
+        finally:
+            parts.clear()  # a refusal's traceback, which the stream keeps, would keep them while the connection lingers
+
+    @contextlib.asynccontextmanager
+    async def _body_timer(self, visit: _Visit) -> AsyncIterator[asyncio.Timeout]:
+        visit.body_began = asyncio.get_running_loop().time()
+        try:
+            async with asyncio.timeout(min(self._limits.body_seconds, self._limits.body_silent_seconds)) as timer:
+                yield timer
         except TimeoutError as error:
-            message = f"the body was not there after {self._limits.body_seconds:g} s"
+            seconds = asyncio.get_running_loop().time() - visit.body_began
+            message = f"{visit.body_bytes} bytes of the body came in {seconds:.1f} s"
             raise Refused(408, "invalid_request_error", message) from error
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _renew(self, timer: asyncio.Timeout, visit: _Visit) -> None:
+        """The next PROGRESS_BYTES may take as long again, all of it `body_seconds`."""
+        if visit.body_bytes - visit.body_bytes_before >= PROGRESS_BYTES:
+            visit.body_bytes_before = visit.body_bytes
+            now = asyncio.get_running_loop().time()
+            timer.reschedule(min(now + self._limits.body_silent_seconds, visit.body_began + self._limits.body_seconds))
 
     def _models(self, holder: Holder | None) -> web.Response:
         """GET /v1/models from the split: what this client can ask for, not what engines happen to run."""

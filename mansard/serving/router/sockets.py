@@ -13,12 +13,15 @@ from mansard.errors import BadInput, Conflict
 
 BACKLOG = 4096
 """The kernel cuts it at net.core.somaxconn (4,096 by default)."""
+SEND_BYTES = 256 * 1024
+"""What the kernel takes of an answer that its client does not read (twice that, with its own accounts)."""
 
 
 def listen(port: int) -> socket.socket:
     """The public socket on 127.0.0.1; connections queue from now on. BadInput for a taken port."""
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)  # accepted ones inherit it
     try:
         listener.bind(("127.0.0.1", port))
         listener.listen(BACKLOG)

@@ -30,7 +30,7 @@ from mansard.serving.folder_watch import FolderWatch
 from mansard.serving.router.access_log import FLUSH_SECONDS, AccessLog
 from mansard.serving.router.admin import RouterAdmin
 from mansard.serving.router.forward import Forwarder
-from mansard.serving.router.http import IDLE_SECONDS, HardenedServer
+from mansard.serving.router.http import IDLE_SECONDS, MAX_CONNECTIONS, WRITE_SECONDS, HardenedServer
 from mansard.serving.router.keys import KeyFile
 from mansard.serving.router.metrics import Observations
 from mansard.serving.router.pool import EnginePool
@@ -46,6 +46,8 @@ DRAIN_GRACE_SECONDS = 0.5
 """For requests that are on their way on accepted connections when draining starts."""
 DRAIN_LOOK_SECONDS = 0.02
 DRAIN_SECONDS = 120.0
+SPARE_DESCRIPTORS = 256
+"""Beside clients and engines: the split, keys, logs, admin sockets, those that are told that nothing is free."""
 
 log = logging.getLogger("mansard.router")
 
@@ -58,6 +60,10 @@ class Options:
     lease_seconds: float
     drain_seconds: float
     idle_seconds: float
+    write_seconds: float
+    first_byte_seconds: float | None
+    silent_seconds: float | None
+    max_connections: int
     limits: Limits
     listen_fd: int | None = None
     rates_fd: int | None = None
@@ -75,12 +81,15 @@ async def serve(site: Site, options: Options) -> None:
         file.read()
     guards = Guards(keys, operators, Rates(shared_memory() if options.rates_fd is None else options.rates_fd))
     watch = SplitWatch(site.split_file, options.lease_seconds, time.monotonic)
-    pool, observations = EnginePool(), Observations(time.monotonic)
+    router_site = site.router
+    pool = EnginePool(options.first_byte_seconds or router_site.first_byte_seconds)
+    observations = Observations(time.monotonic)
     admin = RouterAdmin(site, options.index, watch, observations)
     access_log = AccessLog(site.logs / f"router-{options.index}-access.jsonl")
-    forwarder = Forwarder(watch, pool, observations)
+    forwarder = Forwarder(watch, pool, observations, options.silent_seconds or router_site.silent_seconds)
     router = Router(watch, forwarder, observations, guards, admin, access_log, options.limits)
-    public = HardenedServer(router.public, options.idle_seconds)
+    max_connections = min(options.max_connections, num_connections(options.limits.running))
+    public = HardenedServer(router.public, options.idle_seconds, options.write_seconds, max_connections)
     admin_server = HardenedServer(admin.answer)
     inherited = options.listen_fd
     with (
@@ -173,6 +182,13 @@ def _allow_many_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+def num_connections(running: int) -> int:
+    """How many clients may be connected: with an engine's connection for each that runs, and some to spare."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = max(soft - SPARE_DESCRIPTORS, 2)
+    return free - min(running, free // 2)
+
+
 def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
     """What a worker and a supervisor, which hands them on, both take."""
     usual = Limits()
@@ -180,10 +196,15 @@ def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lease-seconds", type=float, default=LEASE_SECONDS)
     parser.add_argument("--drain-seconds", type=float, default=DRAIN_SECONDS)
     parser.add_argument("--idle-seconds", type=float, default=IDLE_SECONDS, help="for the next request's headers")
+    parser.add_argument("--write-seconds", type=float, default=WRITE_SECONDS, help="for a client to take anything")
+    parser.add_argument("--first-byte-seconds", type=float, help="instead of the site's")
+    parser.add_argument("--silent-seconds", type=float, help="instead of the site's")
     parser.add_argument("--body-seconds", type=float, default=usual.body_seconds)
+    parser.add_argument("--body-silent-seconds", type=float, default=usual.body_silent_seconds)
     parser.add_argument("--wait-seconds", type=float, default=usual.wait_seconds)
     parser.add_argument("--max-body-bytes", type=int, default=usual.body_bytes)
     parser.add_argument("--max-held-bytes", type=int, default=usual.held_bytes)
+    parser.add_argument("--max-connections", type=int, default=MAX_CONNECTIONS)
     parser.add_argument("--max-running", type=int, default=usual.running)
     parser.add_argument("--max-waiting", type=int, default=usual.waiting)
 
@@ -192,13 +213,15 @@ def _options(given: argparse.Namespace) -> Options:
     limits = Limits(
         body_bytes=given.max_body_bytes,
         body_seconds=given.body_seconds,
+        body_silent_seconds=given.body_silent_seconds,
         held_bytes=given.max_held_bytes,
         running=given.max_running,
         waiting=given.max_waiting,
         wait_seconds=given.wait_seconds,
     )
-    times = (given.lease_seconds, given.drain_seconds, given.idle_seconds)
-    return Options(given.index, *times, limits, given.listen_fd, given.rates_fd)
+    times = (given.lease_seconds, given.drain_seconds, given.idle_seconds, given.write_seconds)
+    engine_times = (given.first_byte_seconds, given.silent_seconds)
+    return Options(given.index, *times, *engine_times, given.max_connections, limits, given.listen_fd, given.rates_fd)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,9 +2,6 @@
 
 import json
 import random
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,18 +12,7 @@ from mansard.errors import BadInput
 from mansard.evaluation.contamination import NGRAM_WORDS, Index, check_shared, text_of, words_of
 from mansard.evaluation.contamination_stage import run
 from mansard.store.store import Store
-
-
-@dataclass
-class Context:
-    """What the worker hands to a stage."""
-
-    store: Store
-    inputs: Mapping[str, str]
-    spec: Mapping[str, Any] = field(default_factory=dict)
-    work: Path = Path("nowhere")
-
-    def progress(self, *_: object, **__: float) -> None: ...
+from tests.mansard.evaluation.stage_context import stage_context
 
 
 def item(number: int, text: str) -> dict[str, Any]:
@@ -77,7 +63,7 @@ def test_stage_counts_and_lists_by_suite_with_the_source(store: Store) -> None:
         return store.put_files({"data.jsonl": lines([{"text": t, "file": "x"} for t in some])})
 
     inputs = {"suite.bits": suite, "data.code.train": training("clean"), "data.docs.train": training(texts[3][:80])}
-    found = json.loads(store.read_file(run(Context(store, inputs)), "contamination.json"))["suites"]["bits"]  # type: ignore[arg-type]
+    found = json.loads(store.read_file(run(stage_context(store, inputs)), "contamination.json"))["suites"]["bits"]
     assert (found["num_items"], found["num_shared"], found["shared_fraction"]) == (5, 1, 0.2)
     check_shared({"suites": {"bits": found}}, 0.2)
     with pytest.raises(BadInput, match=r"suite bits: 1 of 5 items share 13 words in a row .*i3.*max_shared_fraction"):
@@ -90,7 +76,7 @@ def test_stage_counts_and_lists_by_suite_with_the_source(store: Store) -> None:
 def test_a_suite_without_items_of_ours_is_said_to_hold_none(store: Store) -> None:
     text = store.put_files({"data.jsonl": b""})
     inputs = {"suite.task": store.put_files({"items.jsonl": b""}), "data.code.train": text}
-    found = json.loads(store.read_file(run(Context(store, inputs)), "contamination.json"))  # type: ignore[arg-type]
+    found = json.loads(store.read_file(run(stage_context(store, inputs)), "contamination.json"))
     assert found["suites"]["task"]["num_items"] == 0
 
 

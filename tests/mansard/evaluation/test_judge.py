@@ -4,9 +4,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import matplotlib.image
@@ -22,6 +20,7 @@ from mansard.evaluation.report import render, with_cost
 from mansard.evaluation.verdict_file import judgement_of
 from mansard.specs.judging import Gate, Suite
 from mansard.store.store import Store
+from tests.mansard.evaluation.stage_context import stage_context
 
 SUITES = [
     {"format": 1, "name": "code-bits", "kind": "bits_per_byte", "items": "a.jsonl"},
@@ -37,19 +36,6 @@ GATE = {
         {"suite": "c.yaml", "role": "guard", "margin": 0.05},
     ],
 }
-
-
-@dataclass
-class Context:
-    """What the worker hands to a stage."""
-
-    store: Store
-    inputs: Mapping[str, str]
-    spec: Mapping[str, Any]
-    recipe: str = "r"
-    where: Mapping[str, Any] = field(default_factory=dict)
-    work: Path = Path("nowhere")
-    progress: Callable[..., None] = lambda *_, **__: None
 
 
 def bits(shift: float) -> list[Record]:
@@ -74,7 +60,7 @@ def artifact(store: Store, who: str, code: float, docs: float, right: int, engin
 
 def judged(store: Store, inputs: Mapping[str, str]) -> tuple[dict[str, Any], str, bytes]:
     spec = {"gate": GATE, "suites": SUITES, "attempts": {"number": 2}}
-    snapshot = run(Context(store, inputs, spec))  # type: ignore[arg-type]
+    snapshot = run(stage_context(store, inputs, spec))
     files = {name: store.read_file(snapshot, name) for name in FILES}
     verdict = json.loads(files["verdict.json"])
     assert verdict["files"] == {n: digest_bytes(files[n]) for n in FILES[1:]}
@@ -124,7 +110,7 @@ def test_first_version_is_the_baseline(store: Store) -> None:
 def test_same_inputs_give_the_same_bytes(store: Store) -> None:
     inputs = against(store, artifact(store, "candidate", -0.3, 0.001, 40))
     spec = {"gate": GATE, "suites": SUITES, "attempts": {"number": 1}}
-    made = {run(Context(store, inputs, spec)) for _ in range(2)}  # type: ignore[arg-type]
+    made = {run(stage_context(store, inputs, spec)) for _ in range(2)}
     assert len(made) == 1
 
 
@@ -155,7 +141,7 @@ def test_a_later_attempt_needs_more(store: Store) -> None:
     verdicts = []
     for number in (1, 5):
         spec = {"gate": GATE, "suites": SUITES, "attempts": {"number": number}}
-        made = run(Context(store, inputs, spec))  # type: ignore[arg-type]
+        made = run(stage_context(store, inputs, spec))
         verdicts.append(json.loads(store.read_file(made, "verdict.json"))["verdict"])
     assert verdicts == ["pass", "inconclusive"]
 
@@ -164,7 +150,7 @@ def test_targets_share_alpha_and_guards_do_not(store: Store) -> None:
     gate = {**GATE, "suites": [*GATE["suites"][:1], {"suite": "b.yaml", "role": "target"}, GATE["suites"][2]]}
     inputs = against(store, artifact(store, "candidate", -0.3, 0.5, 20))
     spec = {"gate": gate, "suites": SUITES, "attempts": {"number": 1}}
-    verdict = json.loads(store.read_file(run(Context(store, inputs, spec)), "verdict.json"))  # type: ignore[arg-type]
+    verdict = json.loads(store.read_file(run(stage_context(store, inputs, spec)), "verdict.json"))
     levels = [round(s["level"] / verdict["alpha_spent"], 6) for s in verdict["suites"]]
     assert levels == [0.5, 1.0, 1.0]  # the first passed at a half, so the second was judged at the whole
     assert [s["verdict"] for s in verdict["suites"]] == ["pass", "fail", "reported"]
@@ -186,7 +172,7 @@ def test_report_tells_items_contamination_mixture_and_lineage(store: Store) -> N
         "sources": [{"name": "code", "weight": 1.0, "is_domain": True, "train": "code.jsonl"}],
     }
     spec = {"gate": GATE, "suites": SUITES, "attempts": {"number": 3}, "provenance": provenance}
-    made = run(Context(store, inputs, spec))  # type: ignore[arg-type]
+    made = run(stage_context(store, inputs, spec))
     page = store.read_file(made, "report.html").decode()
     report = store.read_file(made, "report.md").decode()
     for told in (report, page):
@@ -198,7 +184,7 @@ def test_report_tells_items_contamination_mixture_and_lineage(store: Store) -> N
 
 def test_cost_is_measured_beside_the_record_and_takes_its_place_in_the_reports(store: Store) -> None:
     inputs = against(store, artifact(store, "candidate", -0.3, 0.5, 20))
-    made = run(Context(store, inputs, {"gate": GATE, "suites": SUITES, "attempts": {"number": 1}}))  # type: ignore[arg-type]
+    made = run(stage_context(store, inputs, {"gate": GATE, "suites": SUITES, "attempts": {"number": 1}}))
     report, page = (store.read_file(made, f"report.{kind}").decode() for kind in ("md", "html"))
     cost = {"candidate": {"memory_mb": 5.0}, "baseline": {"memory_mb": 4.0}, "ratio": {"memory_mb": 1.25}}
     assert "| memory_mb | 4.00 | 5.00 | 1.25 |" in with_cost(report, cost)
@@ -208,7 +194,7 @@ def test_cost_is_measured_beside_the_record_and_takes_its_place_in_the_reports(s
 
 def test_html_report_needs_nothing_from_elsewhere(store: Store) -> None:
     inputs = against(store, artifact(store, "candidate", -0.3, 0.001, 20))
-    made = run(Context(store, inputs, {"gate": GATE, "suites": SUITES, "attempts": {"number": 1}}))  # type: ignore[arg-type]
+    made = run(stage_context(store, inputs, {"gate": GATE, "suites": SUITES, "attempts": {"number": 1}}))
     page = store.read_file(made, "report.html").decode()
     assert "<script" not in page and "<link" not in page and "http" not in page and "url(" not in page
     assert page.index("Verdict: ") < page.index("code-bits") < page.index("<h2>")

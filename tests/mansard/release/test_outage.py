@@ -1,5 +1,6 @@
 """The rules of an outage of stable: who may serve its users, what the journal takes, what a person reads."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ from mansard.release.events import Entry, Pointers, Uptime
 from mansard.release.journal import Journal
 from mansard.release.outage import next_command, open_outage, outage_intervals, stand_ins
 from mansard.serving import split as splits
+from mansard.serving.host.outages import StableOutage, Standing, down_intervals
+from mansard.serving.host.traffic import Traffic
+from mansard.serving.host.when_down import follow_pointers
 from mansard.site import Site
 
 POINTERS = Pointers(stable=3, canary=None, previous=2, term=9)
@@ -71,6 +75,20 @@ def test_intervals_are_of_this_boot_and_of_this_version() -> None:
     assert outage_intervals(entries, "demo", 3, "now") == [(10.0, 20.0), (40.0, float("inf"))]
 
 
+def test_an_outage_that_began_before_this_boot_lasts_from_the_beginning_until_it_ended() -> None:
+    def at(boot: str, seconds: float) -> dict[str, Any]:
+        return {"since": {"boot": boot, "seconds": seconds}}
+
+    down = entry(1, "stable_down", 3, to=2, **at("old", 90_000.0))
+    assert outage_intervals([down], "demo", 3, "now") == [(-math.inf, math.inf)]
+    up = entry(2, "stable_up", 3, **at("now", 20.0))
+    assert outage_intervals([down, up], "demo", 3, "now") == [(-math.inf, 20.0)]
+    standing = Standing(POINTERS, (2,), ((-math.inf, math.inf),))
+    outage = StableOutage(3, "its engine ended", since=Uptime("old", 90_000.0))
+    assert down_intervals(standing, outage, "now") == [(-math.inf, math.inf)]
+    assert down_intervals(standing, outage, "old") == [(-math.inf, math.inf), (90_000.0, math.inf)]
+
+
 def test_the_command_names_the_version_that_is_left_and_where_nothing_is_left_the_host() -> None:
     assert next_command(3, 2, 2).startswith("mansard rollback --from 3 ")
     assert "version 2 is started if need be" in next_command(3, None, 2)
@@ -94,3 +112,21 @@ def test_a_split_remembers_who_stands_in_for_whom_and_goes_back(tmp_path: Path) 
     splits.write_split(path, back)
     assert splits.read_split(path).models["demo"].versions == split.models["demo"].versions
     assert splits.read_split(path).models["demo"].stands_in_for is None
+
+
+@pytest.mark.parametrize("has_host", [True, False])
+def test_an_abort_leaves_users_with_the_version_that_stands_in(three: Site, has_host: bool) -> None:
+    """Also where the host is down: stable has no engine then either."""
+    split = splits.with_canary(splits.read_split(three.split_file), "demo", 4, "http://127.0.0.1:8104", "demo", 25, 10)
+    split = splits.with_endpoint(split, "demo", 3, None, "demo")
+    splits.write_split(three.split_file, splits.with_stand_in(split, "demo", 2, "http://127.0.0.1:8102", "demo"))
+    aborted = Pointers(stable=3, canary=None, previous=2, term=11)
+    for _ in range(2):
+        if has_host:
+            Traffic(three, lambda model, version: model).follow_pointers("demo", aborted, None, 11)
+        else:
+            follow_pointers(three, "demo", aborted, 11)
+        after = splits.read_split(three.split_file)
+        model = after.models["demo"]
+        assert (after.term, model.stable, model.stands_in_for, model.canary) == (11, 2, 3, None)
+        assert (model.versions[2].weight_percent, model.versions[2].endpoint) == (100, "http://127.0.0.1:8102")

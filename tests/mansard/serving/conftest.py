@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -36,6 +35,7 @@ from mansard.serving.split import ModelSplit, read_split
 from mansard.site import Site, load_site
 from mansard.site_sections import Environment
 from mansard.store.store import Store
+from tests.free_ports import free_port
 
 ROOT = Path(__file__).resolve().parents[3]
 FAKE_VLLM = Path(__file__).parent / "fake_vllm"
@@ -64,12 +64,6 @@ def wait_for(what: str, found: Callable[[], T], seconds: float = DEADLINE_SECOND
         assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}"
         time.sleep(0.02)
     return value
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 ENGINE_PATHS = (

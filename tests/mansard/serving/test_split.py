@@ -24,6 +24,7 @@ from mansard.serving.split import (
     with_canary,
     with_endpoint,
     with_stable,
+    with_stand_in,
     without_canary,
     without_version,
     write_split,
@@ -46,6 +47,7 @@ moves = st.lists(
         st.tuples(st.just("renew"), st.just(0), st.just(0)),
         st.tuples(st.just("endpoint"), st.integers(1, 6), st.just(0)),
         st.tuples(st.just("retire"), st.integers(1, 6), st.just(0)),
+        st.tuples(st.just("stand in"), st.integers(1, 6), st.just(0)),
     ),
     max_size=20,
 )
@@ -64,6 +66,8 @@ def moved(split: Split, kind: str, version: int, percent: int) -> Split:
             return renewed(split, "tiny")
         case "endpoint":
             return with_endpoint(split, "tiny", version, THREE, "tiny")
+        case "stand in":
+            return with_stand_in(split, "tiny", version, TWO, "tiny")
     return without_version(split, "tiny", version)
 
 
@@ -78,6 +82,8 @@ def test_every_walk_conserves_weight_and_round_trips(walk: list[tuple[str, int, 
             continue
         weights = [v.weight_percent for v in after.models["tiny"].versions.values()]
         assert sum(weights) == 100
+        if kind not in ("stable", "endpoint"):
+            assert after.models["tiny"].journal_stable == split.models["tiny"].journal_stable
         assert parse_split(split_bytes(after), "test") == after
         assert is_newer_or_same(after, split)
         split = after
@@ -176,6 +182,9 @@ def test_another_format_is_refused_and_never_overwritten(tmp_path: Path) -> None
         lambda m: m["versions"]["2"].pop("served_name"),
         lambda m: m.pop("lease_counter"),
         lambda m: m.update(versions=[]),
+        lambda m: m.update(stands_in_for=1),
+        lambda m: m.update(stands_in_for=2),
+        lambda m: m.update(stands_in_for="3"),
     ],
 )
 def test_a_split_that_makes_no_sense_is_corrupt(wrong: object) -> None:
@@ -198,6 +207,9 @@ def test_a_canary_needs_a_stable_and_is_another_version() -> None:
         with_canary(Split(), "tiny", 1, ONE, "tiny", 5, 1)
     with pytest.raises(BadInput, match="is stable"):
         with_canary(walked(5), "tiny", 1, ONE, "tiny", 5, 3)
+    beside_a_dead_stable = with_stand_in(with_stable(walked(5), "tiny", 2, TWO, "tiny", 3), "tiny", 1, ONE, "tiny")
+    with pytest.raises(BadInput, match="version 2 is stable"):
+        with_canary(beside_a_dead_stable, "tiny", 2, TWO, "tiny", 5, 4)
     with pytest.raises(BadInput, match="101"):
         with_canary(walked(5), "tiny", 2, TWO, "tiny", 101, 3)
 

@@ -88,8 +88,9 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
 
 @pytest.mark.parametrize("level", [1, 2, 3])
 def test_two_ranks_learn_what_one_process_learns(
-    level: int, store: Store, fill: Fill, forked_ranks: list[str]
+    level: int, store: Store, fill: Fill, forked_ranks: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))  # reaches the ranks of torchrun
     anchor = {"anchor": {"kind": "kl", "weight": 1.0}} if level == 2 else {}
     inputs, asked = fill(store), spec(6, **anchor)
     alone = stage.run(context(store, inputs, asked, {}, "a" * 64))
@@ -102,6 +103,7 @@ def test_two_ranks_learn_what_one_process_learns(
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         torch.testing.assert_close(theirs[name], tensor, atol=1e-3, rtol=1e-3, msg=name)
+    assert not (tmp_path / "extensions").exists(), "a rank compiled an extension of DeepSpeed"
 
 
 def stopped_at(ctx: StageContext, step: int, act: Callable[[], None]) -> threading.Thread:

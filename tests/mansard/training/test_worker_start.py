@@ -45,6 +45,16 @@ with fork_servers(site, "train"):
 """
 
 
+SERVER_OF_WORKERS_THAT_EXIT = """
+import os, sys
+from mansard import fork_server, worker
+fork_server.STEPS = fork_server.IMPORTED = ()
+fork_server._check_devices = lambda *_: os._exit(0)
+worker.main = lambda *_: os._exit(7)
+sys.exit(fork_server.main(int(sys.argv[1])))
+"""
+
+
 def new_site(home: Path) -> Site:
     home.mkdir(parents=True)
     return Site(home / "site.yaml", home, home, ("m",), {"main": this_interpreter(ROOT)}, {"default": "main"})
@@ -202,6 +212,19 @@ def test_a_signal_that_ends_a_forked_worker_is_its_exit_status(
         pytest.raises(StageFailed, match="exit status -15"),
     ):
         in_threads(lambda: derive(store, site, request), kill)
+
+
+def test_a_forked_worker_that_a_library_ends_has_the_status_that_it_ended_with(
+    site: Site, make_checkpoint: Any, tmp_path: Path
+) -> None:
+    python, server = tmp_path / "python", tmp_path / "server.py"
+    server.write_text(SERVER_OF_WORKERS_THAT_EXIT)
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} {server} "$3"\n')
+    python.chmod(0o755)
+    other = replace(site, environments={"main": replace(site.environments["main"], python=python)})
+    os.environ.pop("PYTEST_CURRENT_TEST", None)
+    with fork_servers(other, "train"), pytest.raises(StageFailed, match="ended with exit status 7: "):
+        derive(Store(site.store), other, proof(Store(site.store), make_checkpoint))
 
 
 def test_other_variables_than_the_servers_execute_the_worker_and_those_of_clients_do_not(

@@ -67,6 +67,12 @@ def test_engines_that_do_not_fit_a_card_together_are_refused(tmp_path: Path, sho
         check_card(site_with(tmp_path, "gpu_memory_gib: 8", "gpu_memory_gib: 42"))
 
 
+def test_what_is_advised_for_a_small_card_is_not_refused_in_its_turn(tmp_path: Path, show_cards: ShowCards) -> None:
+    show_cards("0, GPU-a, 8192, 0, 8000")
+    with pytest.raises(BadInput, match=r"card 0 has 8.0; lower rollback_window, or take a larger card: an engine"):
+        check_card(site_with(tmp_path))
+
+
 def test_the_card_is_the_one_that_engines_see(
     tmp_path: Path, show_cards: ShowCards, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,3 +129,21 @@ def test_up_refuses_a_card_that_is_too_small_with_exit_code_2(tmp_path: Path, sh
     assert re.search(r"4 engines .* of 8 GiB are 32 GiB, card 0 has 23.6; lower it to 5", done.stderr)
     assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "home").exists()
+
+
+def test_status_says_that_the_engines_do_not_fit_the_card(
+    tmp_path: Path, show_cards: ShowCards
+) -> None:
+    def status() -> list[str]:
+        command = [sys.executable, "-m", "flows.cli", "status", "--site", str(site.path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return [line for line in done.stdout.splitlines() if line.startswith("warning: ")]
+
+    site = site_with(tmp_path, "home: ../../.mansard ", f"home: {tmp_path / 'home'} ")
+    show_cards("0, GPU-a, 24564, 400, 24000")
+    (line,) = status()
+    assert "4 engines" in line and "are 32 GiB, card 0 has 23.6; lower it to 5" in line
+    show_cards(H200.format(0, "a", 143000))
+    assert status() == []
+    show_cards("NVIDIA-SMI has failed", code=9)
+    assert status() == []

@@ -4,7 +4,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 from mansard.errors import MansardError
 from mansard.serving.haproxy.runtime import Runtime
 from mansard.serving.split import NUM_BUCKETS, Split, renewed, with_canary, with_stable, without_canary, write_split
+from tests.free_ports import free_port
 
 HAPROXY = shutil.which("haproxy") or shutil.which("haproxy", path="/usr/sbin")
 pytestmark = [
@@ -28,9 +28,7 @@ def haproxy(make_rig: Callable[..., Any]) -> Callable[..., contextlib.AbstractCo
     """haproxy("--argument") is a rig whose worker is the driver."""
 
     def make(*arguments: str) -> contextlib.AbstractContextManager[Any]:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
+        port = free_port()
         lines = "router: {plane: haproxy}\n"
         return ended_with(make_rig(*arguments, site_lines=lines, module="haproxy.driver", port=port))
 
@@ -297,3 +295,37 @@ def test_no_line_is_lost_while_the_driver_is_busy(haproxy: Callable[..., Any]) -
         rig.worker.send_signal(signal.SIGCONT)
         records = records_of(rig, after, 150)
         assert all(begun - 0.1 < record["ended"] < ended + 0.1 for record in records)
+
+
+def test_a_body_without_a_length_is_limited_by_the_buffer(haproxy: Callable[..., Any]) -> None:
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n%b\r\n"
+    with haproxy() as rig:
+        rig.write(None)
+        for more in (b"", b"x: " + b"h" * 30_000 + b"\r\n"):  # a large head leaves the body less of the buffer
+            with rig.connect() as client:
+                client.sendall(head % more + (b"1000\r\n" + b"x" * 4096 + b"\r\n") * 40)
+                assert client.recv(100).startswith(b"HTTP/1.1 413")
+        assert rig.one.seen()["requests"] == 0
+        with rig.connect() as client:
+            client.sendall(head % b"" + (b"1000\r\n" + b"x" * 4096 + b"\r\n") * 10 + b"0\r\n\r\n")
+            assert client.recv(100).startswith(b"HTTP/1.1 200")
+
+
+def test_stables_500_is_its_answer_and_it_is_asked_once(haproxy: Callable[..., Any]) -> None:
+    with haproxy() as rig:
+        rig.write(0)
+        rig.one.behave(fail="error500")
+        assert (rig.call().status, rig.one.seen()["requests"]) == (500, 1)
+        rig.two.behave(fail="error500")
+        assert (rig.call(x_mansard_version="2").status, rig.two.seen()["requests"]) == (500, 1)
+        rig.write(100)
+        assert (rig.call().status, rig.one.seen()["requests"], rig.two.seen()["requests"]) == (500, 2, 2)
+
+
+def test_a_pinned_version_that_is_not_there_is_not_answered_by_another(haproxy: Callable[..., Any]) -> None:
+    with haproxy() as rig:
+        rig.write(0)
+        assert [rig.call(x_mansard_version=pin).status for pin in ("3", "02", "2", "1")] == [404, 404, 200, 200]
+        rig.two.process.kill()
+        rig.two.process.wait()
+        assert rig.call(x_mansard_version="2").status in (404, 503)

@@ -20,6 +20,9 @@ ASKED = {"prompts": ["p"], "tokens": 4, "tolerance": 0.1}
 class Evidence:
     """Journal and store, as far as a comparison asks them."""
 
+    async def call(self, ask: Any, *_: object) -> Any:
+        return ask(self)
+
     def registration(self, *_: object) -> Any:
         return SimpleNamespace(model_name="demo", fingerprint="f" * 64, stages=(("fingerprint", "r", "f" * 64),))
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from mansard.errors import MansardError
+from mansard.release.journal import Journal
 from mansard.site import load_site
 from mansard.store.store import Store
 from tests.mansard.s3_server import environment, make_bucket, s3_process
@@ -92,6 +93,24 @@ def test_a_rollback_through_the_host_moves_and_warns_that_the_bucket_did_not_ans
     assert f"version 1: {URL}: no answer in 2 s, so its artifact was not checked" in told["warnings"]
     assert place.ask() == (200, "1")
     assert "host: ready" in command(place, "status").stdout
+    bucket.send_signal(signal.SIGCONT)
+
+
+def test_the_host_answers_while_its_first_look_asks_the_silent_bucket_for_a_place(
+    place: Any, bucket: "subprocess.Popen[bytes]"
+) -> None:
+    tree = json.loads(place.site.path.read_text())
+    place.site.path.write_text(json.dumps({**tree, "engine": {**tree["engine"], "branch_slots": 1}}))
+    place.site = load_site(place.site.path)
+    fingerprint = place.store.put_files({"fingerprint.json": b"{}"})
+    version = place.register(fingerprint=fingerprint)
+    with Journal.open(place.site.journal) as journal:
+        journal.start_rollout("demo", version, "ada", "", journal.pointers("demo"))
+        journal.promote("demo", version, "host", "", journal.pointers("demo"))
+    bucket.send_signal(signal.SIGSTOP)
+    place.start_host()  # until /status answers, which it did only after the look
+    assert place.status()["state"] == "starting"
+    place.wait_for("its end", lambda: place.status()["state"] == "ready")
     bucket.send_signal(signal.SIGCONT)
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from mansard.release.analysis import Finding, Limits, judge, overall
 from mansard.release.rollout import LATENCIES
-from mansard.serving.host.past import PAST_SECONDS, Past
+from mansard.serving.host.past import PAST_SECONDS, Past, add_tables
 from mansard.serving.host.sticky_keys import Record, Table, add_records, make_sample
 from mansard.serving.host.windows import Windows
 from mansard.serving.split import key_digest
@@ -68,6 +68,16 @@ def test_an_outage_that_everybody_felt_is_no_part_of_the_past(tmp_path: Path, is
     assert overall(findings(rollout.past, 0.0)) == "pass"
 
 
+def test_beside_a_long_outage_that_the_journal_knows_a_short_one_that_it_does_not_is_no_part_of_the_past() -> None:
+    past, began = Past(), NOW - 1200.0
+    past.add(normal(300))
+    past.add([record(user, began + second, True) for second in range(0, 900, 10) for user in range(NUM_USERS)])
+    past.add([record(user, NOW - 50.0, user < 60) for user in range(NUM_USERS)])
+    table = past.table([(began, began + 895.0)])
+    assert overall(findings(table, 0.3)) == "fail"
+    assert sum(row[1] for row in table.values()) == 0
+
+
 def test_an_outage_since_the_rollout_began_is_no_part_of_it_either(tmp_path: Path) -> None:
     rollout = windows(tmp_path, [])
     rollout.take(normal(1200))
@@ -98,3 +108,20 @@ def test_records_of_one_rollout_are_folded_so_that_a_long_one_needs_little_memor
         past.fold(NOW + start + 60, [])
     assert sum(len(rows) for rows in past.slices.values()) <= 3 * NUM_USERS
     assert sum(row[0] for row in past.table([]).values()) == 360 * NUM_USERS
+    past.add([record(0, NOW + 3 * PAST_SECONDS, False)])
+    past.fold(NOW + 3 * PAST_SECONDS, [])
+    assert len(past.shares) <= 3
+
+
+def test_a_rollout_that_the_next_host_takes_up_counts_no_record_twice(tmp_path: Path) -> None:
+    before, since = normal(200, NOW), normal(100, NOW + 300)
+    first = windows(tmp_path, [])
+    first.take(before)
+    first.begin_step({})
+    first.take(since)
+    following = windows(tmp_path, [])
+    following.take(before + since)  # a worker tells the next host all that it remembers
+    following.begin_step({})
+    totals = [add_tables(each.past or {}, each.beside.table([])) for each in (first, following)]
+    assert {key: row[0] for key, row in totals[1].items()} == {key: row[0] for key, row in totals[0].items()}
+    assert totals[1][before[0].key][0] == 30

@@ -63,6 +63,28 @@ def test_what_a_prepared_process_cannot_start_is_tried_once_more_plainly(place: 
     assert with_output_below(place.site.logs / "engines") == []
 
 
+def test_a_start_that_the_card_refuses_leaves_the_prepared_process_to_the_next_engine(
+    place: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """nvidia-smi is a program beside us that says what the card has free."""
+
+    def show_card(free_mib: int) -> None:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho 0, GPU-a, 143771, 606, {free_mib}\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    show_card(1024)
+    tree = json.loads(place.site.path.read_text())
+    tree["engine"]["gpu_memory_gib"] = 8
+    place.site.path.write_text(json.dumps(tree))
+    place.start_host()
+    prepared = prepare(place)
+    with pytest.raises(MansardError, match=r"card 0 has 1\.0 GiB free"):
+        place.start_engine(place.artifact())
+    show_card(140_000)
+    assert place.start_engine(place.artifact())["pid"] == prepared
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_a_prepared_process_ends_with_its_host(place: Any, number: signal.Signals) -> None:
     place.start_host()

@@ -1,5 +1,7 @@
 """The rules on one request's head, without a server."""
 
+import asyncio
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -54,20 +56,20 @@ def test_a_pin_that_is_no_version_number_is_refused(text: str) -> None:
 
 
 def test_the_only_model_is_found_without_a_look_at_the_body() -> None:
-    assert model_named(["tiny"], b"\xff not JSON") == "tiny"
+    assert asyncio.run(model_named(["tiny"], b"\xff not JSON")) == "tiny"
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.binary())
 def test_among_several_models_a_body_names_one_or_is_refused(body: bytes) -> None:
     with pytest.raises(Refused) as caught:
-        model_named(["one", "two"], body)
+        asyncio.run(model_named(["one", "two"], body))
     assert caught.value.status in (400, 404)
 
 
 def test_a_deeply_nested_body_is_refused() -> None:
     with pytest.raises(Refused):
-        model_named(["one", "two"], b"[" * 1_000_000)
+        asyncio.run(model_named(["one", "two"], b"[" * 1_000_000))
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

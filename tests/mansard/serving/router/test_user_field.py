@@ -1,5 +1,6 @@
 """The body's `user`, without a server: the same answer as a JSON parser's, and a bounded cost whatever is sent."""
 
+import asyncio
 import json
 from typing import Any
 
@@ -8,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mansard.serving.router import user_field
-from mansard.serving.router.user_field import MAX_USER_BYTES, WINDOW_BYTES, user_of
+from mansard.serving.router.user_field import MAX_USER_BYTES, WINDOW_BYTES, model_of, user_of
 from mansard.serving.split import key_digest
 
 MESSAGES = [{"role": "user", "content": 'she wrote "user": "eve" and {"user": "eve"} \\'}] * 3
@@ -43,6 +44,19 @@ def test_beyond_the_windows_nobody_else_is_read(tree: dict[str, Any], window: in
         assert user_of(json.dumps(tree).encode()) in ("", expected(tree))
     finally:
         user_field.WINDOW_BYTES = usual
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=300)
+@given(st.dictionaries(NAMES | st.just("model"), TREES, min_size=1, max_size=6), st.booleans(), st.integers(2, 100))
+def test_a_model_is_read_in_slices_as_a_parser_reads_it(tree: dict[str, Any], is_ascii: bool, size: int) -> None:
+    usual = user_field.WINDOW_BYTES, user_field.SLICE_BYTES
+    user_field.WINDOW_BYTES, user_field.SLICE_BYTES = 2, size
+    try:
+        model = tree.get("model")
+        right = model if isinstance(model, str) and 0 < len(model.encode()) <= MAX_USER_BYTES else ""
+        assert asyncio.run(model_of(json.dumps(tree, ensure_ascii=is_ascii).encode())) == right
+    finally:
+        user_field.WINDOW_BYTES, user_field.SLICE_BYTES = usual
 
 
 PIECES = st.sampled_from([b'"user"', b":", b'"', b"\\", b"{", b"}", b"a"])
