@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from mansard.errors import MansardError
+from mansard.private_files import use_private_umask
 from tasks import standard_streams
 
 EPILOG = "Exit codes: 0 done, 1 infrastructure failed, 2 bad input, 3 verdict fail or inconclusive, 4 aborted, 5 not \
@@ -86,6 +87,7 @@ def _verb(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; every MansardError becomes one line and its exit code. Who reads what it prints changes no code."""
     standard_streams.prepare()
+    use_private_umask()
     args = parser().parse_args(arguments)
     module, function = VERBS[args.verb][0].split(":")
     verb: Callable[[argparse.Namespace], int] = getattr(importlib.import_module(module), function)

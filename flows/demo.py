@@ -20,6 +20,7 @@ from rich.table import Table
 from flows.story import Story, alarm, line, wait_for_requests
 from mansard.errors import MansardError
 from mansard.launch import Request, derive
+from mansard.private_files import use_private_umask
 from mansard.records import Derivation
 from mansard.site import Site, find_site, load_site
 from mansard.store.store import Store
@@ -53,6 +54,7 @@ BASE: dict[str, Any] = {
 def main() -> int:
     """Tell the story once; exit status as the failing command's."""
     standard_streams.prepare()
+    use_private_umask()
     began = time.monotonic()
     try:
         summary = tell(load_site(find_site(None)))

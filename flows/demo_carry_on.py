@@ -13,6 +13,7 @@ from pathlib import Path
 from flows.demo import ROOT
 from flows.story import Story, alarm, console, line, wait_for_requests
 from mansard.errors import BadInput, MansardError
+from mansard.private_files import use_private_umask
 from mansard.site import Site, find_site, load_site
 from tasks import standard_streams
 
@@ -22,6 +23,7 @@ SPEC = ROOT / "configs/customize/demo.yaml"
 def main() -> int:
     """Tell the story once; exit status as the failing command's."""
     standard_streams.prepare()
+    use_private_umask()
     try:
         return tell(load_site(find_site(None)))
     except subprocess.CalledProcessError as error:

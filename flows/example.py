@@ -22,6 +22,7 @@ from flows.example_material import ROOT, prepare
 from flows.gpu_use import GpuUse, gpu_use, stage_rows
 from flows.story import Story, alarm, console, wait_for_requests
 from mansard.errors import MansardError
+from mansard.private_files import use_private_umask
 from mansard.site import load_site
 from mansard.store.store import Store
 from tasks import standard_streams
@@ -49,6 +50,7 @@ def main() -> int:
     """Exit status as `mansard upgrade`'s, or the failing command's."""
     options = parsed(sys.argv[1:])
     standard_streams.prepare()
+    use_private_umask()
     began = time.monotonic()
     try:
         if options.prepare_only is not None:

@@ -31,6 +31,7 @@ from mansard.page_password import (
     password_file,
     read_password,
 )
+from mansard.private_files import close_home
 from mansard.serving.client import HostClient
 from mansard.site import Site
 from tasks.standard_streams import say as say_line
@@ -56,6 +57,8 @@ def up(site: Site, say: Say | None = None) -> dict[str, str]:
     check_card(site)
     tell = say or say_line
     with _stack_lock(site, tell):
+        for line in close_home(site):
+            tell(line)
         if site.authentication == "none":
             tell(login_text(site))
         elif create_password(site):

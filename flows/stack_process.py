@@ -18,6 +18,7 @@ from pathlib import Path
 
 from mansard.canonical import write_atomically
 from mansard.errors import MansardError
+from mansard.private_files import UMASK
 
 POLL_SECONDS = 0.1
 PORT_SECONDS = 10.0
@@ -86,6 +87,7 @@ def start(program: Program, folder: Path) -> None:
             env={**os.environ, **program.variables},
             cwd=folder,
             start_new_session=True,
+            umask=UMASK,
         )
     record = {
         "format": 1,

@@ -17,6 +17,7 @@ from mansard.release.direct_rollback import Request, rollback_directly
 from mansard.release.oncall_text import history_text, status_text, why_text
 from mansard.serving.client import HostClient, HostDown
 from mansard.serving.host.when_down import end_engine, engine_answers, follow_pointers, traffic_split
+from mansard.serving.worker_splits import lag_lines, lagging_workers
 from mansard.site import Site, find_site, load_site
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 ROLLBACK_TIMEOUT_SECONDS = 1800.0
 """A cold previous version is started first while stable goes on serving."""
+WORKER_SECONDS = 1.0
 SIDES = ("canary", "stable")
 HOST_TIMEOUT_SECONDS = 10.0
 """A host that hangs is taken for down after this; terms and compare-and-swap make that safe."""
@@ -40,15 +42,18 @@ def status(args: argparse.Namespace) -> int:
         problem = models[name]["journal"].get("problem", "")
     host, trouble = _host_status(site)
     card = _card_warning(site)
+    workers, lag = lag_lines(site, WORKER_SECONDS)
     if args.json:
         facts = {"format": 1, "models": models, "host": host, "card": card or None, "processes": _processes(site)}
-        print(json.dumps(facts))
+        print(json.dumps({**facts, "workers": workers}))
         return 0
     for found in models.values():
         show(status_text(found, columns()))
     if card:
         show(f"warning: {card}")
     show(trouble if host is None else _engines_text(host))
+    for line in lag:
+        show(f"warning: {line}")
     return 0
 
 
@@ -168,6 +173,8 @@ def _without_host(site: Site, model: str, args: argparse.Namespace, who: str) ->
         event = "abort" if done["action"] == "abort" else "rollback"
         told = notify(site, event, model, f"{done['message']} (by {who})", who=who, why=args.reason, host="down")
         done["warnings"] += [told] if told else []
+    if done["changed"]:
+        done["warnings"] += lagging_workers(site, done["term"])
     return done
 
 

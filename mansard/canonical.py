@@ -35,12 +35,15 @@ def replaced_atomically(path: Path, mode: int = 0o644) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        beside.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)  # before the rename: without a free descriptor the old file stays
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
     try:
+        beside.replace(path)
         os.fsync(folder)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
     finally:
         os.close(folder)

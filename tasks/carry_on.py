@@ -11,7 +11,7 @@ from mansard.launch import Request
 from mansard.records import Derivation, SnapshotId
 from mansard.release.journal import Journal
 from mansard.serving.engine.card_memory import engine_memory
-from mansard.serving.engine.command import variables
+from mansard.serving.engine.command import ONLY_ITS_USER, variables
 from mansard.site import Site
 from mansard.specs.carry_on import Capture, ChooseAlpha
 from mansard.specs.data import Data
@@ -145,7 +145,7 @@ def start_of(site: Site, tensor_parallel: int) -> dict[str, Any]:
     return {
         "python": str(site.environments[site.engine.environment].python),
         "variables": variables(site, cores),
-        "arguments": [*memory, *site.engine.arguments],
+        "arguments": [*memory, *site.engine.arguments, ONLY_ITS_USER],
         "first_port": site.ports.engines_from,
         "timeout_seconds": site.engine.start_timeout_seconds,
         "logs": str(site.logs / "stages"),

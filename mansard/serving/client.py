@@ -21,7 +21,14 @@ class HostDown(MansardError):
     """Nobody listens on the socket, or the process died before it answered."""
 
 
-class _UnixConnection(http.client.HTTPConnection):
+def is_nobody_there(error: HostDown) -> bool:
+    """Whether nobody listens; otherwise somebody does and broke the connection off (it has no descriptor free, say)."""
+    return isinstance(error.__cause__, (FileNotFoundError, ConnectionRefusedError))
+
+
+class UnixConnection(http.client.HTTPConnection):
+    """HTTP over a Unix socket."""
+
     def __init__(self, socket_path: Path, timeout_seconds: float) -> None:
         super().__init__("localhost", timeout=timeout_seconds)
         self._socket_path = socket_path
@@ -46,7 +53,7 @@ class HostClient:
         Raises HostDown when nobody listens, MansardError when no answer came in `timeout_seconds`, and what the
         other side's error names.
         """
-        connection = _UnixConnection(self.socket_path, timeout_seconds)
+        connection = UnixConnection(self.socket_path, timeout_seconds)
         data = None if body is None else json.dumps({"format": FORMAT, **body}).encode()
         headers = {} if data is None else {"content-type": "application/json"}
         try:

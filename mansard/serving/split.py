@@ -256,6 +256,12 @@ def split_bytes(split: Split) -> bytes:
     return canonical_json({"format": FORMAT, "term": split.term, "models": models}) + b"\n"
 
 
+def split_digest(split: Split) -> str:
+    """Hex SHA-256 of what the split says about traffic: lease counters, which move every few seconds, are left out."""
+    models = {name: dataclasses.replace(model, lease_counter=0) for name, model in split.models.items()}
+    return hashlib.sha256(split_bytes(Split(split.term, models))).hexdigest()
+
+
 def write_split(path: Path, split: Split) -> None:
     """Replace the file and read it back. Raises Conflict when the one on disk is newer.
 

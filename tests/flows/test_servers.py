@@ -18,6 +18,7 @@ import yaml
 
 from flows import stack
 from mansard.page_password import authorization, password_file
+from mansard.private_files import open_paths
 from mansard.release import keys
 from mansard.site import Site, load_site
 from tests.free_ports import free_ports
@@ -40,10 +41,12 @@ import json, sys
 from pathlib import Path
 from flows.stack import use_servers
 from mansard.launch import Request
+from mansard.private_files import use_private_umask
 from mansard.site import load_site
 
 site = load_site(Path(sys.argv[1]))
 use_servers(site)
+use_private_umask()
 from prefect import flow
 from tasks import policy
 from tasks.derivation import Asked, Work, derive_one, recorded
@@ -149,6 +152,15 @@ def test_two_commands_at_once_make_one_stack(site: Site) -> None:
     stack.up(site, told.append)
     assert told == []
     assert [r["pid"] for r in stack.status_of_processes(site)] == [r["pid"] for r in records]
+
+
+def test_no_other_user_reads_or_writes_in_the_home_of_a_running_stack(site: Site) -> None:
+    derive(site)
+    assert open_paths(site) == []
+    for path in (site.home, site.journal, site.home / "mlflow/mlflow.sqlite3", site.logs / "prefect.log"):
+        as_nobody = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--no-new-privs")
+        done = subprocess.run([*(as_nobody if os.getuid() == 0 else ()), "cat", str(path)], capture_output=True)
+        assert os.getuid() != 0 or (done.returncode, b"Permission denied" in done.stderr) == (1, True)
 
 
 def test_flow_derives_a_real_stage_that_prefect_and_mlflow_show(site: Site) -> None:

@@ -21,6 +21,8 @@ from mansard.specs.whole import Serve
 SHUTDOWN_SECONDS = 30
 """What vLLM gets to finish running generations after SIGTERM; without it, it drops them (facts.md)."""
 START_FOLDER = Path(__file__).parent / "start"
+ONLY_ITS_USER = "--middleware=mansard_peer.SameUser"
+"""In START_FOLDER: other users of the machine, and pages in a browser, get 401 on every path."""
 SLOT_REUSES = 4
 """Branches that an engine may know for each slot: those asked for least recently leave their slot, not the engine."""
 
@@ -63,6 +65,7 @@ def command(
         *slot_arguments(tree),
         *memory_arguments,
         *site.engine.arguments,
+        ONLY_ITS_USER,  # last, so that it stands in front of all others
     ]
 
 
@@ -84,7 +87,7 @@ def slot_arguments(tree: Path) -> list[str]:
 
 
 def slot_variables(tree: Path) -> dict[str, str]:
-    """Branches come and go while the engine runs. It listens on loopback, and no router passes such a path on."""
+    """Branches come and go while the engine runs: the host asks for it, no router passes such a path on."""
     return {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} if slots_of(tree) else {}
 
 

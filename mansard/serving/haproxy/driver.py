@@ -26,6 +26,7 @@ from aiohttp import web
 
 from mansard.canonical import write_atomically
 from mansard.errors import BadInput, MansardError
+from mansard.private_files import use_private_umask
 from mansard.serving.folder_watch import FolderWatch
 from mansard.serving.haproxy.config import config_text, log_socket, routes_file, runtime_socket, salt_file
 from mansard.serving.haproxy.log import take_line
@@ -35,7 +36,7 @@ from mansard.serving.router.admin import RouterAdmin
 from mansard.serving.router.http import HardenedServer
 from mansard.serving.router.metrics import Observations
 from mansard.serving.router.sockets import AdminSocket
-from mansard.serving.router.split_watch import LEASE_SECONDS, SplitWatch
+from mansard.serving.router.split_watch import LEASE_SECONDS, SplitProblem, SplitWatch
 from mansard.serving.split import ModelSplit, Split
 from mansard.site import Site, load_site
 
@@ -53,7 +54,7 @@ class Driver:
         self, site: Site, program: str, watch: SplitWatch, observations: Observations, lease_seconds: float
     ) -> None:
         self.split = Split()
-        self.problem: str | None = None
+        self._problem = SplitProblem(observations.clock)
         self.runtime = Runtime(runtime_socket(site), routes_file(site), salt_file(site))
         self._site = site
         self._program = program
@@ -63,6 +64,15 @@ class Driver:
         self._stable_since = 0.0
         self._lease_seconds = max(lease_seconds, 4 * LOOK_SECONDS)
         self._pid = 0
+
+    @property
+    def problem(self) -> str | None:
+        """Why HAProxy does not carry the newest split."""
+        return self._problem.text
+
+    @property
+    def problem_seconds(self) -> float:
+        return self._problem.seconds
 
     def has_lease(self, model: str) -> bool:
         return self._watch.has_lease(model)
@@ -96,20 +106,22 @@ class Driver:
         """Carry the newest split. What goes wrong is `problem` until the next look mends it."""
         self._watch.poll()
         known = self._watch.split
-        self.problem = self._watch.problem
         if not known.models:
+            self._problem.set(self._watch.problem)
             return
         name = next(iter(known.models))
         serving = self._watch.serving(name)
         if serving == self._carried and known.term == self.split.term:
+            self._problem.set(self._watch.problem)
             return
         try:
             self.runtime.renew(self._lease_seconds)
             self.runtime.carry(serving)
         except HaproxyFailed as error:
-            self.problem = str(error)
+            self._problem.set(str(error))
             log.warning("%s", error)
             return
+        self._problem.set(self._watch.problem)
         if known.term != self.split.term:
             log.info("term %s", known.term)
         if self._carried is None or serving.stable != self._carried.stable:
@@ -142,7 +154,11 @@ class Driver:
                 await asyncio.to_thread(self.runtime.renew, self._lease_seconds)
             except HaproxyFailed as error:
                 log.warning("%s; it is started again", error)
-                await self.start()
+                try:
+                    await self.start()
+                except OSError as reason:  # no descriptor, process or memory: the next look tries again
+                    log.error("HAProxy cannot be started: %s", reason)
+                    continue
             self.look()
 
     async def end(self, deadline_seconds: float) -> None:
@@ -226,6 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--drain-seconds", type=float, default=DRAIN_SECONDS)
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr)
+    use_private_umask()
     try:
         asyncio.run(serve(load_site(given.site), given.lease_seconds, given.drain_seconds))
     except MansardError as error:

@@ -178,6 +178,8 @@ async def _answer_errors(request: web.Request, handler: Handler) -> web.StreamRe
     except MansardError as error:
         kind, status = next((k, s) for k, s in _STATUS if isinstance(error, k))
         return _error(status, kind.__name__, str(error))
+    except OSError as error:  # a full disk, no free descriptor
+        return _error(500, "MansardError", f"{request.method} {request.path}: {error}; look at: mansard status")
     except web.HTTPException as error:
         return _error(error.status, "BadInput", f"{request.method} {request.path}: {error.reason}")
 

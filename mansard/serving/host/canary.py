@@ -72,7 +72,7 @@ class Canary:
             await asyncio.sleep(LEASE_SECONDS)
             try:
                 self.traffic.renew_lease(self.model)
-            except MansardError as error:  # somebody else wrote a later term, or the disk is full
+            except (MansardError, OSError) as error:  # somebody else wrote a later term, or the disk is full
                 self.blame(f"the lease could not be renewed: {error}")
 
     async def ask_guard_prompts(self) -> None:

@@ -25,6 +25,7 @@ import aiohttp
 from aiohttp import web
 
 from mansard.errors import BadInput, JournalDamaged, JournalDown, MansardError
+from mansard.private_files import use_private_umask
 from mansard.release import emergency
 from mansard.release.approval import check_evidence
 from mansard.release.journal import Journal
@@ -254,6 +255,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--site", help="the site file")
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stdout)
+    use_private_umask()
     try:
         site = load_site(find_site(given.site))
         with _only_host(site):

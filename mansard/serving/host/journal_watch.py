@@ -37,7 +37,7 @@ class JournalWatch:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="journal watch", daemon=True)
         self._tip: Tip | None = None
-        self._site_changed_at = 0
+        self._site_data = b""
         self._remembered = 0
         self._notified: int | None = None
         self._said: set[str] = set()
@@ -90,10 +90,10 @@ class JournalWatch:
             self._said.add(trouble)
 
     def _record_people(self, journal: Journal) -> None:
-        changed_at = self._site.path.stat().st_mtime_ns
-        if changed_at != self._site_changed_at:
+        data = self._site.path.read_bytes()
+        if data != self._site_data:
             record_people(load_site(self._site.path), journal, HOST)
-            self._site_changed_at = changed_at
+            self._site_data = data
 
     def _sign_tip(self, journal: Journal) -> None:
         entry = journal.tip()

@@ -12,7 +12,7 @@ from typing import Any
 
 from mansard.errors import MansardError
 from mansard.release.rollout import counted_run
-from mansard.serving.client import HostClient, HostDown, router_sockets
+from mansard.serving.client import HostClient, HostDown, is_nobody_there, router_sockets
 from mansard.site import Site
 
 WORKER_TIMEOUT_SECONDS = 5.0
@@ -70,8 +70,8 @@ def _ask(path: Path) -> WorkerReport | None:
     try:
         tree = HostClient(path).call("GET", "/observations", timeout_seconds=WORKER_TIMEOUT_SECONDS)
         return parse_report(tree)
-    except HostDown:
-        return None
+    except HostDown as error:
+        return None if is_nobody_there(error) else WorkerReport(None, {})
     except MansardError:
         return WorkerReport(None, {})
 

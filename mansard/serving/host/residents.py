@@ -231,7 +231,7 @@ class Residents:
         key = (model, version)
         try:
             engine = await self.start(model, version)
-        except MansardError as error:
+        except (MansardError, OSError) as error:
             self._failures[key] = self._failures.get(key, 0) + 1
             wait_seconds = min(2.0 ** self._failures[key], MAX_BACKOFF_SECONDS)
             self._not_before[key] = time.monotonic() + wait_seconds

@@ -27,14 +27,12 @@ from mansard.serving.host.journal_view import JournalView
 from mansard.serving.host.residents import Residents
 from mansard.serving.host.rollouts import Rollouts
 from mansard.serving.host.traffic import Traffic
+from mansard.serving.worker_splits import CONFIRM_SECONDS
 from mansard.site import Site
 
 PATIENCE_SECONDS = 0.3
 """With direct_rollback.JOURNAL_SECONDS after it, users are moved within a second."""
 CONFIRM_TIMEOUT_SECONDS = 30.0
-WORKERS_SECONDS = 10.0
-"""Workers look at the file 50 times a second; the move is made anyway, a worker that is late is only told."""
-
 log = logging.getLogger(__name__)
 
 
@@ -96,6 +94,13 @@ class Rollback:
                 num_conflicts += 1
                 if num_conflicts == ATTEMPTS:
                     raise
+            except OSError as error:  # a full disk, no free descriptor
+                view = self._residents.views[request.model]
+                if view.pointers == pointers:
+                    raise
+                term = view.term
+                warnings.append(f"{self._site.split_file}: not written yet ({error}); the host tries again and again")
+                break
         milliseconds = round((time.perf_counter() - begun) * 1000, 3)
         after = self._residents.views[request.model].pointers
         if plan.action != "nothing":
@@ -177,8 +182,7 @@ class Rollback:
 
     async def _confirm(self, request: RollbackRequest, after: Pointers, term: int) -> list[str]:
         """What is not as it should be after the move: a worker that did not take it, a stable that does not answer."""
-        behind = await self._traffic.unconfirmed_workers(term, WORKERS_SECONDS)
-        warnings = [f"router worker {name} has not taken term {term}" for name in behind]
+        warnings = await self._traffic.unconfirmed_workers(term, CONFIRM_SECONDS)
         stable = after.stable
         endpoint = None if stable is None else self._residents.endpoint(request.model, stable)
         if stable is None:

@@ -5,17 +5,14 @@ itself refuses an older term. Does not cover: the journal, which hands out the t
 """
 
 import asyncio
-import time
 from collections.abc import Callable, Mapping
 
 from mansard.errors import Corrupt
 from mansard.release.events import Pointers
 from mansard.serving import split as splits
-from mansard.serving.host.observations import read_reports
 from mansard.serving.split import Split, read_split, write_split
+from mansard.serving.worker_splits import lagging_workers
 from mansard.site import Site
-
-POLL_SECONDS = 0.05
 
 
 class Traffic:
@@ -94,14 +91,8 @@ class Traffic:
         return True
 
     async def unconfirmed_workers(self, term: int, timeout_seconds: float) -> list[str]:
-        """Wait until every router worker reports `term` or a later one; the names of those that did not."""
-        deadline = time.monotonic() + timeout_seconds
-        while True:
-            reports = await read_reports(self._site)
-            behind = [name for name, report in reports.items() if report.term is None or report.term < term]
-            if not behind or time.monotonic() > deadline:
-                return behind
-            await asyncio.sleep(POLL_SECONDS)
+        """Wait until every router worker serves the split on disk; a line for each that does not."""
+        return await asyncio.to_thread(lagging_workers, self._site, term, timeout_seconds)
 
     def _write(self, split: Split) -> None:
         write_split(self._site.split_file, split)

@@ -230,7 +230,7 @@ class Walker:
         log.info("%s version %d: %s", walk.model, walk.version, following.reason)
         behind = await self._traffic.unconfirmed_workers(term, WORKERS_SECONDS)
         if behind:
-            walk.canary.blame(f"{', '.join(behind)} did not take term {term} with {weight} % for the canary")
+            walk.canary.blame(f"term {term} with {weight} % for the canary was not taken: {'; '.join(behind)}")
 
     async def _promote(self, action: Promote, following: State) -> None:
         walk, engine = self._walk, self._walk.canary.engine

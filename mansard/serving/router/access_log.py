@@ -56,7 +56,7 @@ class AccessLog:
     def _write(self, text: bytes) -> int:
         """The file's size after it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
             if os.write(descriptor, text) < len(text):
                 raise OSError(0, "the disk took only a part")

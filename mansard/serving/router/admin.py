@@ -12,7 +12,7 @@ from aiohttp import web
 from mansard.serving.client import router_observations_by_worker
 from mansard.serving.router.metrics import Observations
 from mansard.serving.router.prometheus import prometheus_text
-from mansard.serving.split import Split
+from mansard.serving.split import Split, split_digest
 from mansard.site import Site
 
 SIBLING_SECONDS = 2.0
@@ -27,6 +27,9 @@ class SplitView(Protocol):
 
     @property
     def problem(self) -> str | None: ...
+
+    @property
+    def problem_seconds(self) -> float: ...
 
     def has_lease(self, model: str) -> bool: ...
 
@@ -72,7 +75,9 @@ class RouterAdmin:
     def _observed(self) -> dict[str, Any]:
         watch = self._watch
         leases = {name: watch.has_lease(name) for name in watch.split.models}
-        return self._observations.as_json(watch.split.term, leases, watch.problem)
+        tree = self._observations.as_json(watch.split.term, leases, watch.problem)
+        seconds = round(watch.problem_seconds, 3)
+        return {**tree, "split_digest": split_digest(watch.split), "split_problem_seconds": seconds}
 
     def _records(self, query: str) -> web.Response:
         name, _, number = query.partition("=")

@@ -45,20 +45,19 @@ class KeyFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._holders: dict[bytes, Holder] = {}
-        self._stamp: tuple[int, int, int] | None = None
+        self._data: bytes | None = None
 
     def read(self) -> None:
-        """Read the file when it changed. Raises BadInput and keeps the keys read before."""
+        """Take the file when its bytes changed. Raises BadInput and keeps the keys read before."""
         try:
-            status = self.path.stat()
-            stamp = (status.st_ino, status.st_mtime_ns, status.st_size)
-            if stamp == self._stamp:
+            data = self.path.read_bytes()
+            if data == self._data:
                 return
-            tree = yaml.safe_load(self.path.read_text())
+            tree = yaml.safe_load(data.decode())
         except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
             raise BadInput(f"{self.path}: cannot read the keys: {' '.join(str(error).split())}") from error
         self._holders = parse_holders(tree, self.path)
-        self._stamp = stamp
+        self._data = data
 
     def has(self, key: str) -> bool:
         """Whether it is one of these."""

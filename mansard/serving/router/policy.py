@@ -33,7 +33,10 @@ HOP_BY_HOP = frozenset(
     b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer"
     b" transfer-encoding upgrade".split()
 )
-_NOT_FORWARDED = HOP_BY_HOP | {b"host", b"content-length", b"expect", b"authorization", b"cookie"}
+_NOT_FORWARDED = HOP_BY_HOP | frozenset(
+    # An engine refuses what pages send (engine/start/mansard_peer.py).
+    b"host content-length expect authorization cookie origin sec-fetch-site".split()
+)
 _OWN_PREFIX = b"x-mansard-"
 
 

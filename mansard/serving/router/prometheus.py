@@ -45,14 +45,18 @@ class _Collected(Collector):
             "mansard_clients_left", "Requests whose client went away before the answer's end", labels=["worker"]
         )
         term = GaugeMetricFamily("mansard_split_term", "Term of the traffic split in force", labels=["worker"])
+        problem = GaugeMetricFamily(
+            "mansard_split_problem_seconds", "How long the newest split has not been taken", labels=["worker"]
+        )
         for worker, tree in self._trees.items():
             term.add_metric([worker], tree["term"])
+            problem.add_metric([worker], tree["split_problem_seconds"])
             left.add_metric([worker], tree["clients_left"])
             for status, count in tree["refused"].items():
                 refused.add_metric([worker, status], count)
             for model, known in tree["models"].items():
                 lease.add_metric([worker, model], 1 if known["has_lease"] else 0)
-        yield from (lease, refused, left, term)
+        yield from (lease, refused, left, term, problem)
 
     def _of_versions(self) -> Iterator[Any]:
         requests = CounterMetricFamily(

@@ -1,7 +1,9 @@
 """What a router worker believes about the split: the newest file it has seen, and whether each canary's lease lives.
 
-Guarantees: a lower term and a damaged file change nothing; a canary whose lease counter has not changed for
-`lease_seconds` by this process's own monotonic clock gets no requests until it moves again. Wall clocks play no part.
+Guarantees: a lower term and a damaged file change nothing; a file that could not be read (no descriptor free, a disk
+error) is read again at each look, also when nobody writes it again: files are compared by their bytes; a canary whose
+lease counter has not changed for `lease_seconds` by this process's own monotonic clock gets no requests until it moves
+again. Wall clocks play no part.
 """
 
 import dataclasses
@@ -15,43 +17,68 @@ LEASE_SECONDS = 10.0
 """Design decision 11."""
 
 
+class SplitProblem:
+    """Why the newest split is not in force, None when it is, and since when by the owner's clock."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.text: str | None = None
+        self._clock = clock
+        self._since = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """For how long there has been one, whichever; 0 without."""
+        return 0.0 if self.text is None else self._clock() - self._since
+
+    def set(self, text: str | None) -> None:
+        if self.text is None:
+            self._since = self._clock()
+        self.text = text
+
+
 class SplitWatch:
-    """Looks at the split file when `poll` is called; that costs one stat while nothing changes."""
+    """Looks at the split file when `poll` is called; that reads a file of about 1 KB (20 us, 2026-12)."""
 
     def __init__(self, path: Path, lease_seconds: float, clock: Callable[[], float]) -> None:
         self.split = Split()
-        self.problem: str | None = None
+        self._problem = SplitProblem(clock)
         self._path = path
         self._lease_seconds = lease_seconds
         self._clock = clock
-        self._stamp: tuple[int, int, int] | None = None
+        self._data: bytes | None = None
         self._renewals: dict[str, tuple[tuple[int, int | None, int], float]] = {}
 
-    def poll(self) -> bool:
-        """Take what is on disk if it is new and not older. True when the split in memory was replaced.
+    @property
+    def problem(self) -> str | None:
+        """Why the file is not the split in memory; None when it is, or when there has been no file yet."""
+        return self._problem.text
 
-        `problem` says why a file was not taken, None when the newest file is the one in memory.
-        """
+    @property
+    def problem_seconds(self) -> float:
+        return self._problem.seconds
+
+    def poll(self) -> bool:
+        """Take what is on disk if it is new and not older. True when the split in memory was replaced."""
         try:
-            status = self._path.stat()
-        except FileNotFoundError:
-            return False
-        stamp = (status.st_ino, status.st_mtime_ns, status.st_size)
-        if stamp == self._stamp:
-            return False
-        self._stamp = stamp
-        try:
-            split = parse_split(self._path.read_bytes(), str(self._path))
-        except FileNotFoundError:
+            data = self._path.read_bytes()
+            if data == self._data:
+                self._problem.set(None)
+                return False
+            split = parse_split(data, str(self._path))
+        except OSError as error:
+            if self._data is not None or not isinstance(error, FileNotFoundError):
+                reason = f"{self._path}: cannot read the traffic split ({error.strerror})"
+                self._problem.set(f"{reason}; term {self.split.term} stays in force, and the file is read again")
             return False
         except MansardError as error:
-            self.problem = str(error)
+            self._problem.set(str(error))
             return False
         if not is_newer_or_same(split, self.split):
-            self.problem = f"{self._path}: term {split.term} is older than term {self.split.term}; ignored"
+            older = f"{self._path}: term {split.term} is older than term {self.split.term}; ignored"
+            self._problem.set(older)
             return False
-        self.problem = None
-        self.split = split
+        self._problem.set(None)
+        self.split, self._data = split, data
         self._renew(split)
         return True
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mansard.errors import MansardError
+from mansard.private_files import use_private_umask
 from mansard.serving.router.rates import shared_memory
 from mansard.serving.router.sockets import listen
 from mansard.serving.router.worker import add_worker_arguments
@@ -84,12 +85,16 @@ class Keeper:
 
     async def _run_once(self) -> int:
         inherited = self._inherited
-        self.process = await asyncio.create_subprocess_exec(
-            *inherited.command(self.index),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            pass_fds=(inherited.listener.fileno(), inherited.rates),
-        )
+        try:
+            self.process = await asyncio.create_subprocess_exec(
+                *inherited.command(self.index),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                pass_fds=(inherited.listener.fileno(), inherited.rates),
+            )
+        except OSError as error:  # no descriptor, process or memory is free
+            log.error("worker %d cannot be started: %s", self.index, error)
+            return 1
         if self._is_ending:
             self.process.terminate()
         assert self.process.stdout is not None
@@ -160,6 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = tuple(sys.argv[1:] if arguments is None else arguments)
     given = parser.parse_args(words)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr)
+    use_private_umask()
     try:
         asyncio.run(supervise(load_site(given.site), words, given.drain_seconds))
     except MansardError as error:

@@ -25,6 +25,7 @@ import uvloop
 from aiohttp import web
 
 from mansard.errors import BadInput, MansardError
+from mansard.private_files import use_private_umask
 from mansard.serving.folder_watch import FolderWatch
 from mansard.serving.router.access_log import FLUSH_SECONDS, AccessLog
 from mansard.serving.router.admin import RouterAdmin
@@ -140,6 +141,7 @@ def _take_news(folder: FolderWatch, watch: SplitWatch, pool: EnginePool) -> None
 
 async def _watch(watch: SplitWatch, pool: EnginePool, key_files: list[KeyFile], access_log: AccessLog) -> None:
     looked, loop = 0.0, asyncio.get_running_loop()
+    problems = dict.fromkeys(key_files, "")
     while True:
         await asyncio.sleep(FLUSH_SECONDS)
         access_log.flush()
@@ -150,8 +152,12 @@ async def _watch(watch: SplitWatch, pool: EnginePool, key_files: list[KeyFile], 
         for file in key_files:
             try:
                 file.read()
+                problem = ""
             except BadInput as error:  # the keys read before stay in force
-                log.warning("%s", error)
+                problem = str(error)
+            if problem not in ("", problems[file]):
+                log.warning("%s", problem)
+            problems[file] = problem
 
 
 async def drain(admin: RouterAdmin, public: web.Server, deadline_seconds: float) -> None:
@@ -229,6 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s router-%(name)s %(message)s", stream=sys.stderr)
     _allow_many_files()
+    use_private_umask()
     try:
         site = load_site(given.site)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -4,6 +4,7 @@ Only the engine is a stand-in (fake_vllm, found through the site's environment v
 same command line as vLLM and talks to it over the same API.
 """
 
+import contextlib
 import http.client
 import itertools
 import json
@@ -63,6 +64,28 @@ def wait_for(what: str, found: Callable[[], T], seconds: float = DEADLINE_SECOND
         assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}"
         time.sleep(0.02)
     return value
+
+
+ENGINE_PATHS = (
+    *("/v1/models", "/metrics", "/health", "/version", "/openapi.json", "/docs", "/nothing"),
+    *("/pooling", "/v1/load_lora_adapter"),
+)
+
+
+def engine_statuses(port: int, user: int, **headers: str) -> set[int]:
+    """What an engine answers on every path to a client of that user."""
+    answered = set()
+    for path in ENGINE_PATHS:
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as client:
+            os.seteuid(user)
+            try:
+                client.connect()
+            finally:
+                os.seteuid(os.getuid())
+            method, body = ("POST", b"{}") if "p" in path[:3] or "adapter" in path else ("GET", None)
+            client.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
+            answered.add(client.getresponse().status)
+    return answered
 
 
 @dataclass

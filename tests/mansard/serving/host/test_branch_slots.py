@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ from mansard.release.journal import Journal
 from mansard.serving.host.place import branch_folder
 from mansard.serving.split import VersionSplit
 from mansard.site import load_site
-from tests.mansard.serving.conftest import ask
+from tests.mansard.serving.conftest import ask, engine_statuses
 
 pytestmark = pytest.mark.slow
 
@@ -246,6 +247,16 @@ def check_against_the_class(place: Any, endpoint: str, base: str, artifacts: dic
     assert len({tuple(tokens) for tokens in found}) == len(found), "each says something else"
 
 
+def check_nobody_else_is_answered(endpoint: str) -> None:
+    """vLLM with our middleware: every path, the mounted /metrics too, for another user and for a page."""
+    port = urlsplit(endpoint).port
+    assert port is not None
+    assert 200 in engine_statuses(port, os.getuid())
+    assert engine_statuses(port, os.getuid(), origin="http://evil.example") == {401}
+    if os.getuid() == 0:
+        assert engine_statuses(port, 65534) == {401}
+
+
 @pytest.mark.engine
 def test_real_engine_answers_for_each_branch_as_evaluation_recorded_it(place: Any, base: str, traffic: Any) -> None:
     """vLLM with our plugin, branches that tap a layer: the fingerprints of engines of their own hold in the slots of a
@@ -278,6 +289,7 @@ def test_real_engine_answers_for_each_branch_as_evaluation_recorded_it(place: An
     assert said.endswith(line)
     release(place, traffic, 3)
     assert shared_engine(place)["pid"] == shared["pid"]
+    check_nobody_else_is_answered(shared["endpoint"])
     moved = place.roll_back()
     assert (moved["stable"], moved["started_seconds"], moved["warnings"]) == (2, 0.0, [])
     assert set(traffic.statuses) == {200}

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -17,6 +18,7 @@ from mansard.serving.engine.command import EngineIdentity, command, variables
 from mansard.serving.engine.log import last_words
 from mansard.serving.process import identify
 from mansard.specs.whole import Serve
+from tests.mansard.serving.conftest import engine_statuses
 
 pytestmark = pytest.mark.slow
 
@@ -140,6 +142,19 @@ def test_a_hang_up_ends_the_host_and_leaves_its_engines(place: Any) -> None:
     place.start_host()
     place.end_host(signal.SIGTERM)
     assert identify(engine["pid"]) is None
+
+
+def test_an_engine_answers_the_user_that_runs_it_and_no_page(place: Any) -> None:
+    place.start_host()
+    port = urlsplit(place.start_engine(place.artifact())["endpoint"]).port
+    assert port is not None
+    page = ({"origin": "http://evil.example"}, {"sec_fetch_site": "cross-site"})
+    assert [engine_statuses(port, os.getuid(), **headers) for headers in page] == [{401}, {401}]
+    if os.getuid() == 0:
+        assert engine_statuses(port, 65534) == {401}
+    with socket.create_connection(("127.0.0.1", port), 60) as client:
+        client.sendall(b"GET /v1/models HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        assert client.recv(65536).startswith(b"HTTP/1.1 200")
 
 
 # Without a process

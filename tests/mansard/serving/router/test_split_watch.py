@@ -1,5 +1,9 @@
 """What a worker believes about the split, with a clock of our own."""
 
+import contextlib
+import os
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -61,6 +65,65 @@ def test_without_a_canary_there_is_no_lease_to_lose(tmp_path: Path) -> None:
     watch.poll()
     clock.now += 1e9
     assert watch.has_lease("tiny")
+
+
+@contextlib.contextmanager
+def no_free_descriptor() -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_split_that_could_not_be_read_is_taken_later_without_another_write(tmp_path: Path) -> None:
+    path, clock = tmp_path / "split.json", Clock()
+    watch = SplitWatch(path, 10, clock)
+    write_split(path, walked(2))
+    assert watch.poll()
+    write_split(path, walked(3))
+    with no_free_descriptor():
+        assert not watch.poll()
+        clock.now += 60
+        assert not watch.poll()
+    assert "Too many open files" in (watch.problem or "")
+    assert (watch.problem_seconds, watch.split.term) == (60.0, 2)
+    assert watch.poll()
+    assert (watch.problem, watch.problem_seconds, watch.split.term) == (None, 0.0, 3)
+
+
+def test_a_split_of_the_same_size_and_time_is_taken(tmp_path: Path) -> None:
+    path = tmp_path / "split.json"
+    watch = SplitWatch(path, 10, Clock())
+    path.write_bytes(split_bytes(walked(2)))
+    assert watch.poll()
+    status = path.stat()
+    path.write_bytes(split_bytes(walked(3)))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert path.stat().st_size == status.st_size
+    assert watch.poll()
+    assert watch.split.term == 3
+
+
+def test_a_half_written_split_and_one_that_is_gone_are_told_and_looked_at_again(tmp_path: Path) -> None:
+    path, whole = tmp_path / "split.json", split_bytes(walked(3))
+    watch = SplitWatch(path, 10, Clock())
+    write_split(path, walked(2))
+    assert watch.poll()
+    path.write_bytes(whole[:40])
+    assert not watch.poll()
+    assert "not a whole JSON" in (watch.problem or "")
+    path.unlink()
+    assert not watch.poll()
+    assert "No such file" in (watch.problem or "")
+    path.mkdir()
+    assert not watch.poll()
+    assert "directory" in (watch.problem or "")
+    path.rmdir()
+    path.write_bytes(whole)
+    assert watch.poll()
+    assert (watch.problem, watch.split.term) == (None, 3)
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

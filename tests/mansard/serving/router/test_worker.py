@@ -3,6 +3,9 @@
 import contextlib
 import hashlib
 import http.client
+import json
+import os
+import resource
 import signal
 import socket
 import subprocess
@@ -13,8 +16,9 @@ from typing import Any
 
 import pytest
 
-from mansard.serving.client import router_observations
-from mansard.serving.split import renewed, write_split
+from mansard.serving.client import UnixConnection, router_observations
+from mansard.serving.split import Split, renewed, with_stable, write_split
+from mansard.serving.worker_splits import lag_lines, lagging_workers
 from mansard.site import load_site
 
 pytestmark = pytest.mark.slow
@@ -29,13 +33,17 @@ def received(client: socket.socket) -> bytes:
     return b"".join(iter(lambda: client.recv(65536), b""))
 
 
-def test_metrics_speak_prometheus(rig: Any) -> None:
-    rig.write(None)
-    rig.call(body=STREAM)
+def metrics_of(rig: Any) -> str:
     with contextlib.closing(socket.socket(socket.AF_UNIX)) as client:
         client.connect(str(rig.home / "run/router-0.sock"))
         client.sendall(b"GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
-        text = received(client).decode()
+        return received(client).decode()
+
+
+def test_metrics_speak_prometheus(rig: Any) -> None:
+    rig.write(None)
+    rig.call(body=STREAM)
+    text = metrics_of(rig)
     assert 'mansard_requests_total{model="tiny",outcome="ok",version="1",worker="0"}' in text
     for name in ("ttft", "token", "latency"):
         assert f'mansard_{name}_seconds_bucket{{le="+Inf",model="tiny",version="1",worker="0"}}' in text
@@ -57,6 +65,57 @@ def test_a_canary_whose_lease_runs_out_serves_nobody_until_it_moves(tmp_path: Pa
             return str(rig.call().version) == "2"
 
         rig.wait_until(renew_and_ask, "the canary to be back")
+
+
+def test_a_split_written_while_the_worker_has_no_descriptor_is_taken_when_it_has_one(make_rig: Any) -> None:
+    with make_rig() as rig:
+        site = load_site(rig.home.parent / "site.yaml")
+        rig.write(None)
+        assert lag_lines(site, 5.0)[1] == []
+        soft, hard = resource.prlimit(rig.worker.pid, resource.RLIMIT_NOFILE)
+        with contextlib.closing(UnixConnection(rig.home / "run/router-0.sock", DEADLINE_SECONDS)) as admin:
+
+            def observed() -> dict[str, Any]:
+                """Over a connection that the worker has already."""
+                admin.request("GET", "/observations")
+                return dict(json.loads(admin.getresponse().read()))
+
+            assert observed()["split_problem"] is None
+            resource.prlimit(rig.worker.pid, resource.RLIMIT_NOFILE, (0, hard))
+            split = with_stable(Split(), "tiny", 1, rig.one.endpoint, "tiny", next(rig.terms))
+            write_split(rig.home / "split.json", split)
+            (lag,) = lagging_workers(site, split.term, 0.2)
+            assert lag.startswith("router worker 0: does not tell which split it serves")
+            rig.wait_until(lambda: observed()["split_problem"], "the worker to tell that it cannot read the split")
+            seen = observed()
+            assert ("Too many open files" in seen["split_problem"], seen["term"]) == (True, split.term - 1)
+            resource.prlimit(rig.worker.pid, resource.RLIMIT_NOFILE, (soft, hard))
+            rig.wait_until(lambda: observed()["term"] == split.term, "the split to be taken without another write")
+            assert (observed()["split_problem"], observed()["split_problem_seconds"]) == (None, 0.0)
+        assert lagging_workers(site, split.term) == []
+
+
+def test_a_worker_that_serves_another_split_is_named_in_status_and_metrics(make_rig: Any) -> None:
+    with make_rig() as rig:
+        site = load_site(rig.home.parent / "site.yaml")
+        split = rig.write(None)
+        (rig.home / "split.json").write_bytes(b"{")
+        rig.wait_until(lambda: rig.seen()["split_problem"], "the damage to be noticed")
+        rig.wait_until(lambda: rig.seen()["split_problem_seconds"] > 0.1, "some time with it")
+        text = metrics_of(rig)
+        (line,) = [line for line in text.splitlines() if line.startswith("mansard_split_problem_seconds{")]
+        assert float(line.split()[-1]) > 0.1
+        assert "cannot be read" in lag_lines(site, 5.0)[1][0]
+        os.kill(rig.worker.pid, signal.SIGSTOP)  # it does not see what is written now
+        try:
+            newer = with_stable(Split(), "tiny", 1, rig.one.endpoint, "tiny", split.term + 5)
+            write_split(rig.home / "split.json", newer)
+            assert "does not tell" in lagging_workers(site, newer.term, 0.2)[0]
+        finally:
+            os.kill(rig.worker.pid, signal.SIGCONT)
+        assert lagging_workers(site, newer.term, DEADLINE_SECONDS) == []
+        (worker,), lines = lag_lines(site, 5.0)
+        assert (worker["term"], worker["serves_newest"], lines) == (newer.term, True, [])
 
 
 def test_draining_finishes_streams_refuses_connections_and_exits_0(tmp_path: Path, make_rig: Any) -> None:

@@ -33,6 +33,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from mansard_peer import is_allowed
+
 
 class Engine:
     def __init__(self, name: str, folder: Path) -> None:
@@ -99,9 +101,21 @@ class Engine:
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     engine: Engine
+    is_guarded = False
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
+
+    def parse_request(self) -> bool:
+        """As vLLM does with our middleware: nobody but its own user gets an answer."""
+        if not super().parse_request():
+            return False
+        names = {name.lower().encode() for name in self.headers}
+        if not self.is_guarded or is_allowed(self.client_address, self.connection.getsockname(), names):
+            return True
+        self.close_connection = True
+        self.answer(401, {})
+        return False
 
     def do_GET(self) -> None:
         if self.path == "/v1/models":
@@ -222,8 +236,8 @@ def main() -> None:
         parser.add_argument(name, type=int, required=True)
     for name in ("--enforce-eager", "--no-enable-log-requests", "--disable-uvicorn-access-log", "--enable-lora"):
         parser.add_argument(name, action="store_true")
-    for name in ("--max-loras", "--max-cpu-loras", "--max-lora-rank", "--middleware",
-                 "--gpu-memory-utilization"):
+    parser.add_argument("--middleware", action="append", default=[])
+    for name in ("--max-loras", "--max-cpu-loras", "--max-lora-rank", "--gpu-memory-utilization"):
         parser.add_argument(name)
     options = parser.parse_args()
     engine = Engine(options.served_model_name, Path(options.model))
@@ -252,6 +266,7 @@ def main() -> None:
     if engine.behaviour.get("start") == "hang":
         threading.Event().wait()
     Handler.engine = engine
+    Handler.is_guarded = "mansard_peer.SameUser" in options.middleware
     server = Server((options.host, options.port), Handler)
 
     def end(*_: Any) -> None:
