@@ -27,7 +27,8 @@ PROMPTS = ("Return a new list of", "Raise TypeError when", "class Node:", "def m
 
 @dataclass(slots=True)
 class Counts:
-    """What the users saw. `versions` counts answers by the version that the router stamped on them."""
+    """What the users saw. `versions` counts answers by the version stamped on them; none, while a canary
+    runs."""
 
     requests: int = 0
     streams: int = 0

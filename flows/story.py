@@ -100,7 +100,7 @@ class Story:
     def wait_for_users(self, deadline_seconds: float = 600) -> None:
         """Until the router remembers every user of the traffic."""
         deadline = time.monotonic() + deadline_seconds
-        while asyncio.run(read_users(self.site, self.model, ())).seen < USERS:
+        while asyncio.run(read_users(self.site, self.model, ()))[1].named < USERS:
             if time.monotonic() > deadline:
                 raise MansardError(f"fewer than {USERS} users had an answer in {deadline_seconds:.0f} s")
             time.sleep(0.5)

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from mansard.site import Site
 
 ROUTER_PLANES = ("workers", "haproxy")
+SHOW_VERSION = ("operators", "always")
 NODE_KINDS = ("pooling", "serving")
 NODE_QUANTIZATIONS = ("awq", "compressed-tensors", "fp8", "none")
 WHEN_STABLE_IS_DEAD = ("wait", "previous")
@@ -40,6 +41,9 @@ def check(site: "Site") -> None:
                        f"{', '.join(WHEN_STABLE_IS_DEAD)}")  # fmt: skip
     if site.router.plane not in ROUTER_PLANES:
         raise BadInput(f"{site.path}: router.plane: {site.router.plane!r} is not one of {', '.join(ROUTER_PLANES)}")
+    if site.router.show_version not in SHOW_VERSION:
+        raise BadInput(f"{site.path}: router.show_version: {site.router.show_version!r} is not one of "
+                       f"{', '.join(SHOW_VERSION)}")  # fmt: skip
     _check_engine(site)
     if site.engine.branch_slots < 0:
         raise BadInput(f"{site.path}: engine.branch_slots: {site.engine.branch_slots} is not a number from 0 up")

@@ -63,12 +63,16 @@ class RouterSite:
 
     An engine that gives no first byte for `first_byte_seconds`, or after it makes no progress for `silent_seconds`, has
     failed; an answer that is not streamed has its first byte when all of it is generated.
+
+    `show_version`: to whom answers name their version, and who may pin one, while a canary runs: `operators` (who send
+    one of the site's operator_tokens) or `always`.
     """
 
     plane: str = "workers"
     workers: int = 2
     first_byte_seconds: int = 300
     silent_seconds: int = 60
+    show_version: str = "operators"
 
 
 @dataclass(frozen=True, slots=True)

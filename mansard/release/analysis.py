@@ -5,7 +5,9 @@ users who are always slow or always fail count for nobody. The hash of the key d
 versions are alike, every set of as many keys was as likely to be it, and exchanging keys gives the exact distribution
 of any statistic, however unequal users are, however skewed errors, and however few requests most of them send (Fisher
 1935; Lehmann & Romano, Testing Statistical Hypotheses, section 15.2; Phipson & Smyth 2010 for p-values of a sample of
-exchanges). The value before as a control: CUPED (Deng, Xu, Kohavi, Walker 2013).
+exchanges). The value before as a control: CUPED (Deng, Xu, Kohavi, Walker 2013). Users belong to tenants, and no tenant
+moves a statistic or an estimate by more than tenants.py lets it: the level stays exact while every tenant is honest,
+and one that is not can neither prove nor hide much. Of one tenant alone users count as they are; the text says so.
 
 Not a confidence sequence: those (Howard, Ramdas, McAuliffe, Sekhon 2021; Waudby-Smith & Ramdas 2024) need each value to
 be new given the past, and here the same keys come back at every look. How often one may look: looks.py.
@@ -15,12 +17,15 @@ compared with itself before, by changing signs; then a change of the whole load 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+
+from mansard.release.tenants import Tenants, bounds, counted, exchangeable, location, tenants_of
 
 NEEDED = ("errors", "request")
 """What every request has. Few users may stream, so the other metrics need not be there for a pass."""
@@ -35,6 +40,7 @@ SCREEN = 0.75
 """Exchanges are drawn only above this share of the normal quantile. Leaving them out can only keep from failing."""
 
 Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 Verdict = Literal["pass", "fail", "inconclusive"]
 
@@ -81,7 +87,7 @@ class Limits:
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One column a sticky key; rows are METRICS. `is_canary` is None where all keys are the canary's and `past_*` is
-    what the same keys had on stable (weight 100).
+    what the same keys had on stable (weight 100). `tenant_K` are numbers for the keys' tenants; None: all are one's.
     """
 
     is_canary: Bools | None
@@ -89,6 +95,7 @@ class Sample:
     counts_MK: Floats
     past_sums_MK: Floats
     past_counts_MK: Floats
+    tenant_K: Ints | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +103,8 @@ class Finding:
     """One metric at one look. `estimate` and `interval` are a ratio or a difference, `limit` in the same unit.
 
     `interval` holds at the level that this look spends, so all of them together hold at the rollout's. `smallest` is
-    the smallest change that this sample would have shown (for four cases in five).
+    the smallest change that this sample would have shown (for four cases in five). `tenants` have these users;
+    `has_sole` says that one of them counts in full, because there is nobody else.
     """
 
     metric: str
@@ -107,10 +115,12 @@ class Finding:
     interval: tuple[float, float]
     limit: float
     smallest: float
+    tenants: int = 1
+    has_sole: bool = True
 
     def text(self) -> str:
         """One line for the journal and for people."""
-        sides = f"{self.canary_keys} and {self.stable_keys} users"
+        sides = f"{self.canary_keys} and {self.stable_keys} users of {self._tenants_text()}"
         if math.isnan(self.estimate):
             return f"{self.metric}: inconclusive, {sides}; {MIN_KEYS} on each side are needed"
         low, high = self.interval
@@ -119,6 +129,11 @@ class Finding:
             f"{self.metric}: {show(self.estimate)} ({show(low)} to {show(high)}), limit {show(self.limit)}, {sides}, "
             f"smallest change to be seen {show(self.smallest)}: {self.verdict}"
         )
+
+    def _tenants_text(self) -> str:
+        if self.tenants == 1:
+            return "one tenant, whose users nobody else confirms"
+        return f"{self.tenants} tenants" + (", of which one has nearly all" if self.has_sole else "")
 
 
 def judge(sample: Sample, limits: Limits, alpha: float, seed: int) -> tuple[Finding, ...]:
@@ -140,25 +155,54 @@ def overall(findings: tuple[Finding, ...]) -> Verdict:
     return "pass" if passed.issuperset(NEEDED) and not is_doubted else "inconclusive"
 
 
+@dataclass(frozen=True, slots=True)
+class _Users:
+    """Of one metric, those that have it: the change, weight and side of each, and whose they are."""
+
+    changes: Floats
+    weights: Floats
+    is_canary: Bools | None
+    tenants: Tenants
+
+    def sides(self) -> tuple[int, int]:
+        number = len(self.changes)
+        num_canary = number if self.is_canary is None else int(self.is_canary.sum())
+        return num_canary, number if self.is_canary is None else number - num_canary
+
+    def without(self, tenant: int) -> "_Users":
+        rest = self.tenants.of_user_K != tenant
+        is_canary = None if self.is_canary is None else self.is_canary[rest]
+        return _Users(self.changes[rest], self.weights[rest], is_canary, self.tenants.of(rest))
+
+    def are_enough(self) -> bool:
+        """MIN_KEYS on each side, where no tenant counts for more than all others."""
+        everybody = np.ones(len(self.changes), dtype=bool)
+        sides = [everybody] if self.is_canary is None else [self.is_canary, ~self.is_canary]
+        is_sole = self.tenants.sole is not None
+        return all(counted(self.tenants.of(side).sums(np.ones(side.sum())), is_sole) >= MIN_KEYS for side in sides)
+
+
 def _judge_metric(
     sample: Sample, row: int, metric: Metric, limits: Limits, alpha: float, rng: np.random.Generator
 ) -> list[Finding]:
-    changes, weights, is_canary = _changes(sample, row, metric)
-    num_canary = len(changes) if is_canary is None else int(is_canary.sum())
-    num_stable = len(changes) if is_canary is None else len(changes) - num_canary
-    bounds = _bounds(metric, limits)
-    alpha /= len(bounds)
-    if min(num_canary, num_stable) < MIN_KEYS:
-        shown = math.exp(bounds[0][0]) if metric.is_ratio else limits.max_error_excess
+    users = _users(sample, row, metric)
+    num_canary, num_stable = users.sides()
+    tests = _bounds(metric, limits)
+    alpha /= len(tests)
+    numbers = (users.tenants.number, users.tenants.sole is not None)
+    if not users.are_enough():
+        shown = math.exp(tests[0][0]) if metric.is_ratio else limits.max_error_excess
         nothing = (-math.inf, math.inf)
-        return [Finding(metric.name, "inconclusive", num_canary, num_stable, math.nan, nothing, shown, math.nan)]
-    estimate, error = _estimate(changes, weights, is_canary)
+        return [
+            Finding(metric.name, "inconclusive", num_canary, num_stable, math.nan, nothing, shown, math.nan, *numbers)
+        ]
+    estimate, error = _estimate(users)
     findings = []
-    for bound, sign in bounds:
+    for bound, sign in tests:
         null = bound if metric.is_ratio else 0.0
         tolerated = bound if metric.is_ratio else limits.max_error_excess
         is_worse = sign * (estimate - tolerated) > 0
-        is_proven = is_worse and alpha > 0 and _is_above(sign * changes, weights, is_canary, sign * null, alpha, rng)
+        is_proven = is_worse and alpha > 0 and _is_above(users, sign, sign * null, sign * tolerated, alpha, rng)
         verdict: Verdict = "fail" if is_proven else "inconclusive" if is_worse else "pass"
         findings.append((verdict, bound))
     worst = next(f for kind in ("fail", "inconclusive", "pass") for f in findings if f[0] == kind)
@@ -167,7 +211,7 @@ def _judge_metric(
     interval = (show(estimate - quantile * error), show(estimate + quantile * error))
     limit = math.exp(worst[1]) if metric.is_ratio else limits.max_error_excess
     smallest = show((worst[1] if metric.is_ratio else 0.0) + (quantile + 0.84) * error)
-    return [Finding(metric.name, worst[0], num_canary, num_stable, show(estimate), interval, limit, smallest)]
+    return [Finding(metric.name, worst[0], num_canary, num_stable, show(estimate), interval, limit, smallest, *numbers)]
 
 
 def _bounds(metric: Metric, limits: Limits) -> list[tuple[float, int]]:
@@ -177,8 +221,8 @@ def _bounds(metric: Metric, limits: Limits) -> list[tuple[float, int]]:
     return [(math.log(limits.slower[metric.name]) if metric.is_ratio else limits.max_error_excess, 1)]
 
 
-def _changes(sample: Sample, row: int, metric: Metric) -> tuple[Floats, Floats, Bools | None]:
-    """Per key that has the metric now: its value minus its value before, its weight, its side.
+def _users(sample: Sample, row: int, metric: Metric) -> _Users:
+    """Those that have the metric now; a change is the value now minus the value before.
 
     A key's value before is drawn to `usual`, the mean over keys in which each counts as much as it is drawn: then the
     mean change of users who stay as they were is zero, and users with a very long past, such as a few who asked a dead
@@ -186,69 +230,106 @@ def _changes(sample: Sample, row: int, metric: Metric) -> tuple[Floats, Floats, 
     """
     counts, past_counts = sample.counts_MK[row], sample.past_counts_MK[row]
     there = counts > 0 if sample.is_canary is not None else (counts > 0) & (past_counts > 0)
+    tenants = tenants_of(None if sample.tenant_K is None else sample.tenant_K[there], int(there.sum()))
     now = sample.sums_MK[row, there] / counts[there]
     weights = counts[there] / (counts[there] + metric.weight_requests)
     extra, before, sums = metric.past_requests, past_counts[there], sample.past_sums_MK[row, there]
     drawn = np.where(before > 0, weights * extra / (before + extra), 0.0)
-    usual = float(np.average(sums / np.maximum(before, 1e-9), weights=drawn)) if drawn.any() else _plain_mean(now)
+    usual = _usual(sums / np.maximum(before, 1e-9), drawn, now, tenants)
     past = (sums + extra * usual) / (before + extra)
     if metric.is_ratio:
         now, past = np.log(np.maximum(now, 1e-6)), np.log(np.maximum(past, 1e-6))
-    return now - past, weights, None if sample.is_canary is None else sample.is_canary[there]
+    return _Users(now - past, weights, None if sample.is_canary is None else sample.is_canary[there], tenants)
 
 
-def _plain_mean(values: Floats) -> float:
-    return float(values.mean()) if values.size else 0.0
+def _usual(before: Floats, drawn: Floats, now: Floats, tenants: Tenants) -> float:
+    """The usual user's value: of those with a past, else of all as they are now."""
+    if drawn.any():
+        return location(before, drawn, tenants)[0]
+    return location(now, np.ones(len(now)), tenants)[0] if now.size else 0.0
 
 
-def _estimate(changes: Floats, weights: Floats, is_canary: Bools | None) -> tuple[float, float]:
+def _estimate(users: _Users) -> tuple[float, float]:
     """The canary's mean change minus stable's, and its standard error over keys."""
+    is_canary = users.is_canary
     if is_canary is None:
-        return _mean(changes, weights)
-    canary, error = _mean(changes[is_canary], weights[is_canary])
-    stable, stable_error = _mean(changes[~is_canary], weights[~is_canary])
+        return location(users.changes, users.weights, users.tenants)
+    canary, error = location(users.changes[is_canary], users.weights[is_canary], users.tenants.of(is_canary))
+    stable, stable_error = location(users.changes[~is_canary], users.weights[~is_canary], users.tenants.of(~is_canary))
     return canary - stable, math.hypot(error, stable_error)
 
 
-def _mean(values: Floats, weights: Floats) -> tuple[float, float]:
-    mean = float(np.average(values, weights=weights))
-    return mean, float(np.sqrt(np.sum((weights * (values - mean)) ** 2)) / weights.sum())
-
-
 def _is_above(
-    changes: Floats, weights: Floats, is_canary: Bools | None, null: float, alpha: float, rng: np.random.Generator
+    users: _Users, sign: int, null: float, tolerated: float, alpha: float, rng: np.random.Generator
 ) -> bool:
-    """Whether the canary's changes exceed stable's by more than `null`, at level `alpha`."""
+    """Whether the canary's changes (times `sign`) exceed stable's by more than `null`, at level `alpha`, and by more
+    than `tolerated` without the tenant that says so most."""
+    changes, weights, is_canary, tenants = sign * users.changes, users.weights, users.is_canary, users.tenants
+    groups = [] if is_canary is None else exchangeable(tenants)
     if is_canary is None:
-        residuals = weights * (changes - null)
-        observed, spread = residuals.sum(), math.sqrt(float((residuals**2).sum()))
+        residuals, scales = weights * (changes - null), np.ones(len(changes))
+        shares = np.zeros(len(changes))
     else:
         shifted = np.where(is_canary, changes - null, changes)
-        residuals = weights * (shifted - np.average(shifted, weights=weights))
-        residuals -= residuals.mean()  # weights sum it to zero already, but for rounding
-        size, num_keys = int(is_canary.sum()), len(changes)
-        observed = residuals[is_canary].sum()
-        spread = math.sqrt(size * (num_keys - size) / (num_keys * (num_keys - 1)) * float((residuals**2).sum()))
+        residuals = weights * (shifted - location(shifted, weights, tenants)[0])
+        shares, scales = np.zeros(len(changes)), np.zeros(len(changes))
+        for group in groups:
+            size, number = int(is_canary[group].sum()), len(group)
+            residuals[group] -= residuals[group].mean()
+            shares[group], scales[group] = size / number, size * (number - size) / (number * max(number - 1, 1))
+    variances_T = tenants.sums(scales * residuals**2)
+    most_T = bounds(variances_T, tenants.sole, as_second=True)
+    parts_KT, most = _parts(residuals, tenants, most_T)
+    expected = shares @ parts_KT
+
+    def total(sides: Floats) -> Floats:
+        """Of sides (or signs), a row each."""
+        sums: Floats = np.clip(sides @ parts_KT - expected, -most, most).sum(axis=1)
+        return sums
+
+    sides = np.ones(len(changes)) if is_canary is None else is_canary.astype(np.float64)
+    observed = float(total(sides[None])[0])
+    spread = math.sqrt(float(np.minimum(variances_T, most_T**2).sum()))
     if spread == 0 or observed < SCREEN * NormalDist().inv_cdf(1 - alpha) * spread:
         return False
+    if tenants.sole is None:
+        others = users.without(int(tenants.sums((sides - shares) * residuals).argmax()))
+        if min(others.sides()) and sign * _estimate(others)[0] <= tolerated:
+            return False
+    return _is_rare(observed, lambda batch: total(_exchanged(sides, groups, batch, rng)), len(changes), alpha)
+
+
+def _is_rare(observed: float, draw: Callable[[int], Floats], num_keys: int, alpha: float) -> bool:
+    """Whether so few of the exchanges' totals are as large that it happens with probability `alpha` at most."""
     num_exchanges = math.ceil(max(min(EXCHANGES_PER_ALPHA / alpha, MAX_EXCHANGES), 2 / alpha))
     allowed = math.floor(alpha * (num_exchanges + 1)) - 1
     exceeded = drawn = 0
     while drawn < num_exchanges and exceeded <= allowed:
-        batch = min(max(CHUNK_CELLS // len(residuals), 1), num_exchanges - drawn)
-        sums = _exchanged(residuals, None if is_canary is None else int(is_canary.sum()), batch, rng)
-        exceeded += int(np.count_nonzero(sums >= observed * (1 - 1e-12)))
+        batch = min(max(CHUNK_CELLS // num_keys, 1), num_exchanges - drawn)
+        exceeded += int(np.count_nonzero(draw(batch) >= observed * (1 - 1e-12)))
         drawn += batch
     return exceeded <= allowed
 
 
-def _exchanged(residuals: Floats, size: int | None, batch: int, rng: np.random.Generator) -> Floats:
-    """Sums over `batch` random sets of `size` keys; with None, of all keys with random signs."""
-    if size is None:
-        signs = rng.integers(0, 2, (batch, len(residuals)), dtype=np.int8) * 2 - 1
-        signed: Floats = signs @ residuals
-        return signed
-    order = rng.random((batch, len(residuals)), dtype=np.float32)
-    chosen = np.argpartition(order, size, axis=1)[:, :size]
-    sums: Floats = residuals[chosen].sum(axis=1)
-    return sums
+def _parts(residuals: Floats, tenants: Tenants, most_T: Floats) -> tuple[Floats, Floats]:
+    """A column for each tenant that could exceed its bound, and one for all others; the columns' bounds."""
+    bounded = np.flatnonzero(tenants.sums(np.abs(residuals)) > most_T)
+    is_own_KT = tenants.of_user_K[:, None] == bounded[None]
+    rest = np.where(is_own_KT.any(axis=1), 0.0, residuals)
+    parts_KT = np.column_stack([np.where(is_own_KT, residuals[:, None], 0.0), rest])
+    return parts_KT, np.append(most_T[bounded], math.inf)
+
+
+def _exchanged(sides: Floats, groups: list[Ints], batch: int, rng: np.random.Generator) -> Floats:
+    """A row of sides for each of `batch` exchanges within the groups; without groups, of random signs."""
+    if not groups:
+        return (rng.integers(0, 2, (batch, len(sides)), dtype=np.int8) * 2 - 1).astype(np.float64)
+    order, rows = rng.random((batch, len(sides)), dtype=np.float32), np.zeros((batch, len(sides)))
+    for group in groups:
+        size = int(sides[group].sum())
+        if 0 < size < len(group):
+            chosen = group[np.argpartition(order[:, group], size, axis=1)[:, :size]]
+            np.put_along_axis(rows, chosen, 1.0, axis=1)
+        elif size:
+            rows[:, group] = 1.0
+    return rows

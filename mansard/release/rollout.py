@@ -8,6 +8,7 @@ back. `resumed` gives the state again from the journal, after a crash at any poi
 traffic belong to the controller (serving/host/rollouts.py), which does the actions in their order.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -138,6 +139,15 @@ class Abort:
     """The canary goes to 0 %; stable stays."""
 
     reason: str
+
+
+def counted_run(failures: Iterable[int], num_tenants: int) -> int:
+    """How long a run of consecutive failures counts; `failures` are each tenant's in it. Of five tenants or more that
+    ask, five must be in it; of fewer, no one alone makes it long enough."""
+    if num_tenants <= 1:
+        return sum(failures)
+    most = math.ceil(MAX_CONSECUTIVE_FAILURES / min(num_tenants, MAX_CONSECUTIVE_FAILURES))
+    return sum(min(number, most) for number in failures)
 
 
 Action = Look | SetWeight | Promote | Abort

@@ -1,7 +1,8 @@
 """The traffic split: which version gets which share of requests, in one JSON file replaced atomically.
 
 Guarantees: a reader sees a whole split or an error, never half; a writer cannot put an older split over a newer one;
-the weights of a model sum to 100; raising the canary's weight only ever adds keys to the canary. Standard library only,
+the weights of a model sum to 100; who is the canary's follows from a secret of the rollout (the salt), so that nobody
+can choose a name for its side; raising the canary's weight only ever adds keys to the canary. Standard library only,
 because the on-call commands write it with the host down. Not covered: the journal, which alone hands out terms.
 """
 
@@ -11,6 +12,8 @@ import fcntl
 import hashlib
 import json
 import os
+import re
+import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +26,8 @@ from mansard.errors import BadInput, Conflict, Corrupt, MansardError
 FORMAT = 1
 BUCKETS_PER_PERCENT = 100
 NUM_BUCKETS = 100 * BUCKETS_PER_PERCENT
+PLACE_BYTES = 6
+_SALT = re.compile("[0-9a-f]{32}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +45,7 @@ class ModelSplit:
 
     `name` is the key of the model in the file. `stable` is who serves as stable; where the journal's stable has no
     engine, `stands_in_for` names that one and `stable` is the version that serves its users meanwhile.
+    `salt` is the secret of the running rollout.
     """
 
     name: str
@@ -48,6 +54,7 @@ class ModelSplit:
     lease_counter: int
     versions: Mapping[int, VersionSplit]
     stands_in_for: int | None = None
+    salt: str = field(default="", repr=False)
 
     @property
     def journal_stable(self) -> int:
@@ -73,16 +80,22 @@ def key_digest(model: str, sticky_key: str) -> int:
     return int.from_bytes(digest, "big")
 
 
-def bucket_of(model: str, sticky_key: str) -> int:
-    """The place of a key in [0, NUM_BUCKETS)."""
-    return key_digest(model, sticky_key) % NUM_BUCKETS
+def new_salt() -> str:
+    """For a rollout: its own, so that other users are the canary's in each."""
+    return secrets.token_hex(16)
+
+
+def bucket_of(digest: int, salt: str) -> int:
+    """The place of a key in [0, NUM_BUCKETS), where HAProxy computes the same (infra/haproxy/haproxy.cfg)."""
+    place = hashlib.sha256(f"{salt}/{digest}".encode()).digest()[:PLACE_BYTES]
+    return int.from_bytes(place, "big") % NUM_BUCKETS
 
 
 def choose(model_split: ModelSplit, digest: int) -> int:
     """The version that serves the key of a digest. The canary takes the lowest buckets: a higher weight only adds."""
     if model_split.canary is None:
         return model_split.stable
-    is_canary = digest % NUM_BUCKETS < model_split.canary_percent * BUCKETS_PER_PERCENT
+    is_canary = bucket_of(digest, model_split.salt) < model_split.canary_percent * BUCKETS_PER_PERCENT
     return model_split.canary if is_canary else model_split.stable
 
 
@@ -107,9 +120,19 @@ def with_stable(split: Split, model: str, version: int, endpoint: str | None, se
 
 
 def with_canary(
-    split: Split, model: str, version: int, endpoint: str, served_name: str, weight_percent: int, term: int
+    split: Split,
+    model: str,
+    version: int,
+    endpoint: str,
+    served_name: str,
+    weight_percent: int,
+    term: int,
+    salt: str = "",
 ) -> Split:
-    """`version` is the canary at `weight_percent`, stable has the rest. BadInput without a stable, or for stable."""
+    """`version` is the canary at `weight_percent`, stable has the rest. BadInput without a stable, or for stable.
+
+    `salt` is the rollout's; without it sides can be computed by anybody.
+    """
     known = _model(split, model)
     if version in (known.stable, known.stands_in_for):
         raise BadInput(f"{model} version {version} is stable; a canary is another version")
@@ -121,7 +144,7 @@ def with_canary(
         if n != known.canary
     }
     versions[version] = VersionSplit(weight_percent, endpoint, served_name)
-    return _replace(split, dataclasses.replace(known, canary=version, versions=versions), term)
+    return _replace(split, dataclasses.replace(known, canary=version, versions=versions, salt=salt), term)
 
 
 def without_canary(split: Split, model: str, term: int) -> Split:
@@ -226,6 +249,7 @@ def split_bytes(split: Split) -> bytes:
             "lease_counter": model.lease_counter,
             "versions": {str(number): dataclasses.asdict(version) for number, version in model.versions.items()},
             **({} if model.stands_in_for is None else {"stands_in_for": model.stands_in_for}),
+            **({"salt": model.salt} if model.salt else {}),
         }
         for name, model in split.models.items()
     }
@@ -296,7 +320,14 @@ def _parse_model(name: str, tree: Mapping[str, Any]) -> ModelSplit:
         lease_counter=_whole(tree["lease_counter"]),
         versions={int(number): _parse_version(version) for number, version in tree["versions"].items()},
         stands_in_for=None if stands_in_for is None else _whole(stands_in_for),
+        salt=_salt(tree.get("salt", "")),
     )
+
+
+def _salt(value: object) -> str:
+    if not (isinstance(value, str) and (not value or _SALT.fullmatch(value))):
+        raise ValueError("salt is not 32 hex digits")
+    return value
 
 
 def _parse_version(tree: Mapping[str, Any]) -> VersionSplit:

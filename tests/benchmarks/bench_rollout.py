@@ -26,7 +26,7 @@ import numpy as np
 
 from mansard.release.analysis import Limits, judge
 from mansard.release.looks import ALPHA, look_seconds
-from mansard.release.rollout import Look, Observation, Plan, SetWeight, State, Step, advance
+from mansard.release.rollout import Look, Observation, Plan, SetWeight, State, Step, advance, counted_run
 from mansard.specs.release import Release
 
 import_path.insert(0, str(Path(__file__).parent))
@@ -72,24 +72,33 @@ def plan(weights: Sequence[int], bake_seconds: float, deadline_seconds: float, h
 
 
 def consecutive_failures(requests: Requests, ours: np.ndarray, at: float) -> int:
-    """The longest run of failures among what the canary finished by `at`."""
+    """The longest run of failures among what the canary finished by `at`, as the host counts it."""
     done = ours & (requests.at + requests.whole <= at)
-    longest = run = 0
-    for failed in requests.failed[done][np.argsort((requests.at + requests.whole)[done])]:
-        run = run + 1 if failed else 0
-        longest = max(longest, run)
+    order = np.argsort((requests.at + requests.whole)[done])
+    longest, run, num_tenants = 0, Counter[int](), len(set(requests.tenant))
+    for failed, tenant in zip(requests.failed[done][order], requests.tenant[requests.user[done][order]], strict=True):
+        if not failed:
+            run.clear()
+            continue
+        run[int(tenant)] += 1
+        longest = max(longest, counted_run(run.values(), num_tenants))
     return longest
 
 
 def walk(
-    seed: int, chosen: Plan, harm: Harm, until_seconds: float, canary_requests_per_second: float | None = None
+    seed: int,
+    chosen: Plan,
+    harm: Harm,
+    until_seconds: float,
+    canary_requests_per_second: float | None = None,
+    num_tenants: int = 1,
 ) -> Outcome:
     """One rollout from its first step to its end, or until a step has lasted `until_seconds`.
 
     Users send REQUESTS_PER_SECOND together, or so much that `canary_requests_per_second` reach the canary.
     """
     rng = np.random.default_rng(seed)
-    people = People.draw(rng)
+    people = People.draw(rng, num_tenants=num_tenants)
     if canary_requests_per_second is not None:
         reaching = people.rates[people.bucket < chosen.steps[0].weight_percent].sum()
         people = replace(people, rates=people.rates * canary_requests_per_second / reaching)
@@ -103,7 +112,7 @@ def walk(
         new = requests_between(rng, 0.0, min(until_seconds, chosen.steps[state.step].deadline_seconds), people)
         new = harmed(new, is_canary, harm, rng)
         before = on_stable if weight == 100 else past
-        state, actions, at = _bake(state, new, before, is_canary, until_seconds, seed)
+        state, actions, at = bake(state, new, before, is_canary, until_seconds, seed)
         stayed = sums(new, at)
         on_stable = (
             on_stable[0] + np.where(is_canary, 0.0, stayed[0]),
@@ -114,7 +123,7 @@ def walk(
     return Outcome(state.phase, at, state.reason)
 
 
-def _bake(
+def bake(
     state: State,
     requests: Requests,
     past: tuple[np.ndarray, np.ndarray],

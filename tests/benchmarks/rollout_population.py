@@ -1,7 +1,8 @@
 """300 sticky users with Zipf traffic and unequal latency: requests as arrays, and what router workers would tell.
 
 Each user has a rate (Zipf, exponent 1), a speed, a length of answers and an error rate of their own,
-and drifts by the half minute. Times to first token and between tokens are lognormal. Seconds throughout.
+drifts by the half minute, and belongs to a tenant; tenants have unequal numbers of users.
+Times to first token and between tokens are lognormal. Seconds throughout.
 """
 
 from dataclasses import dataclass, replace
@@ -38,7 +39,7 @@ class Harm:
 
 @dataclass(frozen=True, slots=True)
 class Requests:
-    """One row a request, in the order of arrival; `first`, `whole` are seconds from arrival."""
+    """One row a request, in the order of arrival; `first`, `whole` are seconds from arrival. `tenant` is per user."""
 
     user: Ints
     at: Floats
@@ -47,23 +48,25 @@ class Requests:
     first: Floats
     whole: Floats
     events: Floats
+    tenant: Ints
 
 
 def requests_between(rng: np.random.Generator, begin: float, end: float, people: "People") -> Requests:
     """What the users send in a span of time, as stable would answer it."""
-    user = np.repeat(np.arange(NUM_USERS), rng.poisson(people.rates * (end - begin)))
+    num_users = len(people.rates)
+    user = np.repeat(np.arange(num_users), rng.poisson(people.rates * (end - begin)))
     at = rng.uniform(begin, end, len(user))
     order = np.argsort(at)
     user, at = user[order], at[order]
     period = ((at - begin) // DRIFT_SECONDS).astype(np.int64)
-    drift = rng.normal(0.0, DRIFT_SPREAD, (NUM_USERS, int(period.max(initial=0)) + 1))[user, period]
+    drift = rng.normal(0.0, DRIFT_SPREAD, (num_users, int(period.max(initial=0)) + 1))[user, period]
     speed = np.exp(people.speed[user] + drift)
     first = 0.2 * speed * rng.lognormal(0.0, REQUEST_SPREAD, len(user))
     events = np.ceil(40 * np.exp(people.length[user]) * rng.lognormal(0.0, REQUEST_SPREAD, len(user))) + 1
     between = 0.02 * speed * rng.lognormal(0.0, 0.3, len(user))
     failed = rng.random(len(user)) < people.error_rates[user]
     refused = ~failed & (rng.random(len(user)) < REFUSED_RATE)
-    return Requests(user, at, failed, refused, first, first + between * (events - 1), events)
+    return Requests(user, at, failed, refused, first, first + between * (events - 1), events, people.tenant)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +78,12 @@ class People:
     length: Floats
     error_rates: Floats
     bucket: Floats
+    tenant: Ints
 
     @staticmethod
-    def draw(rng: np.random.Generator, requests_per_second: float = REQUESTS_PER_SECOND) -> "People":
+    def draw(
+        rng: np.random.Generator, requests_per_second: float = REQUESTS_PER_SECOND, num_tenants: int = 1
+    ) -> "People":
         zipf = 1.0 / np.arange(1, NUM_USERS + 1)
         # Gamma of shape 2: a third of the users fail half as often as all do, one in seven twice as often.
         own = rng.gamma(2.0, 1.0, NUM_USERS)
@@ -88,7 +94,15 @@ class People:
             length=rng.normal(0.0, USER_SPREAD, NUM_USERS),
             error_rates=own,
             bucket=rng.random(NUM_USERS) * 100,
+            tenant=_tenants(rng, num_tenants),
         )
+
+
+def _tenants(rng: np.random.Generator, number: int) -> Ints:
+    """The largest of ten has about a quarter of the users, the smallest 2 %."""
+    if number == 1:
+        return np.zeros(NUM_USERS, dtype=np.int64)
+    return rng.choice(number, NUM_USERS, p=rng.dirichlet(np.full(number, 2.0)))
 
 
 def harmed(requests: Requests, is_canary: Bools, harm: Harm, rng: np.random.Generator) -> Requests:
@@ -113,7 +127,7 @@ def sums(requests: Requests, at: float) -> tuple[Floats, Floats]:
 
     def per_user(where: Bools, values: Floats | None = None) -> Floats:
         weights = None if values is None else values[where]
-        return np.bincount(requests.user[where], weights, NUM_USERS).astype(np.float64)
+        return np.bincount(requests.user[where], weights, len(requests.tenant)).astype(np.float64)
 
     gaps = requests.events - 1
     rows = (
@@ -129,4 +143,4 @@ def sums(requests: Requests, at: float) -> tuple[Floats, Floats]:
 
 def sample(requests: Requests, at: float, past: tuple[Floats, Floats], is_canary: Bools, is_all: bool) -> Sample:
     sums_MK, counts_MK = sums(requests, at)
-    return Sample(None if is_all else is_canary, sums_MK, counts_MK, past[0], past[1])
+    return Sample(None if is_all else is_canary, sums_MK, counts_MK, past[0], past[1], requests.tenant)

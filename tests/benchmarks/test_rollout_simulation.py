@@ -12,15 +12,19 @@ import pytest
 from mansard.release.analysis import METRICS
 
 
-@pytest.fixture(scope="module")
-def bench() -> ModuleType:
-    """bench_rollout.py, which is a program and in no package."""
-    spec = importlib.util.spec_from_file_location("bench_rollout", Path(__file__).with_name("bench_rollout.py"))
+def program(name: str) -> ModuleType:
+    """One of this folder, which is in no package."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["bench_rollout"] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def bench() -> ModuleType:
+    return program("bench_rollout")
 
 
 def test_identical_versions_are_rarely_aborted_and_mostly_promoted(bench: ModuleType) -> None:
@@ -49,3 +53,7 @@ def test_what_the_population_tells_adds_up(bench: ModuleType) -> None:
     assert counts[names.index("request")].sum() == (~requests.failed & ~requests.refused).sum()
     half, full = bench.sums(requests, 30.0)[1], counts
     assert (half[names.index("errors")] <= full[names.index("errors")]).all()
+
+
+def test_one_hostile_tenant_of_ten_changes_next_to_no_decision(bench: ModuleType) -> None:
+    assert program("bench_forged").forged_decisions(seed=100, worlds=16) <= 1 / 16

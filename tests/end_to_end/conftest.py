@@ -128,6 +128,7 @@ def write_site(folder: Path) -> Path:
     tree = yaml.safe_load((ROOT / "configs/site/local.yaml").read_text())
     prefect, mlflow, router, engines = free_ports(4)
     tree["ports"] = {"prefect": prefect, "mlflow": mlflow, "router": router, "engines_from": engines}
+    tree["router"] = {"show_version": "always"}  # the story counts answers by version
     for environment in tree["environments"].values():
         for key in ("python", "lock"):
             environment[key] = str(Path(os.path.normpath(ROOT / "configs/site" / environment[key])))

@@ -5,6 +5,7 @@ import string
 from pathlib import Path
 
 from mansard.errors import BadInput
+from mansard.serving.router.keys import KeyFile
 from mansard.serving.router.public import Limits
 from mansard.serving.router.user_field import MAX_USER_BYTES
 from mansard.site import Site
@@ -23,6 +24,11 @@ def routes_file(site: Site) -> Path:
     return site.run / "haproxy-routes.map"
 
 
+def salt_file(site: Site) -> Path:
+    """A map of text: HAProxy takes the other one's values for numbers."""
+    return site.run / "haproxy-salt.map"
+
+
 def log_socket(site: Site) -> Path:
     return site.run / "haproxy-log.sock"
 
@@ -39,11 +45,26 @@ def config_text(site: Site, port: int) -> str:
         "socket": runtime_socket(site),
         "log": log_socket(site),
         "map": routes_file(site),
+        "salt_map": salt_file(site),
         "threads": os.cpu_count() or 1,
         "port": port,
         "first_byte_seconds": site.router.first_byte_seconds,
         "body_bytes": Limits().body_bytes,
         "user_bytes": MAX_USER_BYTES,
         "model": site.models[0],
+        "is_operator": _operator_condition(site),
     }
     return string.Template(TEMPLATE.read_text()).substitute(values)
+
+
+def _operator_condition(site: Site) -> str:
+    """HAProxy's words for who is told versions while a canary runs; tokens are read when HAProxy starts."""
+    if site.router.show_version == "always":
+        return "{ always_true }"
+    tokens = None if site.operator_tokens is None else KeyFile(site.operator_tokens)
+    if tokens is not None:
+        tokens.read()
+    digests = [] if tokens is None else tokens.digests()
+    if not digests:
+        return "{ always_false }"
+    return "{ req.hdr(x-mansard-operator),sha2(256),hex,lower -m str " + " ".join(digests) + " }"

@@ -27,7 +27,7 @@ from aiohttp import web
 from mansard.canonical import write_atomically
 from mansard.errors import BadInput, MansardError
 from mansard.serving.folder_watch import FolderWatch
-from mansard.serving.haproxy.config import config_text, log_socket, routes_file, runtime_socket
+from mansard.serving.haproxy.config import config_text, log_socket, routes_file, runtime_socket, salt_file
 from mansard.serving.haproxy.log import take_line
 from mansard.serving.haproxy.runtime import HaproxyFailed, InFlight, Runtime
 from mansard.serving.process import identify
@@ -54,7 +54,7 @@ class Driver:
     ) -> None:
         self.split = Split()
         self.problem: str | None = None
-        self.runtime = Runtime(runtime_socket(site), routes_file(site))
+        self.runtime = Runtime(runtime_socket(site), routes_file(site), salt_file(site))
         self._site = site
         self._program = program
         self._watch = watch
@@ -73,7 +73,8 @@ class Driver:
             self._pid = self.runtime.pid()
             return
         config = self._site.run / "haproxy.cfg"
-        routes_file(self._site).write_text("canary 0\nlimit 0\nuntil 0\n")
+        write_atomically(routes_file(self._site), b"canary 0\nlimit 0\nuntil 0\n", 0o600)
+        write_atomically(salt_file(self._site), b"salt /\n", 0o600)
         write_atomically(config, config_text(self._site, self._site.ports.router).encode())
         process = await asyncio.create_subprocess_exec(
             *(self._program, "-db", "-f", str(config)), stdin=asyncio.subprocess.DEVNULL, start_new_session=True
@@ -130,7 +131,7 @@ class Driver:
         for one in found:
             start = now - one.age_seconds
             if one.canary or start > self._stable_since:
-                told += [(one.canary or model.stable, one.key, start, one.has_begun)] * one.number
+                told += [(one.canary or model.stable, one.key, start, one.has_begun, one.tenant)] * one.number
         self._observations.set_in_flight(model.name, told)
 
     async def keep(self) -> None:

@@ -33,9 +33,9 @@ def take_line(observations: Observations, model: ModelSplit, data: bytes) -> Non
     version, key, seconds = int(server[1:]), int(line["user"]) & (2**64 - 1), float(line["ms"]) / 1000
     waited = time.time() - int(line["now"]) / 1e6  # a line may have waited for its reader
     now = observations.clock() - (waited if 0 < waited < MAX_WAIT_SECONDS else 0.0)
-    failed = _failed_before(line, model, version)
+    failed, tenant = _failed_before(line, model, version), int(line["tenant"])
     if failed is not None:
-        rescued = Ended(now, model.name, failed, key, "error", None, None, seconds, None)
+        rescued = Ended(now, model.name, failed, key, "error", None, None, seconds, None, tenant)
         observations.add(rescued, "its engine refused the connection, or broke it off before the first byte")
         observations.counts(model.name, failed).rescues += 1
     outcome = _outcome(status, str(line["ended"]))
@@ -43,7 +43,7 @@ def take_line(observations: Observations, model: ModelSplit, data: bytes) -> Non
     times = _times(line)
     if times.first_seconds is not None:
         observations.counts(model.name, version).streamed(times.first_seconds)
-    measured = (times.first_seconds, times.token_seconds, seconds, times.output_tokens)
+    measured = (times.first_seconds, times.token_seconds, seconds, times.output_tokens, tenant)
     observations.add(Ended(now, model.name, version, key, outcome, *measured), problem)
 
 

@@ -42,23 +42,26 @@ class Server:
 
 @dataclass(frozen=True, slots=True)
 class Carried:
-    """All of it: servers by version, and the map: places below `limit` (of NUM_BUCKETS) go to `canary` (0: nobody)."""
+    """All of it: servers by version, and the map: places below `limit` (of NUM_BUCKETS) go to `canary` (0: nobody), and
+    follow from `salt`."""
 
     servers: Mapping[int, Server]
     canary: int = 0
     limit: int = 0
+    salt: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class InFlight:
     """`number` requests of one sticky key, the newest `age_seconds` old: none of them is younger. `canary` is 0 for
-    those that went to stable; `has_begun`: the newest one's answer."""
+    those that went to stable; `has_begun`: the newest one's answer. `tenant` is the newest one's, too."""
 
     key: int
     number: int
     age_seconds: float
     canary: int
     has_begun: bool
+    tenant: int
 
 
 def wanted(model: ModelSplit) -> Carried:
@@ -72,7 +75,7 @@ def wanted(model: ModelSplit) -> Carried:
     }
     is_there = model.canary is not None and servers[model.canary].port is not None
     limit = model.canary_percent * BUCKETS_PER_PERCENT if is_there else 0
-    return Carried(servers, model.canary or 0, limit)
+    return Carried(servers, model.canary or 0, limit, model.salt)
 
 
 def plan(present: Carried, ports: Mapping[int, int], new: Carried) -> list[str]:
@@ -98,8 +101,10 @@ def plan(present: Carried, ports: Mapping[int, int], new: Carried) -> list[str]:
             coming.append(f"set server {name} state ready")
     gone = [f"{BACKEND}/v{number}" for number in sorted(present.servers) if number not in new.servers]
     going += [f"set server {name} state maint" for name in gone] + [f"del server {name}" for name in gone]
-    nobody = ["set map limit 0"] if present.limit and present.canary != new.canary else []
+    is_other = (present.canary, present.salt) != (new.canary, new.salt)
+    nobody = ["set map limit 0"] if present.limit and is_other else []
     routes = [f"set map canary {new.canary}"] if present.canary != new.canary else []
+    routes += [f"set map salt {new.salt}/"] if present.salt != new.salt else []
     routes += [f"set map limit {new.limit}"] if new.limit != (0 if nobody else present.limit) else []
     return [*nobody, *coming, *routes, *going]
 
@@ -107,9 +112,10 @@ def plan(present: Carried, ports: Mapping[int, int], new: Carried) -> list[str]:
 class Runtime:
     """One HAProxy's runtime socket; a connection per command."""
 
-    def __init__(self, path: Path, routes: Path) -> None:
+    def __init__(self, path: Path, routes: Path, salts: Path) -> None:
         self.path = path
         self.routes = routes
+        self.salts = salts
 
     def ask(self, command: str) -> str:
         """HAProxy's answer. Raises HaproxyFailed when nobody listens."""
@@ -152,7 +158,8 @@ class Runtime:
         routes = {entry[0]: int(entry[1]) for entry in entries if len(entry) == 2 and entry[1].isdigit()}
         servers = {number: server for number, (server, _) in found.items()}
         ports = {number: port for number, (_, port) in found.items()}
-        return Carried(servers, routes.get("canary", 0), routes.get("limit", 0)), ports
+        salt = self.ask(f"show map {self.salts}").rpartition(" ")[2].rstrip("/")
+        return Carried(servers, routes.get("canary", 0), routes.get("limit", 0), salt), ports
 
     def in_flight(self) -> list[InFlight]:
         """Who waits for an answer or its end. Raises HaproxyFailed."""
@@ -165,7 +172,7 @@ class Runtime:
                 age = ((now - int(values["gpt0"])) % CLOCK_MILLISECONDS) / 1000
                 age = age if age < MAX_AGE_SECONDS else 0.0
                 number, canary, has_begun = int(values["conn_cur"]), int(values["gpt1"]), values["gpt2"] != "0"
-                found.append(InFlight(int(values["key"]), number, age, canary, has_begun))
+                found.append(InFlight(int(values["key"]), number, age, canary, has_begun, int(values["gpt3"])))
         return found
 
     def renew(self, lease_seconds: float) -> None:
@@ -180,12 +187,13 @@ class Runtime:
         new = wanted(model)
         answers = {}
         for command in plan(*self.carried(), new):
-            answers[command] = self.ask(command.replace("set map ", f"set map {self.routes} "))
+            of_map = self.salts if command.startswith("set map salt ") else self.routes
+            answers[command] = self.ask(command.replace("set map ", f"set map {of_map} "))
         found, _ = self.carried()
         wrong = {n: found.servers.get(n) for n, s in new.servers.items() if not _carries(found.servers.get(n), s)}
         stray = [n for n, server in found.servers.items() if n not in new.servers and server.port is not None]
-        if wrong or stray or (found.canary, found.limit) != (new.canary, new.limit):
-            said = "; ".join(f"{c}: {a}" for c, a in answers.items() if a)
+        if wrong or stray or (found.canary, found.limit, found.salt) != (new.canary, new.limit, new.salt):
+            said = "; ".join(f"{c}: {a}" for c, a in answers.items() if a and " salt " not in c)
             raise HaproxyFailed(f"{self.path}: HAProxy does not carry {model.name} as told: {wrong or stray}: {said}")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mansard.errors import MansardError
+from mansard.release.rollout import counted_run
 from mansard.serving.client import HostClient, HostDown, router_sockets
 from mansard.site import Site
 
@@ -35,11 +36,11 @@ class Counts:
 @dataclass(frozen=True, slots=True)
 class Seen:
     """One worker's counters of one version; `requests` are those that ended as a success or an error, `waiting` those
-    that have no first byte yet."""
+    that have no first byte yet, `failures_of_tenants` is each tenant's part of the present run of failures."""
 
     requests: int = 0
     errors: int = 0
-    consecutive_failures: int = 0
+    failures_of_tenants: tuple[int, ...] = ()
     waiting: int = 0
 
 
@@ -89,8 +90,8 @@ def parse_report(tree: Mapping[str, Any]) -> WorkerReport:
 
 def _parse_seen(tree: Mapping[str, Any]) -> Seen:
     undecided = int(tree.get("engine_4xx", 0)) + int(tree.get("cancelled", 0))
-    counted = (int(tree["requests"]) - undecided, int(tree["errors"]), int(tree["consecutive_failures"]))
-    return Seen(*counted, int(tree.get("waiting", 0)))
+    failures = tuple(int(number) for number in tree["failures_of_tenants"])
+    return Seen(int(tree["requests"]) - undecided, int(tree["errors"]), failures, int(tree.get("waiting", 0)))
 
 
 def waiting_now(now: Reports, model: str, version: int) -> int:
@@ -108,12 +109,13 @@ def counts_since(before: Reports, now: Reports, model: str, version: int) -> Cou
     return total
 
 
-def consecutive_failures_since(before: Reports, now: Reports, model: str, version: int) -> int:
-    """The longest present run of failures that one worker sees, of requests since `before`."""
+def consecutive_failures_since(before: Reports, now: Reports, model: str, version: int, num_tenants: int) -> int:
+    """The longest present run of failures that one worker sees, of requests since `before`, as it counts where so many
+    tenants ask."""
     runs = [0]
     for worker, report in now.items():
         then, new = _baseline(before, worker, report, model, version), report.seen(model, version)
-        runs.append(min(new.consecutive_failures, new.requests - then.requests))
+        runs.append(min(counted_run(new.failures_of_tenants, num_tenants), new.requests - then.requests))
     return max(runs)
 
 

@@ -30,6 +30,7 @@ from mansard.serving.host.residents import Residents
 from mansard.serving.host.traffic import Traffic
 from mansard.serving.host.walk import HOST, Walk, Walker
 from mansard.serving.host.windows import Windows
+from mansard.serving.split import new_salt
 from mansard.site import Site
 from mansard.specs.release import Release
 from mansard.store.store import Store
@@ -101,7 +102,7 @@ class Rollouts:
         registration = await self._registration(model, version)
         await asyncio.to_thread(self._check_evidence, registration)
         await self._journal.call(lambda journal: self._check_approval(journal, model, version))
-        plan, users = await self._plan_and_users(registration, version, before.stable)
+        plan, salt, users = await self._plan_and_users(registration, version, before.stable)
         users.check(model, version)
         expected = await self._check_free(model, version)
         if expected.stable != before.stable:
@@ -114,21 +115,21 @@ class Rollouts:
             return self._residents.view(journal, model), _started(journal, model, version)
 
         view, started = await self._journal.call(start)
-        return self._begin(State(plan), model, version, who, view, started)
+        return self._begin(State(plan), model, version, who, view, started, salt)
 
     async def users(self, model: str, version: int) -> ReleaseUsers:
         """Who asked lately, and whom each step of a release of `version` would find."""
         registration = await self._registration(model, version)
         stable = (await self._residents.read(model)).pointers.stable
-        return (await self._plan_and_users(registration, version, stable))[1]
+        return (await self._plan_and_users(registration, version, stable))[2]
 
     async def _plan_and_users(
         self, registration: Registration, version: int, stable: int | None
-    ) -> tuple[Plan, ReleaseUsers]:
+    ) -> tuple[Plan, str, ReleaseUsers]:
         # The store may be a bucket. A place that was read once is remembered.
         plan = await asyncio.to_thread(self._plan, registration, version, stable)
         await self._residents.locate(registration.model_name, version)
-        return plan, await read_users(self._site, registration.model_name, plan.steps)
+        return plan, *await read_users(self._site, registration.model_name, plan.steps)
 
     async def _registration(self, model: str, version: int) -> Registration:
         return await self._journal.call(lambda journal: journal.registration(model, version))
@@ -161,9 +162,11 @@ class Rollouts:
             await self.abort(model, HOST, f"the host was started again and cannot walk on: {error}", pointers)
             return
         log.info("%s version %d: taken up again: step %d, attempt %d", model, version, state.step + 1, state.attempt)
-        self._begin(state, model, version, started.who, view, started.sequence)
+        self._begin(state, model, version, started.who, view, started.sequence, new_salt())
 
-    def _begin(self, state: State, model: str, version: int, who: str, view: JournalView, started: int) -> Walk:
+    def _begin(
+        self, state: State, model: str, version: int, who: str, view: JournalView, started: int, salt: str
+    ) -> Walk:
         """Nothing is awaited between the journal's answer and this: an abort finds the walk."""
         self._residents.views[model] = view
         pointers = view.pointers
@@ -173,7 +176,7 @@ class Rollouts:
         windows = None
         if pointers.stable is not None:
             outages = functools.partial(self._outages.intervals, model)
-            windows = Windows(self._site, model, version, pointers.stable, started, outages)
+            windows = Windows(self._site, model, version, pointers.stable, started, outages, salt)
         engines = EngineAccounts(self._session, functools.partial(self._side_endpoint, canary, pointers.stable))
         walk = Walk(model, version, who, pointers, state, canary, windows, engines)
         walker = Walker(walk, self._journal, self._traffic, self._residents, self._outages, self.abort)

@@ -1,6 +1,7 @@
 """What each sticky key had from each version: router workers' records, added up for the windows of a rollout.
 
-Guarantees: every record of a worker is read once (a restarted worker is another one); a worker that is there and silent
+A user is a sticky key within a tenant: the same name from two addresses, where nobody needs a key, is two. Guarantees:
+every record of a worker is read once (a restarted worker is another one); a worker that is there and silent
 is known, because a window without its records would be another window; a key counts for the side on which its hash puts
 it, so neither a rescue on stable nor a tester who pins a version moves anybody. Does not cover: the test on a sample
 (release/analysis.py).
@@ -8,6 +9,7 @@ it, so neither a rescue on stable nor a tester who pins a version moves anybody.
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from mansard.errors import MansardError
-from mansard.release.analysis import METRICS, Bools, Floats, Sample
+from mansard.release.analysis import METRICS, Bools, Floats, Ints, Sample
 from mansard.serving.client import HostClient, HostDown, router_sockets
-from mansard.serving.split import BUCKETS_PER_PERCENT, NUM_BUCKETS
+from mansard.serving.split import BUCKETS_PER_PERCENT, bucket_of
 from mansard.site import Site
 
 WORKER_TIMEOUT_SECONDS = 5.0
@@ -34,8 +36,12 @@ _AT = {name: place for place, name in enumerate(FIELDS)}
 
 log = logging.getLogger(__name__)
 
+MAX_USERS_OF_TENANT = 5_000
+MAX_USERS = 50_000
+"""In a table, which takes 20 MB then; later users are left out. One tenant may invent names, and not fill it."""
+
 Table = dict[str, list[float]]
-"""Sticky key's digest -> its sums in the order of FIELDS."""
+"""User (digests of sticky key and tenant) -> its sums in the order of FIELDS."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +57,16 @@ class Record:
     token: float | None
     latency: float
     output_tokens: float | None
+    tenant: str
+
+    @property
+    def user(self) -> str:
+        return user_named(self.key, self.tenant)
 
 
 @dataclass(slots=True)
 class RecordTail:
-    """Reads on where it stopped. `in_flight` are (version, key, age) of the model, as of the last reading."""
+    """Reads on where it stopped. `in_flight` are (version, user, age) of the model, as of the last reading."""
 
     site: Site
     model: str
@@ -90,15 +101,24 @@ class RecordTail:
             log.warning("%s: its records cannot be read: %s", path.name, error)
             return None
         self._cursors[path.name] = (pid, after)
-        return records, [(row[1], row[2], row[3]) for row in tree["in_flight"] if row[0] == self.model]
+        return records, [
+            (row[1], user_named(row[2], row[5]), row[3]) for row in tree["in_flight"] if row[0] == self.model
+        ]
 
 
 def add_records(table: Table, records: Iterable[Record]) -> None:
     """Add them to the table's sums."""
-    for record in records:
-        row = table.get(record.key)
+    new = list(records)
+    is_large = len(table) + len(new) > MAX_USERS_OF_TENANT
+    numbers = Counter(tenant_of(user) for user in table) if is_large else Counter[str]()
+    for record in new:
+        user = record.user
+        row = table.get(user)
         if row is None:
-            row = table[record.key] = [0.0] * len(FIELDS)
+            numbers[record.tenant] += 1
+            if numbers[record.tenant] > MAX_USERS_OF_TENANT or len(table) >= MAX_USERS:
+                continue
+            row = table[user] = [0.0] * len(FIELDS)
         if record.outcome != "cancelled":
             row[_AT["answered"]] += 1
         if record.outcome == "engine_4xx":
@@ -125,35 +145,48 @@ def add_records(table: Table, records: Iterable[Record]) -> None:
 def with_in_flight(table: Table, in_flight: Iterable[tuple[int, str, float]], version: int) -> Table:
     """A copy with what is unfinished at the version."""
     found = {key: list(row) for key, row in table.items()}
-    for at, key, age in in_flight:
+    for at, user, age in in_flight:
         if at == version:
-            row = found.setdefault(key, [0.0] * len(FIELDS))
+            row = found.setdefault(user, [0.0] * len(FIELDS))
             row[_AT["unfinished"]] += 1
             row[_AT["unfinished_seconds"]] += age
     return found
 
 
-def is_canary_key(key: str, weight_percent: int) -> bool:
-    """The side on which the router's hash puts a key (mansard/serving/split.py, `choose`)."""
-    return int(key, 16) % NUM_BUCKETS < weight_percent * BUCKETS_PER_PERCENT
+def user_named(key: str, tenant: str) -> str:
+    """A table's name for a user: the digests of its sticky key and of its tenant."""
+    return f"{key}.{tenant}"
 
 
-def make_sample(canary: Table, stable: Table, past: Table, weight_percent: int) -> Sample:
+def tenant_of(user: str) -> str:
+    return user.rpartition(".")[2]
+
+
+def tenant_numbers(users: Iterable[str]) -> Ints:
+    """A number for each user's tenant."""
+    return np.array([int(tenant_of(user), 16) >> 1 for user in users], dtype=np.int64)
+
+
+def is_canary_user(user: str, weight_percent: int, salt: str) -> bool:
+    """The side on which the router's hash puts a user (mansard/serving/split.py, `choose`)."""
+    return bucket_of(int(user.partition(".")[0], 16), salt) < weight_percent * BUCKETS_PER_PERCENT
+
+
+def make_sample(canary: Table, stable: Table, past: Table, weight_percent: int, salt: str) -> Sample:
     """Canary against stable; at 100 % each of the canary's keys against its own past."""
     if weight_percent == 100:
-        keys = list(canary)
-        return _sample([canary[key] for key in keys], [past.get(key) for key in keys], None)
-    ours = [key for key in canary if is_canary_key(key, weight_percent)]
-    theirs = [key for key in stable if not is_canary_key(key, weight_percent)]
-    now = [canary[key] for key in ours] + [stable[key] for key in theirs]
-    return _sample(now, [past.get(key) for key in ours + theirs], np.arange(len(now)) < len(ours))
+        return _sample(list(canary), list(canary.values()), past, None)
+    ours = [user for user in canary if is_canary_user(user, weight_percent, salt)]
+    theirs = [user for user in stable if not is_canary_user(user, weight_percent, salt)]
+    now = [canary[user] for user in ours] + [stable[user] for user in theirs]
+    return _sample(ours + theirs, now, past, np.arange(len(now)) < len(ours))
 
 
-def _sample(now: list[list[float]], past: list[list[float] | None], is_canary: Bools | None) -> Sample:
+def _sample(users: list[str], now: list[list[float]], past: Table, is_canary: Bools | None) -> Sample:
     nothing = [0.0] * len(FIELDS)
     sums, counts = _metrics(now)
-    past_sums, past_counts = _metrics([nothing if row is None else row for row in past])
-    return Sample(is_canary, sums, counts, past_sums, past_counts)
+    past_sums, past_counts = _metrics([past.get(user, nothing) for user in users])
+    return Sample(is_canary, sums, counts, past_sums, past_counts, tenant_numbers(users))
 
 
 def _metrics(rows: list[list[float]]) -> tuple[Floats, Floats]:
@@ -174,7 +207,10 @@ def _metrics(rows: list[list[float]]) -> tuple[Floats, Floats]:
 
 def checked_table(tree: Mapping[str, Any]) -> Table:
     """A table from a file. ValueError or TypeError for another form."""
-    table = {f"{int(key, 16):016x}": [float(number) for number in row] for key, row in tree.items()}
+    table = {}
+    for user, row in tree.items():
+        key, _, tenant = user.partition(".")
+        table[user_named(f"{int(key, 16):016x}", f"{int(tenant, 16):016x}")] = [float(number) for number in row]
     if any(len(row) != len(FIELDS) for row in table.values()):
-        raise ValueError(f"a key has other than {len(FIELDS)} numbers")
+        raise ValueError(f"a user has other than {len(FIELDS)} numbers")
     return table

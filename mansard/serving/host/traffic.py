@@ -37,9 +37,9 @@ class Traffic:
         """All traffic to `version`; no canary."""
         self._write(splits.with_stable(self.split(), model, version, endpoint, self._name_of(model, version), term))
 
-    def set_canary(self, model: str, version: int, endpoint: str, weight_percent: int, term: int) -> None:
+    def set_canary(self, model: str, version: int, endpoint: str, weight_percent: int, term: int, salt: str) -> None:
         name = self._name_of(model, version)
-        self._write(splits.with_canary(self.split(), model, version, endpoint, name, weight_percent, term))
+        self._write(splits.with_canary(self.split(), model, version, endpoint, name, weight_percent, term, salt))
 
     def remove_canary(self, model: str, term: int) -> None:
         """All traffic to stable; a model without a stable has no traffic at all, and nothing to write."""

@@ -226,7 +226,7 @@ class Walker:
 
         term = self._moved(await self._journal.call(step))
         walk.state, walk.found = following, ()
-        self._traffic.set_canary(walk.model, walk.version, engine.endpoint, weight, term)
+        self._traffic.set_canary(walk.model, walk.version, engine.endpoint, weight, term, walk.windows.salt)
         log.info("%s version %d: %s", walk.model, walk.version, following.reason)
         behind = await self._traffic.unconfirmed_workers(term, WORKERS_SECONDS)
         if behind:

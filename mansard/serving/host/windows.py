@@ -1,8 +1,8 @@
 """What one rollout has seen: counts and sticky keys since its step began, and what the keys had before it (past.py).
 
-Guarantees: what the keys had before the rollout outlives the host (a file below run/), so a resumed step compares with
-the same past, and no record counts twice; without the file it compares with what the workers still know. Does not
-cover: decisions.
+Guarantees: what the keys had before the rollout, and the secret that decides on their sides, outlive the host (a file
+of mode 600 below run/), so a resumed step compares the same users with the same past and counts no record twice;
+without the file it compares with what the workers still know, and users change sides. Does not cover: decisions.
 """
 
 import json
@@ -15,6 +15,7 @@ from typing import Any
 from mansard.canonical import canonical_json, sha256_json, write_atomically
 from mansard.release.analysis import Sample
 from mansard.release.events import uptime_now
+from mansard.release.tenants import tenants_of
 from mansard.serving.host.observations import (
     Reports,
     consecutive_failures_since,
@@ -30,8 +31,10 @@ from mansard.serving.host.sticky_keys import (
     add_records,
     checked_table,
     make_sample,
+    tenant_numbers,
     with_in_flight,
 )
+from mansard.serving.split import new_salt
 from mansard.site import Site
 
 
@@ -49,6 +52,7 @@ class Windows:
     stable: int
     started: int
     outages: Callable[[], Sequence[Interval]]
+    salt: str = field(default_factory=new_salt, repr=False)
     step_began: float = 0.0
     at_start: Reports = field(default_factory=dict)
     at_step: Reports = field(default_factory=dict)
@@ -58,7 +62,7 @@ class Windows:
     control: Table = field(default_factory=dict)
     newest: float = 0.0
     tail: RecordTail = field(init=False)
-    _restored: tuple[Table | None, float] | None = None  # past of the host before, and when its newest record ended
+    _restored: tuple[Table | None, float, str] | None = None
 
     def __post_init__(self) -> None:
         self.tail = RecordTail(self.site, self.model)
@@ -74,7 +78,8 @@ class Windows:
         """Count anew. The first step settles what was before the rollout."""
         if self.past is None:
             self.at_start = reports
-            self.past = self._past_of_host_before()[0]
+            self.past, _, salt = self._of_host_before()
+            self.salt = salt or self.salt
             if self.past is None:
                 self.past, self.beside = self.beside.table(self.outages()), Past(shares=self.beside.shares)
                 self._write_past()
@@ -84,7 +89,7 @@ class Windows:
 
     def take(self, records: list[Record]) -> None:
         """New records of all versions join the windows."""
-        until = self._past_of_host_before()[1]
+        until = self._of_host_before()[1]
         new = [r for r in records if r.version == self.stable and r.ended > until]
         self.beside.add(new)
         self.newest = max([self.newest, *(r.ended for r in new)])
@@ -100,7 +105,9 @@ class Windows:
             name: counts_since(self.at_step, reports, self.model, version)
             for name, version in (("canary", self.version), ("stable", self.stable))
         }
-        return counts, consecutive_failures_since(self.at_start, reports, self.model, self.version)
+        return counts, consecutive_failures_since(
+            self.at_start, reports, self.model, self.version, self._num_tenants()
+        )
 
     def waiting(self, reports: Reports) -> dict[str, int]:
         """How many requests wait for their first byte at both sides now."""
@@ -112,29 +119,37 @@ class Windows:
         canary = with_in_flight(self.canary, self.tail.in_flight, self.version)
         if weight_percent == 100:
             past = add_tables(self.past or {}, self.beside.table(self.outages()))
-            return make_sample(canary, {}, past, weight_percent)
+            return make_sample(canary, {}, past, weight_percent, self.salt)
         control = with_in_flight(self.control, self.tail.in_flight, self.stable)
-        return make_sample(canary, control, self.past or {}, weight_percent)
+        return make_sample(canary, control, self.past or {}, weight_percent, self.salt)
+
+    def _num_tenants(self) -> int:
+        """Who asked before the rollout and in this step; one where the others are next to nobody."""
+        users = {user for table in (self.past or {}, self.control, self.canary) for user in table}
+        tenants = tenants_of(tenant_numbers(users), len(users))
+        return tenants.number if tenants.sole is None else 1
 
     def _file(self) -> Path:
         return self.site.run / "rollouts" / f"{sha256_json(self.model)[:16]}.json"
 
-    def _past_of_host_before(self) -> tuple[Table | None, float]:
-        """What this very rollout wrote before the host was restarted, read once, and the end of its newest record."""
+    def _of_host_before(self) -> tuple[Table | None, float, str]:
+        """What this very rollout wrote before the host was restarted, read once: the past, the end of its newest
+        record, and the salt."""
         if self._restored is None:
             try:
                 tree = json.loads(self._file().read_text())
                 is_same = tree["started"] == self.started
                 is_same_clock = is_same and tree["boot"] == uptime_now().boot
                 past = checked_table(tree["past"]) if is_same else None
-                self._restored = past, float(tree["until"]) if is_same_clock else 0.0
+                until = float(tree["until"]) if is_same_clock else 0.0
+                self._restored = past, until, str(tree["salt"]) if is_same else ""
             except (OSError, ValueError, KeyError, TypeError, AttributeError):
-                self._restored = None, 0.0
+                self._restored = None, 0.0, ""
         return self._restored
 
     def _write_past(self) -> None:
         self._file().parent.mkdir(parents=True, exist_ok=True)
         clock = {"until": self.newest, "boot": uptime_now().boot}
-        tree = {"format": 1, "model": self.model, "started": self.started, "past": self.past, **clock}
-        write_atomically(self._file(), canonical_json(tree))
+        tree = {"format": 1, "model": self.model, "started": self.started, "past": self.past, "salt": self.salt}
+        write_atomically(self._file(), canonical_json({**tree, **clock}), 0o600)
 

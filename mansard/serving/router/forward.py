@@ -3,7 +3,8 @@
 Guarantees: nothing reaches the client before the version that will answer is certain, so a rescue is invisible to it; a
 stream is handed on chunk by chunk; a client that goes away cancels the engine's work; an accepted stream keeps its
 engine whatever the split does; an engine that stalls for `silent_seconds` has failed; every answer says which version
-gave it. A request that pins a version is never rescued: a tester wants that version's own answer.
+gave it, but while a canary runs only to those who may know (policy.py, OPERATOR_HEADER): to others nothing of ours in
+an answer names the side. A request that pins a version is never rescued: a tester wants that version's own answer.
 """
 
 import asyncio
@@ -14,7 +15,14 @@ from aiohttp import web
 
 from mansard.serving.router.engine_connection import EngineConnection, EngineFailed, EngineHead
 from mansard.serving.router.metrics import Attempt, Observations
-from mansard.serving.router.policy import MODEL_HEADER, VERSION_HEADER, Refused, asked_by_name, error_body
+from mansard.serving.router.policy import (
+    MODEL_HEADER,
+    OPERATOR_HEADER,
+    VERSION_HEADER,
+    Refused,
+    asked_by_name,
+    error_body,
+)
 from mansard.serving.router.pool import EnginePool
 from mansard.serving.router.queue import RETRY_AFTER_SECONDS
 from mansard.serving.router.split_watch import SplitWatch
@@ -30,14 +38,17 @@ _ERROR_EVENT = b'data: {"error"'
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is asked of whom. `key` is the sticky key's digest, `payload` the request as an engine gets it.
+    """What is asked of whom. `key` is the sticky key's digest, `tenant` that of whose it is, `payload` the request as
+    an engine gets it. `sees_versions`: also while a canary runs.
 
     `attempts` are the versions' parts in it, as they begin.
     """
 
     model: str
     key: int
+    tenant: int
     pinned: int | None
+    sees_versions: bool
     payload: bytes
     attempts: list[Attempt] = field(default_factory=list)
 
@@ -76,7 +87,7 @@ class Forwarder:
         version, tried = self._first_choice(question), set[int]()
         while True:
             tried.add(version)
-            with self._observations.attempt(question.model, version, question.key) as attempt:
+            with self._observations.attempt(question.model, version, question.key, question.tenant) as attempt:
                 question.attempts.append(attempt)
                 answer = await self._ask(question, version)
                 if isinstance(answer, Answer):
@@ -93,6 +104,9 @@ class Forwarder:
         model = self._watch.serving(question.model)
         if question.pinned is None:
             return choose(model, question.key)
+        if self._hides_version(question):
+            message = f"while a canary runs a version is pinned with an operator's token alone: {OPERATOR_HEADER}"
+            raise Refused(403, "permission_error", message)
         if question.pinned not in model.versions:
             known = ", ".join(map(str, sorted(model.versions)))
             raise Refused(
@@ -102,6 +116,14 @@ class Forwarder:
             message = f"the rollout of version {question.pinned} has lost its controller; it serves nobody"
             raise Refused(503, "service_unavailable", message, RETRY_AFTER_SECONDS)
         return question.pinned
+
+    def _hides_version(self, question: Question) -> bool:
+        model = self._watch.split.models.get(question.model)
+        return not question.sees_versions and model is not None and model.canary is not None
+
+    def _stamp(self, question: Question, version: int) -> dict[str, str]:
+        told = {} if self._hides_version(question) else {VERSION_HEADER: str(version)}
+        return {**told, MODEL_HEADER: question.model, "server": "mansard"}
 
     def _rescuer(self, model: str, tried: set[int]) -> int | None:
         """Stable as it is now: while a request waited the split may have moved on."""
@@ -154,15 +176,18 @@ class Forwarder:
             self._pool.put_back(answer.endpoint, answer.connection)
             attempt.answered(answer.head.status)
             attempt.whole(answer.first)
-            return _response(answer, question.model)
+            return _response(answer, self._stamp(question, answer.version))
         attempt.first_byte()
-        response = web.StreamResponse(status=answer.head.status, headers=_headers(answer, question.model))
+        stamp = self._stamp(question, answer.version)
+        response = web.StreamResponse(status=answer.head.status, headers=_headers(answer, stamp))
         try:
             await response.prepare(request)
             await self._stream(response, answer, attempt)
         except EngineFailed as error:
             attempt.failed(str(error))
-            await _break_off(request, response, answer, str(error))
+            name = f"version {answer.version}" if VERSION_HEADER in stamp else "the engine"
+            told = f": {error}" if VERSION_HEADER in stamp else ""
+            await _break_off(request, response, answer, f"{name} broke off this answer{told}")
         except (asyncio.CancelledError, ConnectionError):  # the client went away
             answer.connection.abort()
             raise
@@ -191,10 +216,12 @@ class Forwarder:
     def _give_up(self, question: Question, version: int, failure: Failure) -> web.Response:
         """Nobody is left to ask: the engine's own 5xx as it is, else 503."""
         if failure.answer is not None:
-            return _response(failure.answer, question.model)
+            return _response(failure.answer, self._stamp(question, version))
         self._observations.refused[503] += 1
-        message = f"version {version} of {question.model} does not answer; try again"
-        headers = {**_stamp(question.model, version), "retry-after": str(RETRY_AFTER_SECONDS)}
+        stamp = self._stamp(question, version)
+        name = f"version {version} of {question.model}" if VERSION_HEADER in stamp else question.model
+        message = f"{name} does not answer; try again"
+        headers = {**stamp, "retry-after": str(RETRY_AFTER_SECONDS)}
         body = error_body("service_unavailable", message, 503)
         return web.Response(body=body, status=503, content_type="application/json", headers=headers)
 
@@ -208,27 +235,21 @@ def _blames_client(event: bytes) -> bool:
     return isinstance(code, int) and 400 <= code < 500
 
 
-async def _break_off(request: web.BaseRequest, response: web.StreamResponse, answer: Answer, problem: str) -> None:
+async def _break_off(request: web.BaseRequest, response: web.StreamResponse, answer: Answer, message: str) -> None:
     """The engine died with the answer under way: an error event where the client reads events, then the end."""
     if not answer.head.is_event_stream:
         if request.transport is not None:
             request.transport.abort()  # a clean end would make half an answer look whole
         return
-    message = f"version {answer.version} broke off this answer: {problem}"
     await response.write(b"data: " + error_body("engine_failed", message, 502) + b"\n\n")
     response.force_close()
     await response.write_eof()
 
 
-def _stamp(model: str, version: int) -> dict[str, str]:
-    return {VERSION_HEADER: str(version), MODEL_HEADER: model, "server": "mansard"}
-
-
-def _headers(answer: Answer, model: str) -> list[tuple[str, str]]:
-    stamp = _stamp(model, answer.version)
+def _headers(answer: Answer, stamp: dict[str, str]) -> list[tuple[str, str]]:
     kept = [(n.decode("latin-1"), v.decode("latin-1")) for n, v in answer.head.headers]
-    return [(n, v) for n, v in kept if n not in stamp and n != "date"] + list(stamp.items())
+    return [(n, v) for n, v in kept if n not in (*stamp, VERSION_HEADER, "date")] + list(stamp.items())
 
 
-def _response(answer: Answer, model: str) -> web.Response:
-    return web.Response(status=answer.head.status, headers=_headers(answer, model), body=answer.first)
+def _response(answer: Answer, stamp: dict[str, str]) -> web.Response:
+    return web.Response(status=answer.head.status, headers=_headers(answer, stamp), body=answer.first)

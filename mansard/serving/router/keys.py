@@ -60,6 +60,14 @@ class KeyFile:
         self._holders = parse_holders(tree, self.path)
         self._stamp = stamp
 
+    def has(self, key: str) -> bool:
+        """Whether it is one of these."""
+        return hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest() in self._holders
+
+    def digests(self) -> list[str]:
+        """In hex."""
+        return sorted(digest.hex() for digest in self._holders)
+
     def holder(self, headers: Mapping[str, str]) -> Holder:
         """Whose key the request carries; 401 for none or an unknown one."""
         scheme, _, key = headers.get("authorization", "").partition(" ")

@@ -19,6 +19,8 @@ FORMAT = 1
 BOUNDS_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
 OUTCOMES = ("ok", "error", "engine_4xx", "cancelled")
 MAX_IN_FLIGHT_TOLD = 1_000
+MAX_TENANTS_TOLD = 16
+"""In a run of failures; it is long enough by then, whoever they are."""
 _EVENT = b"data: "
 _DONE = b"data: [DONE]"
 _USAGE = b'"completion_tokens":'
@@ -48,6 +50,7 @@ class VersionCounts:
         self.ok = self.errors = self.engine_4xx = self.cancelled = self.rescues = self.streams = 0
         self.output_tokens: float = 0
         self.consecutive_failures = 0
+        self.failures_of_tenants = Counter[int]()
         self.last_error = ""
         self.ttft = Histogram()
         self.token = Histogram()
@@ -72,6 +75,7 @@ class VersionCounts:
             "streams": self.streams,
             "output_tokens": self.output_tokens,
             "consecutive_failures": self.consecutive_failures,
+            "failures_of_tenants": sorted(self.failures_of_tenants.values()),
             "last_error": self.last_error,
             "in_flight": len(self.waiting) + len(self.streaming),
             "waiting": len(self.waiting),
@@ -88,15 +92,22 @@ class Attempt:
 
     __slots__ = (
         *("_first_seconds", "_last", "_number", "_observations", "_outcome", "_problem"),
-        *("counts", "key", "model", "output_tokens", "start", "version"),
+        *("counts", "key", "model", "output_tokens", "start", "tenant", "version"),
     )
 
     def __init__(
-        self, observations: "Observations", counts: VersionCounts, number: int, model: str, version: int, key: int
+        self,
+        observations: "Observations",
+        counts: VersionCounts,
+        number: int,
+        model: str,
+        version: int,
+        key: int,
+        tenant: int,
     ) -> None:
         self._observations = observations
         self.counts = counts
-        self.model, self.version, self.key = model, version, key
+        self.model, self.version, self.key, self.tenant = model, version, key, tenant
         self.start = self._last = observations.clock()
         self.output_tokens: int | None = None
         self._number = number
@@ -164,7 +175,7 @@ class Attempt:
         self.counts.streaming.pop(self._number, None)
         ended = Ended(
             *(now, self.model, self.version, self.key, self._outcome),
-            *(self._first_seconds, self._token_seconds(), now - self.start, self.output_tokens),
+            *(self._first_seconds, self._token_seconds(), now - self.start, self.output_tokens, self.tenant),
         )
         self._observations.add(ended, self._problem)
 
@@ -195,20 +206,20 @@ class Observations:
             counts = self.versions[model, version] = VersionCounts()
         return counts
 
-    def attempt(self, model: str, version: int, key: int) -> Attempt:
-        """`key` is the digest of the sticky key."""
-        return Attempt(self, self.counts(model, version), next(self._numbers), model, version, key)
+    def attempt(self, model: str, version: int, key: int, tenant: int) -> Attempt:
+        """`key` is the digest of the sticky key, `tenant` that of whose it is."""
+        return Attempt(self, self.counts(model, version), next(self._numbers), model, version, key, tenant)
 
-    def set_in_flight(self, model: str, found: Iterable[tuple[int, int, float, bool]]) -> None:
-        """All that the model has in flight, as (version, key, start, whether its answer has begun), where the worker
-        does not pass it on itself."""
+    def set_in_flight(self, model: str, found: Iterable[tuple[int, int, float, bool, int]]) -> None:
+        """All that the model has in flight, as (version, key, start, whether its answer has begun, tenant), where the
+        worker does not pass it on itself."""
         for (name, _), counts in self.versions.items():
             if name == model:
                 counts.waiting.clear()
                 counts.streaming.clear()
         self.in_flight = 0
-        for version, key, start, is_streaming in sorted(found, key=lambda one: one[2]):
-            attempt = self.attempt(model, version, key)
+        for version, key, start, is_streaming, tenant in sorted(found, key=lambda one: one[2]):
+            attempt = self.attempt(model, version, key, tenant)
             attempt.start = start
             (attempt.counts.streaming if is_streaming else attempt.counts.waiting)[self.in_flight] = attempt
             self.in_flight += 1
@@ -219,6 +230,7 @@ class Observations:
         if ended.outcome == "ok":
             counts.ok += 1
             counts.consecutive_failures = 0
+            counts.failures_of_tenants.clear()
             counts.latency.add(ended.latency)
             counts.output_tokens += ended.output_tokens or 0
             if ended.token is not None:
@@ -226,6 +238,8 @@ class Observations:
         elif ended.outcome == "error":
             counts.errors += 1
             counts.consecutive_failures += 1
+            if len(counts.failures_of_tenants) < MAX_TENANTS_TOLD:
+                counts.failures_of_tenants[ended.tenant] += 1
             counts.last_error = problem[:300]
         elif ended.outcome == "engine_4xx":
             counts.engine_4xx += 1
@@ -258,12 +272,15 @@ class Observations:
         now = self.clock()
         attempts = [a for c in self.versions.values() for kept in (c.waiting, c.streaming) for a in kept.values()]
         oldest = sorted(attempts, key=lambda attempt: attempt.start)[:MAX_IN_FLIGHT_TOLD]
-        in_flight = [[a.model, a.version, f"{a.key:016x}", round(now - a.start, 6), a.is_streaming] for a in oldest]
+        in_flight = [
+            [a.model, a.version, f"{a.key:016x}", round(now - a.start, 6), a.is_streaming, f"{a.tenant:016x}"]
+            for a in oldest
+        ]
         return {
             "format": FORMAT,
             "pid": os.getpid(),
             "now": now,
             **self.records.after(after),
-            "in_flight_fields": ["model", "version", "key", "age", "is_streaming"],
+            "in_flight_fields": ["model", "version", "key", "age", "is_streaming", "tenant"],
             "in_flight": in_flight,
         }

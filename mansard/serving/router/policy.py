@@ -5,6 +5,7 @@ normalisation, so `//`, `%2e` and absolute URIs match nothing). Not covered: who
 (keys.py), how often (rates.py).
 """
 
+import ipaddress
 import json
 from collections.abc import Iterable, Mapping
 
@@ -20,6 +21,8 @@ ALLOWED = {
 }
 
 VERSION_HEADER = "x-mansard-version"
+OPERATOR_HEADER = "x-mansard-operator"
+"""One of the site's operator_tokens: while a canary runs only its holders are told versions, and pin one."""
 MODEL_HEADER = "x-mansard-model"
 SERVED_NAME_HEADER = "x-mansard-served-name"
 """To an engine with slots: which branch to ask, whatever model the body names (infra/vllm-plugin). A client's own is
@@ -74,6 +77,20 @@ def sticky_key(tenant: str | None, headers: Mapping[str, str], body: bytes, addr
     if user:
         return f"{tenant or ''}/{STICKY_HEADERS[-1]}/{user}"
     return f"tenant/{tenant}" if tenant is not None else f"address/{address}"
+
+
+def tenant_key(tenant: str | None, address: str) -> str:
+    """Whose observations are one's: the tenant's, or where nobody needs a key the address's. Who has one address of
+    IPv6 has all of its /64."""
+    if tenant is not None:
+        return f"tenant/{tenant}"
+    if ":" not in address:
+        return f"address/{address}"
+    try:
+        whole = ipaddress.IPv6Address(address.partition("%")[0])
+    except ValueError:
+        return f"address/{address}"
+    return f"address/{whole.ipv4_mapped or int(whole) >> 64}"
 
 
 def pinned_version(headers: Mapping[str, str]) -> int | None:

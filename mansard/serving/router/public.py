@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 
 from aiohttp import web
@@ -27,12 +27,14 @@ from mansard.serving.router.held_bytes import HeldBody, HeldBytes
 from mansard.serving.router.keys import Holder, KeyFile
 from mansard.serving.router.metrics import Observations
 from mansard.serving.router.policy import (
+    OPERATOR_HEADER,
     Refused,
     check_path,
     engine_request,
     model_named,
     pinned_version,
     sticky_key,
+    tenant_key,
 )
 from mansard.serving.router.queue import Places
 from mansard.serving.router.rates import Rates
@@ -62,11 +64,18 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Guards:
-    """Who may ask, and how often. `keys` is None where everybody may, `operators` where nobody scrapes over TCP."""
+    """Who may ask, and how often. `keys` is None where everybody may, `operators` where nobody has a token.
+    `shows_version`: to everybody, also while a canary runs."""
 
     keys: KeyFile | None
     operators: KeyFile | None
     rates: Rates
+    shows_version: bool
+
+    def see_versions(self, headers: Mapping[str, str]) -> bool:
+        """Whether who sent these may know which side of a rollout answers."""
+        token = headers.get(OPERATOR_HEADER)
+        return self.shows_version or (token is not None and self.operators is not None and self.operators.has(token))
 
 
 @dataclass(slots=True)
@@ -154,11 +163,13 @@ class Router:
         model = await model_named(self._watch.split.models, body)
         if holder is not None:
             holder.check_model(model)
-        tenant = None if holder is None else holder.name
+        tenant, address = None if holder is None else holder.name, request.remote or ""
         question = visit.question = Question(
             model=model,
-            key=key_digest(model, sticky_key(tenant, headers, body, request.remote or "")),
+            key=key_digest(model, sticky_key(tenant, headers, body, address)),
+            tenant=key_digest(model, tenant_key(tenant, address)),
             pinned=pinned_version(headers),
+            sees_versions=self._guards.see_versions(headers),
             payload=engine_request(path, request.method, request.raw_headers, body),
         )
         del body

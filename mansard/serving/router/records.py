@@ -3,8 +3,8 @@
 GET /records?after=N on a worker's admin socket gives at most MAX_PER_ANSWER records that ended after number N, oldest
 first, and what is still in flight. A reader begins with after=0 for each worker and pid (a restarted worker counts from
 zero), asks again with the `next` it was given until `has_more` is false, and knows by `lost` what it came too late for.
-Guarantees: a user's sticky key leaves the router as a digest only. Times are seconds of the machine's monotonic clock,
-which all its processes share. Not covered: windows and statistics (release/analysis.py).
+Guarantees: a user's sticky key and its tenant leave the router as digests only. Times are seconds of the machine's
+monotonic clock, which all its processes share. Not covered: windows and statistics (release/analysis.py).
 """
 
 import itertools
@@ -16,7 +16,7 @@ FORMAT = 1
 MAX_RECORDS = 20_000
 MAX_PER_ANSWER = 1_000
 """About 1 ms to write as JSON; longer would hold up streams."""
-FIELDS = ("ended", "model", "version", "key", "outcome", "ttft", "token", "latency", "output_tokens")
+FIELDS = ("ended", "model", "version", "key", "outcome", "ttft", "token", "latency", "output_tokens", "tenant")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,8 @@ class Ended:
 
     `outcome` is ok, error, engine_4xx or cancelled. `ttft` and `token` (time per output token after the first) are
     those of streams; `token` needs at least two tokens. `output_tokens` are a stream's events, or what a whole answer's
-    usage says; behind HAProxy bytes in units of one event. Seconds throughout; None is not known.
+    usage says; behind HAProxy bytes in units of one event. `tenant` is a digest: of an API key's holder, without keys
+    of an address. Seconds throughout; None is not known.
     """
 
     ended: float
@@ -37,6 +38,7 @@ class Ended:
     token: float | None
     latency: float
     output_tokens: float | None
+    tenant: int
 
     def as_json(self) -> list[Any]:
         """In the order of FIELDS."""
@@ -50,6 +52,7 @@ class Ended:
             None if self.token is None else round(self.token, 6),
             round(self.latency, 6),
             None if self.output_tokens is None else round(self.output_tokens, 3),
+            f"{self.tenant:016x}",
         ]
 
 

@@ -78,7 +78,8 @@ async def serve(site: Site, options: Options) -> None:
     key_files = [file for file in (keys, operators) if file is not None]
     for file in key_files:
         file.read()
-    guards = Guards(keys, operators, Rates(shared_memory() if options.rates_fd is None else options.rates_fd))
+    rates = Rates(shared_memory() if options.rates_fd is None else options.rates_fd)
+    guards = Guards(keys, operators, rates, site.router.show_version == "always")
     watch = SplitWatch(site.split_file, options.lease_seconds, time.monotonic)
     router_site = site.router
     pool = EnginePool(options.first_byte_seconds or router_site.first_byte_seconds)

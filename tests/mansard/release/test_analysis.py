@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mansard.release.analysis import METRICS, MIN_KEYS, Finding, Limits, Sample, judge, overall
+from mansard.release.tenants import location, tenants_of
 
 LIMITS = Limits(0.01, dict.fromkeys(("first_token", "per_token", "request"), 1.2), 2.0)
 ROW = {metric.name: row for row, metric in enumerate(METRICS)}
@@ -143,3 +144,56 @@ def test_the_level_holds_at_the_limit_itself() -> None:
     tight = Limits(0.0, dict.fromkeys(LIMITS.slower, 1.0), 1.0001)
     fails = sum(overall(judge(sample(seed), tight, 0.2, seed)) == "fail" for seed in range(200))
     assert 0 < fails <= 58
+
+
+def with_crowd(found: Sample, number: int, name: str, on_canary: float, on_stable: float) -> Sample:
+    """Ten tenants' users, and an eleventh's invented ones with these values of a metric."""
+    rng = np.random.default_rng(5)
+    assert found.is_canary is not None
+    is_canary = rng.random(number) < 0.25
+    counts = np.full((len(METRICS), number), 20.0)
+    usual = found.sums_MK.sum(axis=1) / found.counts_MK.sum(axis=1)
+    sums, past = counts * usual[:, None], counts * usual[:, None]
+    sums[ROW[name]] = counts[0] * np.where(is_canary, on_canary, on_stable)
+    honest = rng.integers(0, 10, len(found.is_canary))
+    return Sample(
+        np.append(found.is_canary, is_canary),
+        np.append(found.sums_MK, sums, axis=1),
+        np.append(found.counts_MK, counts, axis=1),
+        np.append(found.past_sums_MK, past, axis=1),
+        np.append(found.past_counts_MK, counts, axis=1),
+        np.append(honest, np.full(number, 10)),
+    )
+
+
+def test_a_crowd_that_one_tenant_invents_votes_no_canary_down() -> None:
+    hostile = with_crowd(sample(1), 200, "output", 60.0, 4.0)
+    assert of(judge(replace(hostile, tenant_K=None), LIMITS, 0.01, seed=1), "output").verdict == "fail"
+    finding = of(judge(hostile, LIMITS, 0.01, seed=1), "output")
+    assert finding.verdict == "pass" and "of 11 tenants" in finding.text()
+
+
+def test_a_crowd_that_one_tenant_invents_helps_no_slow_canary() -> None:
+    hostile = with_crowd(changed(sample(2), "request", 1.8), 2000, "request", 0.01, 10.0)
+    assert of(judge(replace(hostile, tenant_K=None), LIMITS, 0.01, seed=1), "request").verdict == "pass"
+    assert of(judge(hostile, LIMITS, 0.01, seed=1), "request").verdict == "fail"
+
+
+def test_a_tenant_beside_whom_there_is_nobody_counts_in_full_and_the_words_say_so() -> None:
+    slow = changed(sample(2), "request", 1.8)
+    alone = of(judge(slow, LIMITS, 0.01, seed=1), "request")
+    assert alone.verdict == "fail" and "of one tenant, whose users nobody else confirms" in alone.text()
+    nearly = replace(slow, tenant_K=np.where(np.arange(300) < 3, np.arange(300), 99))
+    finding = of(judge(nearly, LIMITS, 0.01, seed=1), "request")
+    assert finding.verdict == "fail" and "of 4 tenants, of which one has nearly all" in finding.text()
+
+
+@given(st.integers(3, 12), st.integers(0, 2**32 - 1))
+@settings(max_examples=20, deadline=None)
+def test_no_tenant_moves_a_location_by_more_than_its_bound(number: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    values, tenant = rng.normal(size=400), rng.integers(0, number, 400)
+    tenants = tenants_of(tenant, 400)
+    weights = np.ones(400)
+    moved = [location(np.where(tenant == 0, far, values), weights, tenants)[0] for far in (-1e6, 1e6)]
+    assert -1.0 < moved[0] < moved[1] < 1.0

@@ -152,6 +152,7 @@ class Place:
             "stages": {"default": "main"},
             "ports": {"router": free_port(), "engines_from": free_port()},
             "engine": {"environment": "serve", "cores": ["0", "1"], "start_timeout_seconds": 60},
+            "router": {"show_version": "always"},
             "people": {n: {"roles": r, "public_key": f"keys/{n}.pub"} for n, r in roles.items()},
         }
         bare.path.write_text(json.dumps(tree))

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from mansard.errors import BadInput, Conflict, Corrupt
 from mansard.serving.split import (
+    NUM_BUCKETS,
     ModelSplit,
     Split,
     VersionSplit,
@@ -116,7 +117,29 @@ def test_the_share_of_keys_is_the_weight(percent: int) -> None:
 
 
 def test_buckets_differ_between_models_and_are_written_in_stone() -> None:
-    assert [bucket_of("tiny", "ada"), bucket_of("tiny", "grace"), bucket_of("other", "ada")] == [387, 7237, 7067]
+    digests = [key_digest("tiny", "ada"), key_digest("tiny", "grace"), key_digest("other", "ada")]
+    assert [digest % NUM_BUCKETS for digest in digests] == [387, 7237, 7067]
+    assert [bucket_of(digest, "") for digest in digests] == [7315, 5948, 5941]
+
+
+@given(st.integers(0, 2**64 - 1))
+def test_a_rollout_keeps_its_salt_through_its_steps_and_another_puts_other_users_first(digest: int) -> None:
+    salts = ["0" * 32, "f" * 32]
+    stable = with_stable(Split(), "tiny", 1, ONE, "tiny", 1)
+    for salt in salts:
+        low, high = (with_canary(stable, "tiny", 2, TWO, "tiny", percent, 2, salt) for percent in (25, 50))
+        assert parse_split(split_bytes(high), "test").models["tiny"].salt == salt
+        assert salt not in repr(high)
+        if choose(low.models["tiny"], digest) == 2:
+            assert choose(high.models["tiny"], digest) == 2
+        over = without_canary(high, "tiny", 3)
+        assert over.models["tiny"].salt == "" and salt.encode() not in split_bytes(over)
+
+
+def test_a_name_chosen_for_its_side_is_on_either_in_the_next_rollout() -> None:
+    chosen = [d for d in range(4000) if bucket_of(d, "0" * 32) < 2500]
+    share = sum(bucket_of(digest, "f" * 32) < 2500 for digest in chosen) / len(chosen)
+    assert 0.2 < share < 0.3
 
 
 def test_promotion_keeps_the_old_stable_resident_and_abort_removes_the_canary() -> None:

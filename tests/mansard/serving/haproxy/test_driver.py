@@ -12,7 +12,7 @@ import pytest
 
 from mansard.errors import MansardError
 from mansard.serving.haproxy.runtime import Runtime
-from mansard.serving.split import NUM_BUCKETS, Split, renewed, with_canary, with_stable, without_canary, write_split
+from mansard.serving.split import Split, bucket_of, renewed, with_canary, with_stable, without_canary, write_split
 from tests.free_ports import free_port
 
 HAPROXY = shutil.which("haproxy") or shutil.which("haproxy", path="/usr/sbin")
@@ -29,7 +29,7 @@ def haproxy(make_rig: Callable[..., Any]) -> Callable[..., contextlib.AbstractCo
 
     def make(*arguments: str) -> contextlib.AbstractContextManager[Any]:
         port = free_port()
-        lines = "router: {plane: haproxy}\n"
+        lines = "router: {plane: haproxy, show_version: always}\n"
         return ended_with(make_rig(*arguments, site_lines=lines, module="haproxy.driver", port=port))
 
     return make
@@ -47,7 +47,7 @@ def ended_with(making: contextlib.AbstractContextManager[Any]) -> Any:
 
 
 def pid_of(rig: Any) -> int:
-    return Runtime(rig.home / "run/haproxy.sock", rig.home).pid()
+    return Runtime(rig.home / "run/haproxy.sock", rig.home, rig.home).pid()
 
 
 def versions(rig: Any, num_users: int = 150) -> dict[int, str | None]:
@@ -70,7 +70,20 @@ def test_raising_the_weight_only_adds_users_and_shares_follow_it(haproxy: Callab
         rig.wait_until(lambda: rig.records()["next"] == number + 150, "the log's lines")
         answer = rig.records(number)
         records = [dict(zip(answer["fields"], record, strict=True)) for record in answer["records"]]
-        assert all((int(r["key"], 16) % NUM_BUCKETS < 2500) == (r["version"] == 2) for r in records)
+        assert all((bucket_of(int(r["key"], 16), "") < 2500) == (r["version"] == 2) for r in records)
+
+
+def test_under_a_rollouts_salt_users_go_where_the_router_sends_them(haproxy: Callable[..., Any]) -> None:
+    salt = "0123456789abcdef" * 2
+    with haproxy() as rig:
+        split = with_stable(Split(), "tiny", 1, rig.one.endpoint, "tiny", 50)
+        rig.put(with_canary(split, "tiny", 2, rig.two.endpoint, "tiny", 50, 50, salt))
+        versions(rig, 60)
+        rig.wait_until(lambda: len(rig.records()["records"]) == 60, "60 records")
+        records = [dict(zip(rig.records()["fields"], row, strict=True)) for row in rig.records()["records"]]
+        assert all((bucket_of(int(r["key"], 16), salt) < 5000) == (r["version"] == 2) for r in records)
+        assert {r["version"] for r in records} == {1, 2}
+        assert len({r["tenant"] for r in records}) == 1
 
 
 def test_pins_paths_and_methods_are_as_in_the_router(haproxy: Callable[..., Any]) -> None:
@@ -233,12 +246,12 @@ def test_what_hangs_is_told_with_its_age_and_its_user(haproxy: Callable[..., Any
                 client.sendall(head.encode() + b"content-length: %d\r\n\r\n" % len(STREAM) + STREAM)
             rig.wait_until(lambda: len(rig.records()["in_flight"]) == 20, "all to be in flight")
             rig.wait_until(lambda: rig.counts(2)["oldest_in_flight_seconds"] > 0.5, "it to grow old")
-            rig.wait_until(lambda: all(age > 0.4 for _, _, _, age, _ in rig.records()["in_flight"]), "all to grow old")
+            rig.wait_until(lambda: all(age > 0.4 for _, _, _, age, *_ in rig.records()["in_flight"]), "all to grow old")
             waiting = rig.records()["in_flight"]
-            assert all(age <= time.monotonic() - begun + 0.01 for _, _, _, age, _ in waiting)
-            told = sorted(version for _, version, _, _, _ in waiting)
+            assert all(age <= time.monotonic() - begun + 0.01 for _, _, _, age, *_ in waiting)
+            told = sorted(version for _, version, *_ in waiting)
             assert told == sorted(int(version) for version in sides.values())
-            assert all((int(key, 16) % NUM_BUCKETS < 5000) == (version == 2) for _, version, key, _, _ in waiting)
+            assert all((bucket_of(int(key, 16), "") < 5000) == (version == 2) for _, version, key, *_ in waiting)
         rig.wait_until(lambda: rig.records()["in_flight"] == [], "nothing to be in flight")
 
 

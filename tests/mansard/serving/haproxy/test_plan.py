@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -21,12 +22,12 @@ class Table:
 
     servers: dict[int, Server]
     ports: dict[int, int]
-    routes: dict[str, int]
+    routes: dict[str, Any]
 
     def play(self, command: str) -> None:
         words = command.split()
         if words[1] == "map":
-            self.routes[words[2]] = int(words[3])
+            self.routes[words[2]] = words[3] if words[2] == "salt" else int(words[3])
             return
         number = int(words[2].rpartition("v")[2])
         if words[0] == "add":
@@ -43,7 +44,7 @@ class Table:
             self.servers[number] = Server(self.ports[number] if is_ready else None, weight)
 
     def carried(self) -> Carried:
-        return Carried(dict(self.servers), self.routes["canary"], self.routes["limit"])
+        return Carried(dict(self.servers), self.routes["canary"], self.routes["limit"], self.routes["salt"].rstrip("/"))
 
     def serves_everybody(self) -> bool:
         """Stable answers, and who is sent to the canary finds its server."""
@@ -68,7 +69,7 @@ def splits(draw: st.DrawFn) -> Split:
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(splits(), min_size=1, max_size=5))
 def test_after_each_walk_haproxy_carries_the_split_and_somebody_always_served(walk: list[Split]) -> None:
-    table = Table({}, {}, {"canary": 0, "limit": 0})
+    table = Table({}, {}, {"canary": 0, "limit": 0, "salt": "/"})
     for step, split in enumerate(walk):
         new = wanted(split.models["demo"])
         for command in plan(table.carried(), table.ports, new):

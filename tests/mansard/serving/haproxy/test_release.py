@@ -27,7 +27,8 @@ pytestmark = [
 def behind_haproxy(place: Any) -> Iterator[Any]:
     """The place with HAProxy where its router workers would be."""
     path = place.site.path
-    path.write_text(json.dumps({**json.loads(path.read_text()), "router": {"plane": "haproxy"}}))
+    router = {"plane": "haproxy", "show_version": "always"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "router": router}))
     place.site = load_site(path)
     driver = place._start("router.log", "-m", "mansard.serving.haproxy.driver", "--site", str(path))
     admin = HostClient(place.site.run / "router-0.sock")
@@ -38,7 +39,7 @@ def behind_haproxy(place: Any) -> Iterator[Any]:
         driver.kill()  # first, because it would start HAProxy again
         driver.wait()
         with contextlib.suppress(MansardError, ProcessLookupError):
-            os.kill(Runtime(place.site.run / "haproxy.sock", place.home).pid(), signal.SIGKILL)
+            os.kill(Runtime(place.site.run / "haproxy.sock", place.home, place.home).pid(), signal.SIGKILL)
 
 
 def test_a_good_canary_is_promoted_rolled_back_and_a_failing_one_aborted(behind_haproxy: Any, traffic: Any) -> None:

@@ -21,7 +21,7 @@ NOW = 50_000.0
 def record(user: int, ended: float, is_error: bool, version: int = 1) -> Record:
     key = f"{key_digest('demo', f'user-{user}'):016x}"
     latency = 0.001 if is_error else 0.5
-    return Record(ended, "demo", version, key, "error" if is_error else "ok", None, None, latency, None)
+    return Record(ended, "demo", version, key, "error" if is_error else "ok", None, None, latency, None, f"{1:016x}")
 
 
 def normal(seconds: int, end: float = NOW) -> list[Record]:
@@ -39,7 +39,7 @@ def canary_table(error_share: float) -> Table:
 
 
 def findings(past: Table, error_share: float) -> tuple[Finding, ...]:
-    return judge(make_sample(canary_table(error_share), {}, past, 100), LIMITS, 0.01, seed=1)
+    return judge(make_sample(canary_table(error_share), {}, past, 100, ""), LIMITS, 0.01, seed=1)
 
 
 @pytest.mark.parametrize("num_normal", [5, 20])
@@ -124,4 +124,4 @@ def test_a_rollout_that_the_next_host_takes_up_counts_no_record_twice(tmp_path: 
     following.begin_step({})
     totals = [add_tables(each.past or {}, each.beside.table([])) for each in (first, following)]
     assert {key: row[0] for key, row in totals[1].items()} == {key: row[0] for key, row in totals[0].items()}
-    assert totals[1][before[0].key][0] == 30
+    assert totals[1][before[0].user][0] == 30

@@ -41,6 +41,8 @@ environments: {main: {python: /usr/bin/env, lock: none}, serve: {python: /usr/bi
 stages: {default: main}
 ports: {router: 0}
 """
+SHOWN = "router: {show_version: always}\n"
+SITE += SHOWN
 
 
 def wait_until(condition: Callable[[], object], what: str) -> None:
@@ -233,6 +235,8 @@ def make_rig(tmp_path: Path) -> Callable[..., contextlib.AbstractContextManager[
         *arguments: str, site_lines: str = "", module: str = "router.worker", port: int = 0
     ) -> contextlib.AbstractContextManager[Rig]:
         site = SITE.replace("router: 0", f"router: {port}") + site_lines
+        if "router:" in site_lines:
+            site = site.replace(SHOWN, "")
         return rig_in(tmp_path, *arguments, site=site, module=module)
 
     return make

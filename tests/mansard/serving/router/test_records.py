@@ -13,7 +13,7 @@ from mansard.serving.router.records import Ended, Records
 
 
 def numbered(number: int) -> Ended:
-    return Ended(float(number), "tiny", 1, number, "ok", None, None, 0.1, number)
+    return Ended(float(number), "tiny", 1, number, "ok", None, None, 0.1, number, 1)
 
 
 @settings(deadline=None)
@@ -52,9 +52,9 @@ def ended(observations: Observations) -> dict[str, Any]:
 def test_a_streams_record_tells_first_token_time_per_token_and_length() -> None:
     now = 100.0
     observations = Observations(lambda: now)
-    with observations.attempt("tiny", 2, 7) as attempt:
+    with observations.attempt("tiny", 2, 7, 9) as attempt:
         now = 101.0
-        assert observations.records_as_json(0)["in_flight"] == [["tiny", 2, f"{7:016x}", 1.0, False]]
+        assert observations.records_as_json(0)["in_flight"] == [["tiny", 2, f"{7:016x}", 1.0, False, f"{9:016x}"]]
         attempt.first_byte()
         attempt.streamed(b"data: a\n\n")
         for at, piece in ((102.0, b"data: b\n\ndata: c\n\n"), (104.0, b"data: d\n\n"), (109.0, b"data: [DONE]\n\n")):
@@ -64,7 +64,7 @@ def test_a_streams_record_tells_first_token_time_per_token_and_length() -> None:
         attempt.answered(200)
     record = ended(observations)
     assert (record["ttft"], record["token"], record["latency"], record["output_tokens"]) == (1.0, 1.0, 9.0, 4)
-    assert (record["key"], record["outcome"]) == (f"{7:016x}", "ok")
+    assert (record["key"], record["tenant"], record["outcome"]) == (f"{7:016x}", f"{9:016x}", "ok")
     counts = observations.as_json(1, {}, None)["models"]["tiny"]["versions"]["2"]
     assert (counts["output_tokens"], sum(counts["token"]["counts"])) == (4, 1)
 
@@ -80,7 +80,7 @@ def test_a_streams_record_tells_first_token_time_per_token_and_length() -> None:
 )
 def test_a_whole_answers_length_is_what_its_usage_says(body: bytes, tokens: int | None) -> None:
     observations = Observations(lambda: 1.0)
-    with observations.attempt("tiny", 1, 7) as attempt:
+    with observations.attempt("tiny", 1, 7, 9) as attempt:
         attempt.answered(200)
         attempt.whole(body)
     assert ended(observations)["output_tokens"] == tokens

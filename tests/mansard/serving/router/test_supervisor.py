@@ -38,7 +38,7 @@ def pids_of(rig: Any, workers: int) -> list[int]:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_connections_that_wait_survive_the_kill_of_a_worker(make_rig: Callable[..., Any], workers: int) -> None:
-    with make_rig(site_lines=f"router: {{workers: {workers}}}\n", module=SUPERVISOR) as rig:
+    with make_rig(site_lines=f"router: {{workers: {workers}, show_version: always}}\n", module=SUPERVISOR) as rig:
         rig.write(None)
         pids = pids_of(rig, workers)
         for pid in pids:
