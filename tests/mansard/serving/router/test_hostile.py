@@ -116,6 +116,9 @@ def test_large_whole_answers_that_nobody_reads_are_not_held(make_rig: Any) -> No
             client.connect(("127.0.0.1", rig.port))
             client.sendall(post("/large", is_streamed=False))
         rig.wait_until(lambda: rig.seen()["in_flight"] == 20, "all to be under way")
+        read = rig.call(body=b'{"model": "tiny", "prompt": "/large"}')  # whoever reads gets it all meanwhile
+        assert len(read.body) > 16_000_000
+        assert rig.one.seen()["in_flight"] == 20
         assert rig.call().status == 200
         status = Path(f"/proc/{rig.worker.pid}/status").read_text()
         peak = re.search(r"VmHWM:\s+(\d+) kB", status)
