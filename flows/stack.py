@@ -57,12 +57,12 @@ def up(site: Site, say: Say | None = None) -> dict[str, str]:
     check_card(site)
     tell = say or say_line
     with _stack_lock(site, tell):
-        for line in close_home(site):
-            tell(line)
         if site.authentication == "none":
             tell(login_text(site))
         elif create_password(site):
             tell(f"authentication: made a password for Prefect and MLflow ({password_file(site)})")
+        for line in close_home(site):  # after the password: one that others could read is refused, not closed
+            tell(line)
         waves = tuple(tuple(_with_login(site, p) for p in wave) for wave in _programs(site))
         _stop_outdated(waves, tell)
         missing = [p for wave in waves for p in wave if stack_process.running_pid(p) is None]
