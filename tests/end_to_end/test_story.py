@@ -58,7 +58,7 @@ def traffic(story: Story) -> Iterator[Callable[[], dict[str, Any]]]:
 
     try:
         wait_for(lambda: counts.exists() and read()["requests"] >= 3, "the users ask")
-        wait_for(lambda: asyncio.run(read_users(story.site, "demo", ())).seen >= USERS, "every user to be seen")
+        wait_for(lambda: asyncio.run(read_users(story.site, "demo", ()))[1].named >= USERS, "every user to be seen")
         yield read
     finally:
         process.send_signal(signal.SIGTERM)
