@@ -154,15 +154,6 @@ def test_two_commands_at_once_make_one_stack(site: Site) -> None:
     assert [r["pid"] for r in stack.status_of_processes(site)] == [r["pid"] for r in records]
 
 
-def test_no_other_user_reads_or_writes_in_the_home_of_a_running_stack(site: Site) -> None:
-    derive(site)
-    assert open_paths(site) == []
-    for path in (site.home, site.journal, site.home / "mlflow/mlflow.sqlite3", site.logs / "prefect.log"):
-        as_nobody = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--no-new-privs")
-        done = subprocess.run([*(as_nobody if os.getuid() == 0 else ()), "cat", str(path)], capture_output=True)
-        assert os.getuid() != 0 or (done.returncode, b"Permission denied" in done.stderr) == (1, True)
-
-
 def test_flow_derives_a_real_stage_that_prefect_and_mlflow_show(site: Site) -> None:
     first = derive(site)
     assert not first["reused"]
@@ -177,6 +168,15 @@ def test_flow_derives_a_real_stage_that_prefect_and_mlflow_show(site: Site) -> N
     assert {(r["info"]["run_name"], r["info"]["status"]) for r in runs} == {("cut", "FINISHED"), ("corpus", "FINISHED")}
     tags = [{t["key"]: t["value"] for t in r["data"]["tags"]} for r in runs]
     assert first["snapshot"] in [t.get("mansard_snapshot") for t in tags]
+
+
+def test_no_other_user_reads_or_writes_in_the_home_of_a_running_stack(site: Site) -> None:
+    derive(site)
+    assert open_paths(site) == []
+    for path in (site.home, site.journal, site.home / "mlflow/mlflow.sqlite3", site.logs / "prefect.log"):
+        as_nobody = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--no-new-privs")
+        done = subprocess.run([*(as_nobody if os.getuid() == 0 else ()), "cat", str(path)], capture_output=True)
+        assert os.getuid() != 0 or (done.returncode, b"Permission denied" in done.stderr) == (1, True)
 
 
 def test_schedule_is_a_deployment_without_parameters_and_no_verb_of_a_person_is_one(site: Site) -> None:
