@@ -167,7 +167,7 @@ def test_a_rollback_during_the_outage_is_for_good(place: Any) -> None:
     assert (place.split().stable, place.split().stands_in_for) == (1, None)
     place.wait_for("the host", lambda: place.status()["models"]["demo"]["outage"] is None)
     assert place.ask() == (200, "1")
-    assert entries(place) == [("stable_down", 1)]
+    place.wait_for("the entries", lambda: entries(place) == [("stable_down", 1)])
 
 
 def test_a_host_that_starts_in_the_middle_of_an_outage_goes_on(place: Any) -> None:
@@ -192,7 +192,7 @@ def test_an_engine_that_died_while_no_host_ran_is_an_outage_too(place: Any) -> N
     assert "works without it" in mansard(place, "status")
     place.start_host()
     place.wait_for("version 1", lambda: place.ask() == (200, "1"))
-    assert entries(place) == [("stable_down", 1)]
+    place.wait_for("the entries", lambda: entries(place) == [("stable_down", 1)])
     place.end_host(signal.SIGKILL)
     assert "nothing changed" in mansard(place, "rollback", "--from", "7")
     assert place.ask() == (200, "1"), "a command without the host leaves the version that stands in"
