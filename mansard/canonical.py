@@ -36,14 +36,11 @@ def replaced_atomically(path: Path, mode: int = 0o644) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         folder = os.open(path.parent, os.O_RDONLY)  # before the rename: without a free descriptor the old file stays
+        try:
+            beside.replace(path)
+            os.fsync(folder)
+        finally:
+            os.close(folder)
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
-    try:
-        beside.replace(path)
-        os.fsync(folder)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-    finally:
-        os.close(folder)

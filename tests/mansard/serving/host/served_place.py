@@ -43,3 +43,14 @@ def in_service(place: Any, **behaviour: Any) -> None:
     place.start_router()
     assert place.release(place.register(**behaviour))["state"] == "promoted"
     place.wait_for("an answer of version 1", lambda: place.ask() == (200, "1"))
+
+
+def slow_canary_under_traffic(place: Any, traffic: Any) -> int:
+    """Version 2 as the canary of a long step, with users on it."""
+    in_service(place)
+    second = int(place.register(SLOW_RELEASE, voice="b"))
+    traffic.start()
+    place.approve(second)
+    place.start_rollout(second)
+    place.wait_for("traffic on the canary", lambda: "2" in traffic.versions)
+    return second

@@ -10,18 +10,13 @@ import pytest
 
 from mansard.errors import NotAllowed
 from mansard.release.journal import Journal
-from tests.mansard.serving.host.served_place import SLOW_RELEASE, in_service
+from tests.mansard.serving.host.served_place import SLOW_RELEASE, in_service, slow_canary_under_traffic
 
 pytestmark = pytest.mark.slow
 
 
 def test_killing_the_canarys_engine_aborts_at_once_and_users_see_nothing(place: Any, traffic: Any) -> None:
-    in_service(place)
-    second = place.register(SLOW_RELEASE, voice="b")
-    traffic.start()
-    place.approve(second)
-    place.start_rollout(second)
-    place.wait_for("traffic on the canary", lambda: "2" in traffic.versions)
+    second = slow_canary_under_traffic(place, traffic)
     os.kill(place.engine_of(2)["pid"], signal.SIGKILL)
     ended = place.wait_for_end()
     assert ended["state"] == "aborted"

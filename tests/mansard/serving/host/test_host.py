@@ -8,7 +8,13 @@ import pytest
 
 from mansard.errors import BadInput, Conflict, NotAllowed
 from mansard.release.journal import Journal
-from tests.mansard.serving.host.served_place import ONE_STEP, SLOW_RELEASE, in_service, release_to_all
+from tests.mansard.serving.host.served_place import (
+    ONE_STEP,
+    SLOW_RELEASE,
+    in_service,
+    release_to_all,
+    slow_canary_under_traffic,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -80,12 +86,7 @@ def test_a_release_for_which_too_few_users_ask_is_refused_with_both_numbers(plac
 def test_a_rollout_goes_on_with_the_next_host_and_no_request_is_lost(
     place: Any, traffic: Any, number: signal.Signals
 ) -> None:
-    in_service(place)
-    second = place.register(SLOW_RELEASE, voice="b")
-    traffic.start()
-    place.approve(second)
-    place.start_rollout(second)
-    place.wait_for("traffic on the canary", lambda: "2" in traffic.versions)
+    slow_canary_under_traffic(place, traffic)
     engines = {v: place.engine_of(v)["pid"] for v in (1, 2)}
     place.end_host(number)
     place.start_host()

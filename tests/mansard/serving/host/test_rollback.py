@@ -8,18 +8,19 @@ from typing import Any
 import pytest
 
 from mansard.serving.process import identify
-from tests.mansard.serving.host.served_place import ONE_STEP, SLOW_RELEASE, in_service, release_to_all, router_in_flight
+from tests.mansard.serving.host.served_place import (
+    ONE_STEP,
+    in_service,
+    release_to_all,
+    router_in_flight,
+    slow_canary_under_traffic,
+)
 
 pytestmark = pytest.mark.slow
 
 
 def test_rollback_ends_a_rollout_and_leaves_stable(place: Any, traffic: Any) -> None:
-    in_service(place)
-    second = place.register(SLOW_RELEASE, voice="b")
-    traffic.start()
-    place.approve(second)
-    place.start_rollout(second)
-    place.wait_for("traffic on the canary", lambda: "2" in traffic.versions)
+    slow_canary_under_traffic(place, traffic)
     done = place.roll_back()
     assert (done["changed"], done["stable"], done["canary"]) == (True, 1, None)
     assert place.rollout()["state"] == "aborted"
